@@ -1,0 +1,223 @@
+"""Save and load quantized LLaVAs: a folder in a standard format where there is one, with a model card."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from medprune.artifacts import read_json, write_folder, write_text
+from medprune.model import SKIP_QUANTIZATION, check_loading
+from medprune.packed import PackedLinear, from_awq, to_awq
+from medprune.quantize import is_quantized, target_linears
+
+# save_pretrained writes the names on the left, so that older transformers and vLLM read the folder too.
+_NAMES = (
+    ("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
+)  # fmt: skip
+_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head, HQQ: no standard layout holds them
+
+
+def save_quantized(model, folder: str | Path, method: str, info: dict, base: str | None = None,
+                   plan: str | None = None, scores: str | None = None, processor=None,
+                   licence: str = "that of the base model") -> Path:  # fmt: skip
+    """Write a model that `quantize` returned, its configuration and a model card, the folder as a whole or not at all.
+
+    4-bit rtn and awq are written in AWQ's GEMM layout, bnb as transformers writes it; both load in plain transformers
+    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head and hqq are loaded by `load_quantized` only.
+    `info` is what `quantize` returned beside the model; base, plan, scores and licence are sentences for the card.
+    Raises ValueError where the model is not quantized or was quantized by another method.
+    """
+    if not is_quantized(model):
+        raise ValueError("the model is not quantized; call quantize before save_quantized.")
+    if method != info["method"]:
+        raise ValueError(f"method is {method!r}, but the model was quantized by {info['method']!r}.")
+    config, state = _quantization_config(model, info), None
+    if method == "bnb":
+        _restore_nf4(model)
+    else:
+        state = model.state_dict()
+        if config["quant_method"] == "awq":
+            state = _awq_state(model, state)
+    folder = Path(folder)
+    with write_folder(folder) as temporary:
+        model.config.quantization_config = config
+        try:
+            # One file; a state given here keeps transformers from asking the layers for theirs.
+            model.save_pretrained(temporary, state_dict=state, max_shard_size="100GB")
+        finally:
+            del model.config.quantization_config
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        card = _card(info, config, base, plan, scores, licence, sum(f.stat().st_size for f in temporary.iterdir()))
+        write_text(temporary / "README.md", card)
+    return folder
+
+
+def load_quantized(folder: str | Path, device: str = "cpu"):
+    """Load a folder that `save_quantized` wrote, in eval mode, each tensor in the dtype that it was saved in.
+
+    Raises ValueError naming the tensors where the folder lacks some, has too many or has them in another shape.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "config.json")
+    config = settings.pop("quantization_config", None)
+    if config is None:
+        raise ValueError(f"{folder} holds no quantization_config; load it with medprune.model.load.")
+    dtype = getattr(torch, settings["dtype"])
+    if config["quant_method"] == "bitsandbytes":
+        _check_nf4_keys(LlavaConfig.from_dict(settings), folder)
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, output_loading_info=True
+        )
+        check_loading(report, folder)
+        return model.eval()
+    if config["quant_method"] not in ("awq", _FORMAT):
+        raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
+    tensors = {_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    model = _skeleton(LlavaConfig.from_dict(settings))
+    targets = target_linears(model, config["bits"], config.get("quantize_head", False))
+    hqq_layers = {}
+    for name, bits in targets.items():
+        linear = model.get_submodule(name)
+        if config.get("method") == "hqq":  # it answers load_state_dict in its own way, so it joins the model last
+            hqq_layers[name] = _hqq_layer(name, tensors, dtype, device, folder)
+            model.set_submodule(name, nn.Identity())
+            continue
+        packed = PackedLinear(linear.in_features, linear.out_features, bits, config["group_size"], linear.bias, "meta")
+        model.set_submodule(name, packed)
+        if config["quant_method"] == "awq":
+            stored = [tensors.pop(f"{name}.{key}", None) for key in ("qweight", "qzeros", "scales")]
+            if all(t is not None for t in stored):  # whichever is absent is named by _fill
+                tensors |= {f"{name}.{key}": t for key, t in from_awq(*stored).items()}
+    _fill(model, tensors, folder)
+    for name, layer in hqq_layers.items():
+        model.set_submodule(name, layer)
+    return model.to(device).eval()
+
+
+def _restore_nf4(model) -> None:
+    """Undo the layout that bitsandbytes gives NF4 weights on their first CPU forward.
+
+    Its own inverse (0.50.2), called on saving, leaves the absmax transposed: a saved folder would hold wrong weights.
+    """
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.weight.data, state = inverse(layer.weight.data, layer.weight.quant_state)
+            state.absmax = state.absmax.T.reshape(-1).float()  # (groups, out) back to rows of the weight
+
+
+def _skeleton(config: LlavaConfig):
+    """Build the model with its parameters on the meta device, so that dense weights are never in memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return LlavaForConditionalGeneration(config)
+
+
+def _fill(model, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors into the model, and raise ValueError naming what is absent, too much, or of another shape."""
+    try:
+        report = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # torch lists shapes that differ, a line for each
+        first = [*str(error).splitlines()[1:], str(error)][0].strip()
+        raise ValueError(f"checkpoint {folder} does not fit its config.json: {first}") from error
+    tied = model.all_tied_weights_keys
+    missing = [key for key in report.missing_keys if key not in tied]
+    check_loading({"missing_keys": missing, "unexpected_keys": report.unexpected_keys}, folder)
+    model.tie_weights()
+
+
+def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
+    """Compare names before transformers fills gaps with random weights, which it cannot do in 4 bits anyway."""
+    model = _skeleton(config)
+    expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
+    expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {_name(key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
+
+
+def _hqq_layer(name: str, tensors: dict[str, Tensor], dtype: torch.dtype, device: str, folder: Path) -> nn.Module:
+    from hqq.core.quantize import HQQLinear
+
+    own = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+    check_loading({"missing_keys": {f"{name}.{k}" for k in ("W_q", "scale", "zero", "shape")} - own.keys()}, folder)
+    layer = HQQLinear(None, None, compute_dtype=dtype, device=device, initialize=False)
+    layer.load_state_dict({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
+    return layer
+
+
+def _quantization_config(model, info: dict) -> dict:
+    method, bits, group_size = info["method"], info["bits"], info["group_size"]
+    if method == "bnb":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype,
+            llm_int8_skip_modules=SKIP_QUANTIZATION,
+        ).to_dict()  # fmt: skip
+    if method in ("rtn", "awq") and not info["quantize_head"] and set([bits] if isinstance(bits, int) else bits) == {4}:
+        return {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": True,
+                "modules_to_not_convert": SKIP_QUANTIZATION}  # fmt: skip
+    return {"quant_method": _FORMAT, "method": method, "bits": bits, "group_size": group_size,
+            "quantize_head": info["quantize_head"]}  # fmt: skip
+
+
+def _awq_state(model, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            for key in ("qweight", "scale", "zero_point"):
+                del state[f"{name}.{key}"]
+            state |= {f"{name}.{key}": tensor for key, tensor in to_awq(layer).items()}
+    return state
+
+
+def _name(key: str) -> str:
+    return next((new + key.removeprefix(old) for old, new in _NAMES if key.startswith(old)), key)
+
+
+def _card(info, config, base, plan, scores, licence, folder_bytes: int) -> str:
+    """Return the model card: what the folder is, how it was made and how to load it."""
+    name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
+    sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
+    plain = "from transformers import LlavaForConditionalGeneration as Llava\nmodel = Llava.from_pretrained"
+    how = {
+        "awq": f"Plain transformers, with gptqmodel installed (vLLM: `--quantization awq --dtype float16`):\n\n"
+               f"```python\n{plain}(folder)\n```",
+        "bitsandbytes": f"Plain transformers, with bitsandbytes installed:\n\n```python\n{plain}(folder)\n```",
+        _FORMAT: "No standard layout holds this method or these bits; plain transformers refuses the folder.",
+    }[config["quant_method"]]  # fmt: skip
+    kept = "vision tower, projector, embeddings and norms" + ("" if info["quantize_head"] else ", head")
+    return f"""# A quantized LLaVA
+
+Not for clinical use: a research artefact, evaluated on teaching images only.
+
+- Base: {base or "not stated"}
+- Prune plan: {plan or "none stated"}
+- Method: {name}, bits {info["bits"]}, group size {info["group_size"]}; kept as they were: {kept}
+- Calibration: {info.get("calibration", "none")}
+- Scores: {scores or "not evaluated"}
+- Licence: {licence}
+- Bytes of this folder's files without this card: {folder_bytes}
+
+| part, in memory right after quantizing | bytes |
+|---|---|
+{sizes}
+
+## How to load
+```python
+from medprune.checkpoint import load_quantized
+model = load_quantized(folder)
+```
+{how}
+"""

@@ -1,0 +1,56 @@
+"""`medprune run / plan / compare / preflight / publish`. Every error a user can cause is one sentence and exit status 2."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        typer.echo(f"medprune: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _parameters(pairs: list[tuple[str, str]]) -> dict:
+    values = {}
+    for name, text in pairs:
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Option(help="smoke, local, t4 or auto")] = "auto",
+    name: Annotated[str, typer.Option(help="the run's folder under runs/")] = "demo",
+    images: Annotated[str | None, typer.Option(help="folder or table of photographs instead of synthetic images")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
+    parameter: Annotated[list[tuple[str, str]] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")] = None,
+    runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
+) -> None:
+    """Run the notebooks in order, going on where an earlier run stopped."""
+    from medprune.pipeline import run_series
+    from medprune.report import closing_text
+
+    values = _parameters(parameter or [])
+    if images is not None:
+        values["images"] = images if images == "synthetic" else str(Path(images).absolute())
+    root = run_series(name, profile, start, values, runs_dir, say=lambda s: typer.echo(s, err=True))
+    typer.echo(closing_text(root))
+
+
+@app.command()
+def publish(name: str = "demo", runs_dir: str | None = None) -> None:
+    """Copy a finished run's executed notebooks into notebooks/, to be committed with their outputs."""
+    from medprune.artifacts import REPO
+    from medprune.pipeline import publish as copy
+
+    copy(Path(runs_dir or REPO / "runs") / name)

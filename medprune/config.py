@@ -1,0 +1,163 @@
+"""The three sizes the same code runs at, as frozen dataclasses.
+
+`resolve("local", sft_steps=40)` gives the settings of a run; a misspelt name or an impossible value ends in one
+sentence, before anything long starts.
+"""
+
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import get_args
+
+REPO = Path(__file__).resolve().parents[1]
+DATA = REPO / "data"
+METHODS = ("awq", "bnb", "hqq", "rtn")
+CRITERIA = (
+    "output_similarity",
+    "magnitude",
+    "block_influence",
+    "perplexity",
+    "logit_divergence",
+    "reverse_order",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of a run. Times are the user's, sizes are counts, rates are per optimizer step."""
+
+    name: str
+    seed: int = 0
+    # data
+    images: str = "synthetic"  # "synthetic", or a folder / table of photographs
+    n_train: int | None = None  # images; None takes all there are
+    n_test: int | None = None
+    image_size: int = 96  # side of the images the generator writes, pixels
+    # base model
+    base: str = "smollm2"  # "tiny", "smollm2", or a hub id / folder in the LLaVA layout
+    base_bits: int = 16  # 4: QLoRA over an NF4 base
+    vision_steps: int = 0  # optimizer steps of the vision tower's own training (assembled bases only)
+    embedding: str = "minilm"  # "minilm": the wheel's; else a sentence-transformers name or folder
+    # fine-tuning (the paper: QLoRA, r 16, alpha 8)
+    lora_r: int = 16
+    lora_alpha: int = 8
+    learning_rate: float = 1e-3
+    batch_size: int = 4  # conversations per optimizer step
+    sft_steps: int = 80
+    recovery_steps: int = 40
+    save_every: int = 20  # steps between checkpoints
+    # answers
+    max_new_tokens: int = 48
+    batch_rows: int = 128  # answers decoded at once
+    # importance and pruning
+    criteria: tuple[str, ...] = ("output_similarity", "magnitude")
+    n_calibration: int = 8  # images; each is asked the three test questions
+    calibration_tokens: int = 32  # length of the answers that are compared
+    protected_blocks: tuple[int, ...] = (0, 1, -1)  # the paper's 1, 2 and 32, counted from 0
+    blocks_removed: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
+    recover: tuple[int, ...] = (2, 4)  # blocks removed in the models that notebook 04 recovers
+    # quantization
+    methods: tuple[str, ...] = ("awq", "bnb", "rtn")
+    bits: int = 4
+    group_size: int = 64
+    awq_rows: int = 8  # calibration conversations
+    # judge
+    judge: str = "reference"  # "reference", a chat model's name, or "server"
+    judge_model: str | None = None
+    judge_url: str | None = None
+    judge_bits: int = 16
+
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke", n_train=24, n_test=8, image_size=64, base="tiny", vision_steps=4, sft_steps=4,
+        recovery_steps=2, save_every=2, batch_size=2, max_new_tokens=12, n_calibration=2, calibration_tokens=8,
+        blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=2,
+    ),
+    "local": Profile(name="local", n_train=240, n_test=40, vision_steps=160),
+    "t4": Profile(
+        name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
+        base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, batch_size=8,
+        sft_steps=434, recovery_steps=217, save_every=50, max_new_tokens=200, batch_rows=6, n_calibration=27,
+        calibration_tokens=64, blocks_removed=(0, 2, 4, 7, 8, 9, 10), recover=(7, 9), awq_rows=32,
+        methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
+    ),
+}  # fmt: skip
+
+
+def resolve(profile: str = "auto", **overrides) -> Profile:
+    """Return the settings of `profile` with every override that is not None put in.
+
+    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Lists become tuples, so that
+    papermill's JSON values fit. Raises ValueError naming the choices for an unknown profile or setting, and the
+    reason for a value that cannot be.
+    """
+    if profile == "auto":
+        profile = os.environ.get("MEDPRUNE_PROFILE") or ("t4" if _has_cuda() else "local")
+    if profile not in PROFILES:
+        raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
+    names = {f.name: f for f in fields(Profile)}
+    values = {}
+    for name, value in overrides.items():
+        if name not in names or name == "name":
+            near = get_close_matches(name, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else f": choose among {', '.join(list(names)[1:])}"
+            raise ValueError(f"setting {name!r} is not known{hint}.")
+        if value is not None:
+            values[name] = _fit(name, value, names[name].type)
+    config = replace(PROFILES[profile], **values)
+    _check(config)
+    return config
+
+
+def settings(config: Profile) -> dict:
+    """Return the settings as JSON-able values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _fit(name, value, kind):
+    wanted = [t for t in (get_args(kind) or (kind,)) if t is not type(None)]
+    if kind in (tuple[int, ...], tuple[str, ...]):
+        item = get_args(kind)[0]
+        if isinstance(value, list | tuple) and all(type(v) is item for v in value):
+            return tuple(value)
+        raise ValueError(f"{name}={value!r} must be a list of {item.__name__}.")
+    if float in wanted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in wanted:
+        raise ValueError(f"{name}={value!r} must be {' or '.join(t.__name__ for t in wanted)}.")
+    return value
+
+
+def _check(c: Profile) -> None:
+    positive = ("image_size", "lora_r", "lora_alpha", "learning_rate", "batch_size", "sft_steps", "save_every",
+                "recovery_steps", "max_new_tokens", "batch_rows", "n_calibration", "calibration_tokens",
+                "awq_rows")  # fmt: skip
+    for name in positive:
+        if getattr(c, name) <= 0:
+            raise ValueError(f"{name}={getattr(c, name)} must be greater than 0.")
+    if c.group_size not in (32, 64, 128):
+        raise ValueError(f"group_size={c.group_size} must be 32, 64 or 128.")
+    if c.bits not in (3, 4, 8):
+        raise ValueError(f"bits={c.bits} must be 3, 4 or 8.")
+    if c.base_bits not in (4, 16):
+        raise ValueError(f"base_bits={c.base_bits} must be 4 (QLoRA) or 16.")
+    for name, chosen, choices in (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA)):
+        for value in chosen:
+            if value not in choices:
+                raise ValueError(f"{name} has {value!r}: choose among {', '.join(choices)}.")
+    if "output_similarity" not in c.criteria:
+        raise ValueError("criteria must hold output_similarity, whose order notebook 03 prunes by.")
+    for n in (*c.blocks_removed, *c.recover):
+        if n < 0:
+            raise ValueError(f"blocks_removed and recover hold counts of blocks, so {n} cannot be: use 0 or more.")
+    if not set(c.recover) <= set(c.blocks_removed):
+        raise ValueError(f"recover={list(c.recover)} must be among blocks_removed={list(c.blocks_removed)}.")

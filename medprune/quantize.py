@@ -1,0 +1,196 @@
+"""Quantize a LLaVA's language-model blocks by RTN, AWQ, bitsandbytes NF4 or HQQ: one call each, in place."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medprune.model import parts
+from medprune.packed import GROUP_SIZES, PackedLinear
+
+METHODS = ("rtn", "awq", "bnb", "hqq")
+BITS_CHOICES = {"rtn": (3, 4, 8, 16), "awq": (4,), "bnb": (4,), "hqq": (3, 4, 8, 16)}  # 16: the block is left alone
+MIN_CALIBRATION_ROWS = 4
+
+
+def quantize(model, method: str, bits: int | list[int] = 4, group_size: int = 64,
+             calibration: dict[str, Tensor] | None = None, quantize_head: bool = False):  # fmt: skip
+    """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
+
+    Vision tower, projector, embeddings and norms stay as they are; so does the head, but for `quantize_head` (rtn and
+    hqq; a tied head becomes a copy). `bits` is one number or, for rtn and hqq, one for each block (16: left alone).
+    `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
+    calibration, without them text-only.
+
+    info: method, bits, group_size, seconds, peak_bytes (of this process, or of the GPU, while quantizing; None where it
+    cannot be measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    Raises ValueError, before any work, for whatever cannot be done.
+    """
+    targets = check_request(model, method, bits, group_size, calibration, quantize_head)
+    started, extra = time.perf_counter(), {}
+    _reset_peak(model.device)
+    if method == "awq":
+        from medprune.awq import quantize_awq
+
+        batch = {k: v for k, v in calibration.items() if k != "attention_mask"}  # all ones, as checked
+        extra["loss_curve"] = quantize_awq(model, batch, group_size)
+        kind = "image-text" if "pixel_values" in batch else "text-only"
+        extra["calibration"] = f"{kind}, {len(batch['input_ids'])} rows of {batch['input_ids'].shape[1]} tokens"
+    else:
+        for name, layer_bits in targets.items():
+            linear = model.get_submodule(name)
+            if method == "rtn":
+                packed = PackedLinear.from_linear(linear, layer_bits, group_size)
+            elif method == "bnb":
+                packed = _nf4(linear)
+            else:
+                packed = _hqq(linear, layer_bits, group_size)
+            model.set_submodule(name, packed)
+    if quantize_head:  # a quantized head has no weight to share with the embeddings
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if "lm_head" not in k}
+    model.eval()
+    info = {"method": method, "bits": bits, "group_size": group_size, "quantize_head": quantize_head,
+            "seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes(model.device),
+            "packed_bytes": packed_bytes(model), **extra}  # fmt: skip
+    return model, info
+
+
+def target_linears(model, bits: int | list[int], quantize_head: bool = False) -> dict[str, int]:
+    """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out."""
+    found = parts(model)
+    block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
+    names = {id(module): name for name, module in model.named_modules()}
+    targets = {
+        names[id(layer)]: b
+        for block, b in zip(found.blocks, block_bits, strict=True) if b != 16
+        for layer in block.modules() if isinstance(layer, nn.Linear)
+    }  # fmt: skip
+    if quantize_head:
+        targets[names[id(found.head)]] = min(b for b in block_bits if b != 16)
+    return targets
+
+
+def check_request(model, method, bits, group_size, calibration=None, quantize_head=False) -> dict[str, int]:
+    """Return `target_linears`, or raise ValueError with one sentence on what cannot be done."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
+    if is_quantized(model):
+        raise ValueError("the model is already quantized; load the 16-bit model again and quantize that.")
+    n = len(parts(model).blocks)
+    if not isinstance(bits, int) and len(bits) != n:
+        raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
+    block_bits = [bits] if isinstance(bits, int) else list(bits)
+    if wrong := [b for b in block_bits if b not in BITS_CHOICES[method]]:
+        raise ValueError(f"bits for {method} must be one of {BITS_CHOICES[method]}, not {wrong[0]}.")
+    if set(block_bits) == {16}:
+        raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
+    if method == "bnb" and group_size != 64:
+        raise ValueError(f"bnb has groups of 64 weights only, not {group_size}.")
+    if quantize_head and method not in ("rtn", "hqq"):
+        raise ValueError(f"quantize_head works with rtn and hqq, not with {method}.")
+    targets = target_linears(model, bits, quantize_head)
+    for name in targets:
+        linear = model.get_submodule(name)
+        if linear.in_features % group_size:
+            raise ValueError(f"{name} has {linear.in_features} inputs, which groups of {group_size} do not divide.")
+        if linear.out_features % 8:
+            raise ValueError(f"{name} has {linear.out_features} outputs, which is not a multiple of 8.")
+    if method == "awq":
+        _check_calibration(model, calibration)
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values; a model with such weights is not quantized.")
+    return targets
+
+
+def _check_calibration(model, batch) -> None:
+    if batch is None or "input_ids" not in batch:
+        raise ValueError("awq needs calibration: a processor batch with input_ids and, for images, pixel_values.")
+    rows = len(batch["input_ids"])
+    if rows < MIN_CALIBRATION_ROWS:
+        raise ValueError(f"awq needs at least {MIN_CALIBRATION_ROWS} calibration rows, not {rows}.")
+    if not torch.as_tensor(batch.get("attention_mask", 1)).bool().all():
+        raise ValueError("calibration rows must be of equal length without padding, but attention_mask holds zeros.")
+    images = bool((batch["input_ids"] == model.config.image_token_id).any())
+    if images != ("pixel_values" in batch):
+        raise ValueError("calibration must have image tokens and pixel_values together, or neither (text-only).")
+
+
+def is_quantized(model) -> bool:
+    """Say whether any layer is packed already, by this package, bitsandbytes or hqq, or a config says so."""
+    kinds = ("PackedLinear", "Linear4bit", "Linear8bitLt", "HQQLinear")
+    return any(type(m).__name__ in kinds for m in model.modules()) or getattr(model, "hf_quantizer", None) is not None
+
+
+def packed_bytes(model) -> dict[str, int]:
+    """Measure the bytes that a model's tensors occupy in memory now, by part; a tied head counts as embeddings.
+
+    Parts: vision_tower, projector, embeddings, block_linears (codes with their scales and zero points, or dense
+    weights), block_norms, final_norm (with the rotary table), head, total. 4-bit layers that ran on CPU in bfloat16
+    are in their running form: 4 + 36 / group_size bits a weight, where a saved folder has 4 + 20 / group_size.
+    """
+    found, seen = parts(model), set()
+    linears = [m for block in found.blocks for name, m in block.named_modules() if name.endswith("_proj")]
+    groups = {
+        "vision_tower": [found.vision_tower], "projector": [found.projector],
+        "embeddings": [found.text_model.embed_tokens], "block_linears": linears, "block_norms": list(found.blocks),
+        "final_norm": [found.text_model], "head": [found.head],
+    }  # fmt: skip
+    sizes = {part: sum(_tensor_bytes(m, seen) for m in modules) for part, modules in groups.items()}
+    return sizes | {"total": sum(sizes.values())}
+
+
+def _tensor_bytes(module: nn.Module, seen: set) -> int:
+    total = 0
+    for m in module.modules():
+        tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
+        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales outside the buffers
+            tensors += [t for t in m.meta.values() if isinstance(t, Tensor)]
+        state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
+        tensors += [] if state is None else [state.absmax, state.code]
+        for t in tensors:
+            if t.data_ptr() not in seen:
+                seen.add(t.data_ptr())
+                total += t.numel() * t.element_size()
+    return total
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    """Pack a Linear as bitsandbytes NF4, blocks of 64 weights with a float32 absmax each (arXiv:2305.14314)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weight = linear.weight.detach()
+    layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, weight.dtype,
+                       compress_statistics=False, quant_type="nf4", device="meta")  # fmt: skip
+    layer.weight = Params4bit(weight.contiguous(), requires_grad=False, compress_statistics=False, quant_type="nf4",
+                              blocksize=64, module=layer).to(weight.device)  # fmt: skip
+    layer.bias = linear.bias
+    return layer.eval()
+
+
+def _hqq(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
+    """Pack a Linear by HQQ, whose zero points are not rounded (Badri and Shaji, 2023)."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+    weight = linear.weight
+    return HQQLinear(linear, settings, compute_dtype=weight.dtype, device=str(weight.device))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start VmHWM anew
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)

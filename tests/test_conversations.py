@@ -1,0 +1,160 @@
+import copy
+import itertools
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from medprune import conversations
+from medprune.conversations import (
+    QUESTION_KINDS,
+    conversation,
+    load_conditions,
+    load_questions,
+    named_conditions,
+)
+from medprune.data import Record
+
+CONDITIONS, QUESTIONS = load_conditions(), load_questions()
+RECORD = Record("train/x/psoriasis-1.jpg", "x/psoriasis-1.jpg", "psoriasis", "train", skin_tone="III")
+
+
+def text_of(message: dict) -> str:
+    return message["content"][-1]["text"]
+
+
+def kind_of(question: str) -> str:
+    return next(k for k, qs in QUESTIONS.items() if question in [q.format(condition="psoriasis") for q in qs])
+
+
+def test_answers_are_single_sentences_that_tell_the_conditions_apart():
+    for kind in ("definition", "features", "treatment"):
+        answers = {name: facts["answers"][kind] for name, facts in CONDITIONS.items()}
+        for name, answer in answers.items():
+            assert 14 <= len(answer.split()) <= 24 and answer.endswith(".") and answer.count(". ") == 0
+            assert named_conditions(answer, CONDITIONS) == ([name] if kind == "definition" else [])
+        for a, b in itertools.combinations(answers.values(), 2):
+            a, b = set(conversations.words(a)), set(conversations.words(b))
+            assert len(a & b) / len(a | b) < 0.35
+    for name, facts in CONDITIONS.items():
+        assert facts["answers"]["name"] == f"This is {name}."
+
+
+def test_questions_need_no_name_at_first():
+    for kind in QUESTION_KINDS:
+        assert len(set(QUESTIONS[kind])) == 5 and not named_conditions(QUESTIONS[kind][0], CONDITIONS)
+
+
+def test_conversation_has_the_image_first_and_the_right_answers():
+    messages = conversation(RECORD, CONDITIONS, QUESTIONS, random.Random(0))
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 4
+    assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
+    assert all([part["type"] for part in m["content"]] == ["text"] for m in messages[1:])
+    for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+        assert text_of(answered) == CONDITIONS["psoriasis"]["answers"][kind_of(text_of(asked))]
+
+
+def test_every_kind_is_first_equally_often_and_the_name_never_leaks_before_it_is_said():
+    rng, first, asked = random.Random(1), Counter(), set()
+    for _ in range(800):
+        texts = [text_of(m) for m in conversation(RECORD, CONDITIONS, QUESTIONS, rng)]
+        kinds = [kind_of(q) for q in texts[::2]]
+        start = QUESTION_KINDS.index(kinds[0])
+        assert tuple(kinds) == QUESTION_KINDS[start:] + QUESTION_KINDS[:start]
+        first[kinds[0]] += 1
+        asked.update(texts[::2])
+        spoken = next(i for i, text in enumerate(texts) if "psoriasis" in text.lower())
+        assert spoken % 2 == 1  # an answer names it first
+    assert set(first) == set(QUESTION_KINDS) and min(first.values()) > 160
+    assert len(asked) == 20  # all paraphrases are drawn, the named ones too
+
+
+def test_conversation_is_seeded():
+    chats = [conversation(RECORD, CONDITIONS, QUESTIONS, random.Random(s)) for s in (3, 3, 4)]
+    assert chats[0] == chats[1] != chats[2]
+
+
+def test_test_questions_rows():
+    rows = conversations.test_questions([RECORD], CONDITIONS, QUESTIONS)
+    assert [row["kind"] for row in rows] == ["name", "features", "treatment"]
+    assert rows[1] == {
+        "id": "train/x/psoriasis-1.jpg#features",
+        "key": "train/x/psoriasis-1.jpg",
+        "path": "x/psoriasis-1.jpg",
+        "condition": "psoriasis",
+        "kind": "features",
+        "question": "What are the clinical features of this disease?",
+        "reference": CONDITIONS["psoriasis"]["answers"]["features"],
+        "skin_tone": "III",
+    }
+    with pytest.raises(ValueError, match="'causes' is no kind"):
+        conversations.test_questions([RECORD], CONDITIONS, QUESTIONS, kinds=("causes",))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("This is rosacea.", ["rosacea"]),
+        ("Likely SEBORRHOEIC KERATOSES, not melanomas", ["seborrheic keratosis", "melanoma"]),
+        ("a basal-cell carcinoma (BCC)", ["basal cell carcinoma"]),
+        ("seborrheic dermatitis", ["dermatitis"]),
+        ("atopic eczema or contact dermatitis", ["dermatitis"]),
+        ("a seborrheic keratosis beside an actinic keratosis", ["seborrheic keratosis", "actinic keratosis"]),
+        ("chondrodermatitis nodularis", []),
+        ("dermatitis herpetiformis", []),
+        ("perioral dermatitis, less likely rosacea", ["rosacea"]),
+        ("basal cell nevus syndrome; lichen sclerosus; parapsoriasis; melanocytic nevus; task", []),
+        ("", []),
+    ],
+)
+def test_named_conditions(text, found):
+    assert named_conditions(text, CONDITIONS) == found
+
+
+def spoil(facts: dict, how: str) -> None:
+    changes = {
+        "definition": lambda: facts["rosacea"].update(definition=" "),
+        "aliases": lambda: facts["rosacea"].pop("aliases"),
+        "answers": lambda: facts["rosacea"]["answers"].pop("treatment"),
+        "key fact": lambda: facts["rosacea"]["key_facts"].update(features=["hair loss"]),
+        "shared alias": lambda: facts["rosacea"]["aliases"].append("Melanomas"),
+    }
+    changes[how]()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("definition", "'rosacea' needs 'definition' as a text"),
+        ("aliases", "'rosacea' needs 'aliases' as a list"),
+        ("answers", r"'rosacea' needs a text answers\['treatment'\]"),
+        ("key fact", "'rosacea' has no key fact 'hair loss'"),
+        ("shared alias", "'melanoma' names both 'rosacea' and 'melanoma'"),
+    ],
+)
+def test_load_conditions_names_what_is_wrong(tmp_path, how, message):
+    facts = copy.deepcopy(CONDITIONS)
+    spoil(facts, how)
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=message):
+        load_conditions(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_load_conditions_refuses_other_json(tmp_path, content):
+    path = tmp_path / "facts.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="facts.json"):
+        load_conditions(path)
+
+
+def test_load_questions_refuses_a_kind_without_questions(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({k: v for k, v in QUESTIONS.items() if k != "features"}))
+    with pytest.raises(ValueError, match="for 'features'"):
+        load_questions(path)
+    path.write_text(json.dumps(QUESTIONS | {"features": ["What are the signs of {condition}?"]}))
+    with pytest.raises(ValueError, match="must not hold"):
+        load_questions(path)

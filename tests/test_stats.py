@@ -1,0 +1,291 @@
+"""Do the intervals cover, the pairs pair, and the power agree with simulation?"""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from medprune import stats
+
+IMAGES, QUESTIONS, DRAWS = 39, 3, 2000
+CLUSTERS = np.repeat(np.arange(IMAGES), QUESTIONS)
+
+
+def bell_scores(rng):
+    """Unbounded scores about 60, intra-cluster correlation 0.6."""
+    image = rng.normal(0, 12, (DRAWS, IMAGES, 1))
+    return 60 + image + rng.normal(0, 12 * math.sqrt(0.4 / 0.6), (DRAWS, IMAGES, QUESTIONS)), 60.0
+
+
+def skewed_scores(rng):
+    """0-100 in steps of 20/3, as three marks of 0-5 give, most of them high."""
+
+    def draw(shape):
+        image = rng.beta(4, 1.5, (*shape, 1))
+        return rng.binomial(15, np.clip(image + rng.normal(0, 0.06, (*shape, QUESTIONS)), 0, 1)) * 100 / 15
+
+    return draw((DRAWS, IMAGES)), draw((400_000,)).mean()
+
+
+@pytest.fixture(scope="module", params=[bell_scores, skewed_scores], ids=["bell", "skewed"])
+def population(request):
+    values, mean = request.param(np.random.default_rng(7))
+    return values.reshape(DRAWS, -1), mean
+
+
+def test_interval_covers_95_percent(population):
+    values, mean = population
+    found = [stats.clustered_mean(row, CLUSTERS) for row in values]
+    covered = np.mean([i.low <= mean <= i.high for i in found])
+    assert 0.93 <= covered <= 0.97
+    assert found[0].n == 117 and found[0].n_clusters == 39
+
+
+def test_interval_without_clusters_fails_to_cover(population):
+    values, mean = population
+    naive = scipy_stats.ttest_1samp(values, 0, axis=1).confidence_interval()
+    assert np.mean((naive.low <= mean) & (mean <= naive.high)) < 0.90
+
+
+def test_every_value_its_own_cluster_is_the_plain_t_interval():
+    values = np.random.default_rng(1).normal(50, 10, 30)
+    plain = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    found = stats.clustered_mean(values, np.arange(30), level=0.9)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_unequal_clusters_weigh_answers_not_images():
+    found = stats.clustered_mean([90, 90, 90, 10], ["x", "x", "x", "y"])
+    assert found.mean == pytest.approx(70) and found.n_clusters == 2
+    # Residual sums per cluster are +60 and -60, so se^2 = G/(G-1) (n-1)/(n-1) (60^2 + 60^2) / 4^2.
+    error = math.sqrt(2 * 7200 / 16)
+    assert found.high - found.mean == pytest.approx(scipy_stats.t.ppf(0.975, 1) * error)
+
+
+def test_bounds_are_not_clipped_to_the_scale():
+    assert stats.clustered_mean([100, 100, 100, 70], [0, 1, 2, 3]).high > 100
+
+
+def test_one_cluster_and_no_variance_do_not_crash():
+    one = stats.clustered_mean([40, 60], ["image", "image"])
+    assert one.mean == 50 and math.isnan(one.low) and math.isnan(one.high)
+    same = stats.clustered_mean([73.15] * 6, [0, 0, 1, 1, 2, 2])
+    assert same.low == same.mean == same.high == pytest.approx(73.15)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "says"),
+    [
+        ([1, math.nan], [0, 1], "1 values are not finite"),
+        ([1, math.inf], [0, 1], "1 values are not finite"),
+        ([1, 2], [0, None], "1 clusters are missing"),
+        ([], [], "not empty"),
+        ([1, 2, 3], [0, 1], "equally long"),
+    ],
+)
+def test_clustered_mean_refuses(values, clusters, says):
+    with pytest.raises(ValueError, match=says):
+        stats.clustered_mean(values, clusters)
+
+
+def test_clustered_mean_refuses_a_level_in_percent():
+    with pytest.raises(ValueError, match="level=95"):
+        stats.clustered_mean([1, 2], [0, 1], level=95)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=6, max_size=6), st.floats(-50, 50), st.permutations(range(6)))
+def test_mean_moves_with_the_values_and_ignores_their_order(values, shift, order):
+    clusters = np.array([0, 0, 1, 1, 2, 2])
+    found = stats.clustered_mean(values, clusters)
+    moved = stats.clustered_mean(np.array(values)[order] + shift, clusters[order])
+    assert moved.mean == pytest.approx(found.mean + shift, abs=1e-6)
+    assert moved.high - moved.low == pytest.approx(found.high - found.low, abs=1e-6)
+    assert found.low <= found.mean <= found.high
+
+
+def test_balanced_paired_difference_is_the_t_test_on_image_means():
+    rng = np.random.default_rng(3)
+    a = rng.uniform(20, 100, IMAGES * QUESTIONS)
+    b = a + np.repeat(rng.normal(-3, 8, IMAGES), QUESTIONS) + rng.normal(0, 4, a.size)
+    test = scipy_stats.ttest_1samp((a - b).reshape(IMAGES, QUESTIONS).mean(1), 0)
+    bounds = test.confidence_interval()
+    found = stats.paired_difference(a, b, CLUSTERS)
+    assert [found[k] for k in ("diff", "low", "high", "p")] == pytest.approx(
+        [(a - b).mean(), bounds.low, bounds.high, test.pvalue]
+    )
+    back = stats.paired_difference(b, a, CLUSTERS)
+    assert (back["diff"], back["low"], back["p"]) == pytest.approx(
+        (-found["diff"], -found["high"], found["p"])
+    )
+
+
+def test_paired_difference_without_variance():
+    clusters = [0, 1, 2, 3, 4]
+    assert stats.paired_difference([0.1] * 5, [0.1] * 5, clusters)["p"] == 1
+    shifted = stats.paired_difference([0.7] * 5, [0.4] * 5, clusters)
+    assert shifted["p"] == 2**-4 and shifted["low"] == shifted["high"] == pytest.approx(0.3)
+    rounding = stats.paired_difference([0.1 + 0.2, 0.3, 1.0], [0.3, 0.1 + 0.2, 1.0], clusters[:3])
+    assert rounding["diff"] == rounding["low"] == rounding["high"] == 0 and rounding["p"] == 1
+    assert math.isnan(stats.paired_difference([1, 2], [2, 4], [0, 0])["p"])
+    with pytest.raises(ValueError, match="a holds 2 scores and b 1"):
+        stats.paired_difference([1, 2], [1], [0, 0])
+
+
+def make_scores(shifts: dict, seed=0) -> pd.DataFrame:
+    """Answers of several methods on the same 39 images, each method a shift in points from a shared score."""
+    rng = np.random.default_rng(seed)
+    base = np.clip(rng.normal(60, 10, IMAGES)[CLUSTERS] + rng.normal(0, 5, CLUSTERS.size), 20, 80)
+    ids = [f"{c}-{q}" for q, c in enumerate(CLUSTERS)]
+    tables = [
+        pd.DataFrame({"method": method, "id": ids, "cluster": CLUSTERS,
+                      "score_percent": base + shift + np.repeat(rng.normal(0, 2, IMAGES), QUESTIONS)})
+        for method, shift in shifts.items()
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_score_table_counts_what_it_leaves_out():
+    scores = make_scores({"prune": 0, "original": 9, "broken": 0})
+    scores.loc[scores["method"] == "broken", "score_percent"] = None
+    scores.loc[scores.index[:4], "score_percent"] = math.nan  # all of image 0, one of image 1
+    table = stats.score_table(scores)
+    assert list(table.columns) == ["method", "score", "low", "high", "n", "n_images", "unparsed"]
+    assert list(table["method"]) == ["prune", "original", "broken"]
+    assert table[["n", "n_images", "unparsed"]].values.tolist() == [[113, 38, 4], [117, 39, 0], [0, 0, 117]]
+    assert table["score"][0] == pytest.approx(scores["score_percent"][4:117].mean())
+    assert table["score"].isna().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.drop(columns="cluster"), "lacks the columns"),
+        (lambda s: s.assign(score_percent=101.0), "between 0 and 100"),
+        (lambda s: pd.concat([s, s.tail(1)]), "more than one score for id"),
+    ],
+)
+def test_tables_refuse_unusable_scores(change, says):
+    scores = change(make_scores({"a": 0, "b": 1}))
+    with pytest.raises(ValueError, match=says):
+        stats.score_table(scores)
+    with pytest.raises(ValueError, match=says):
+        stats.compare(scores, [("a", "b")])
+
+
+def test_compare_adjusts_by_holm_and_finds_the_real_difference():
+    scores = make_scores({"original": 10, "same": 10, "prune": 8.9, "quantize": 0})
+    table = stats.compare(scores, [("original", "same"), ("original", "prune"), ("original", "quantize")])
+    order = np.argsort(table["p"].to_numpy())
+    by_hand, largest = np.empty(3), 0.0
+    for rank, row in enumerate(order):
+        largest = max(largest, (3 - rank) * table["p"][row])
+        by_hand[row] = min(1, largest)
+    assert table["p_holm"].to_numpy() == pytest.approx(by_hand)
+    assert (table["p_holm"] > table["p"]).any()
+    assert table["low"][2] < 10 < table["high"][2] and table["p_holm"][2] < 1e-6
+    assert table["p_holm"][0] > 0.05
+    assert list(table["n"]) == [117] * 3 and list(table["n_images"]) == [39] * 3
+
+
+def test_compare_pairs_by_id_whatever_the_order_and_counts_the_rest():
+    scores = make_scores({"a": 0, "b": -5})
+    expected = stats.compare(scores[~scores["id"].isin(["0-0", "0-1", "38-116"])], [("a", "b")])
+    gone = ((scores["method"] == "a") & (scores["id"] == "0-0")) | (
+        (scores["method"] == "b") & (scores["id"] == "38-116")
+    )
+    scores.loc[(scores["method"] == "b") & (scores["id"] == "0-1"), "score_percent"] = math.nan
+    table = stats.compare(scores[~gone].sample(frac=1, random_state=5), [("a", "b")])
+    assert table.loc[0, ["n", "unmatched", "unparsed"]].tolist() == [114, 2, 1]
+    assert table.loc[0, ["diff", "low", "high", "p"]].tolist() == pytest.approx(
+        expected.loc[0, ["diff", "low", "high", "p"]].tolist()
+    )
+
+
+def test_compare_refuses_pairs_that_cannot_be_paired():
+    scores = make_scores({"a": 0, "b": 0})
+    with pytest.raises(ValueError, match="no method 'c' among"):
+        stats.compare(scores, [("a", "c")])
+    apart = scores.copy()
+    apart.loc[apart["method"] == "b", "id"] += "x"
+    with pytest.raises(ValueError, match="'a' and 'b' share no id"):
+        stats.compare(apart, [("a", "b")])
+    moved = scores.copy()
+    moved.loc[moved["method"] == "b", "cluster"] += 1
+    with pytest.raises(ValueError, match="belongs to different images"):
+        stats.compare(moved, [("a", "b")])
+
+
+def test_scores_that_are_all_unparsed_may_be_none():
+    scores = make_scores({"a": 0, "b": 0}).assign(score_percent=None)
+    assert stats.score_table(scores)["unparsed"].tolist() == [117, 117]
+    with pytest.raises(ValueError, match="share no id that both have a score for"):
+        stats.compare(scores, [("a", "b")])
+
+
+def test_compare_of_one_image_leaves_p_open():
+    scores = make_scores({"a": 0, "b": -5})
+    table = stats.compare(scores[scores["cluster"] == 0], [("a", "b")])
+    assert math.isnan(table["p"][0]) and math.isnan(table["p_holm"][0]) and table["n_images"][0] == 1
+    assert len(stats.compare(scores, [])) == 0
+
+
+@pytest.mark.parametrize("n_images", [2, 5, 39, 120])
+@pytest.mark.parametrize("sd", [0.5, 12.0])
+def test_minimum_detectable_effect_and_images_needed_are_inverse(n_images, sd):
+    effect = stats.minimum_detectable_effect(sd, n_images)
+    assert stats.images_needed(effect, sd) == n_images
+    assert stats.images_needed(effect * 0.97, sd) > n_images
+
+
+def test_minimum_detectable_effect_scales():
+    assert stats.minimum_detectable_effect(20, 39) == pytest.approx(
+        2 * stats.minimum_detectable_effect(10, 39)
+    )
+    assert stats.minimum_detectable_effect(10, 39, power=0.9) > stats.minimum_detectable_effect(10, 39)
+    assert stats.minimum_detectable_effect(0, 39) == 0
+    assert stats.images_needed(50, 0.1) == stats.images_needed(5, 0) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: stats.minimum_detectable_effect(-1, 39), "sd_cluster_diff=-1"),
+        (lambda: stats.minimum_detectable_effect(math.nan, 39), "sd_cluster_diff=nan"),
+        (lambda: stats.minimum_detectable_effect(5, 1), "n_images=1"),
+        (lambda: stats.minimum_detectable_effect(5, 39, power=80), "power=80"),
+        (lambda: stats.images_needed(0, 5), "effect=0"),
+        (lambda: stats.simulate_detection([3.0], 39, 4), "1 cluster_diffs"),
+        (lambda: stats.simulate_detection([3.0, math.nan], 39, 4), "1 values that are not finite"),
+    ],
+)
+def test_power_refuses(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_simulated_power_agrees_with_the_formula():
+    diffs = np.random.default_rng(2).normal(3, 15, 200)
+    effect = stats.minimum_detectable_effect(diffs.std(ddof=1), 39)
+    assert stats.simulate_detection(diffs, 39, effect, draws=4000) == pytest.approx(0.8, abs=0.03)
+    assert stats.simulate_detection(diffs, 39, 0, draws=4000) == pytest.approx(0.05, abs=0.015)
+    assert stats.simulate_detection(diffs, 39, effect, seed=4) == stats.simulate_detection(
+        diffs, 39, effect, seed=4
+    )
+    assert stats.simulate_detection([2.0, 2.0], 5, 4) == 1 and stats.simulate_detection([2.0, 2.0], 5, 0) == 0
+
+
+def test_note_beside_table_5_prints_what_was_computed():
+    scores = make_scores({"a": 0, "b": -5})
+    diffs = stats.cluster_differences(scores, "a", "b")
+    assert len(diffs) == IMAGES
+    assert diffs.mean() == pytest.approx(stats.compare(scores, [("a", "b")])["diff"][0])
+    note = stats.detection_note(diffs * 5, draws=500)
+    sd = (diffs * 5).std()
+    assert f"{stats.simulate_detection(diffs * 5, 39, 4, draws=500):.0%} of 500" in note
+    assert f"would need {stats.images_needed(4, sd)} images" in note
+    assert f"{stats.minimum_detectable_effect(sd, 39):.1f} points" in note

@@ -1,0 +1,168 @@
+"""Tests for medprune.synthetic: seeds, skin tones, files, and signs that can be told apart."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medprune import synthetic
+from medprune.synthetic import CONDITIONS, SKIN_TONES, SPLITS, contact_sheet, draw, write_images
+from medprune.synthetic_canvas import bare_skin
+
+
+def pixels(condition, seed, size=64):
+    return np.asarray(draw(condition, seed, size)[0], np.float64)
+
+
+def blank_skin(monkeypatch):
+    """Take every condition's signs away, so that only its healthy skin is drawn."""
+    monkeypatch.setattr(synthetic, "_PAINTERS", dict.fromkeys(CONDITIONS, lambda skin: None))
+
+
+def features(image):
+    """Return colour quantiles and edge energies of an image (size, size, 3)."""
+    chroma = image / image.sum(-1, keepdims=True)  # takes most of the skin tone's brightness out
+    grey = image.mean(-1) / image.mean()
+    edges = [np.abs(np.diff(grey[::step, ::step], axis=axis)) for step in (1, 2, 4) for axis in (0, 1)]
+    channels = (*np.moveaxis(chroma, -1, 0), grey)
+    spread = [np.quantile(channel, (0.02, 0.1, 0.5, 0.9, 0.98)) for channel in channels]
+    return np.concatenate([*spread, [np.log(e.mean()) for e in edges], [np.log(e.std()) for e in edges]])
+
+
+def nearest_centroid_accuracy(per_condition=12):
+    """Fit class centroids on one half of the seeds and name the other half, in whitened feature space."""
+    x = np.array([[features(pixels(c, s)) for s in range(2 * per_condition)] for c in CONDITIONS])
+    fit, held_out = x[:, :per_condition], x[:, per_condition:]
+    centroids = fit.mean(1)
+    within = (fit - centroids[:, None]).reshape(-1, x.shape[-1])
+    scale = within.std(0)
+    values, axes = np.linalg.eigh(np.cov((within / scale).T) + 0.1 * np.eye(len(scale)))
+    whiten = (axes / np.sqrt(values)) / scale[:, None]
+    away = np.linalg.norm((held_out[:, :, None] - centroids) @ whiten, axis=-1)  # (true, image, candidate)
+    return (away.argmin(-1) == np.arange(len(CONDITIONS))[:, None]).mean()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_draw_repeats_itself_and_seeds_differ(condition):
+    assert np.array_equal(pixels(condition, 3), pixels(condition, 3))
+    # 9 has the tone of 3, so the skin alone would not tell the two apart by much
+    assert np.abs(pixels(condition, 3) - pixels(condition, 9)).mean() > 3
+
+
+def test_conditions_have_streams_of_their_own(monkeypatch):
+    blank_skin(monkeypatch)
+    skins = [pixels(c, 5) for c in CONDITIONS]
+    assert min(np.abs(a - b).mean() for i, a in enumerate(skins) for b in skins[:i]) > 0.5
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_every_tone_is_drawn_and_shows_the_signs(condition):
+    for seed, tone in enumerate(SKIN_TONES):
+        image, label = draw(condition, seed, 48)
+        assert (label, image.mode, image.size) == (tone, "RGB", (48, 48))
+        skin = bare_skin(np.random.default_rng(seed), 128, seed)
+        healthy = skin.colour.copy()
+        synthetic._PAINTERS[condition](skin)
+        changed = np.abs(skin.colour - healthy).mean(-1) > 12
+        assert 0.05 < changed.mean() < 0.9, f"{condition} is lost on tone {tone}, or leaves no skin"
+
+
+def test_tone_darkens_the_picture():
+    luminance = [
+        np.mean([pixels(c, seed) @ (0.299, 0.587, 0.114) for c in CONDITIONS for seed in (tone, tone + 6)])
+        for tone in range(6)
+    ]
+    assert (np.diff(luminance) < -5).all()
+    assert luminance[0] > 2.5 * luminance[5]
+
+
+def test_signs_tell_the_conditions_apart():
+    accuracy = nearest_centroid_accuracy()
+    assert accuracy > 0.9, accuracy  # chance is 0.125
+
+
+def test_without_signs_nothing_tells_the_conditions_apart(monkeypatch):
+    blank_skin(monkeypatch)
+    assert nearest_centroid_accuracy() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: draw("acne", 0), "'acne'.*rosacea.*seborrheic keratosis"),
+        (lambda: draw("Melanoma", 0), "'Melanoma'"),
+        (lambda: draw("melanoma", 0, size=31), "31.*32"),
+        (lambda: draw("melanoma", -1), "-1"),
+    ],
+)
+def test_draw_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "'dev'.*train"),
+        ({"n_per_condition": 0}, "n_per_condition is 0"),
+        ({"size": 16}, "16"),
+        ({"seed": -2}, "-2"),
+    ],
+)
+def test_write_images_refuses_and_writes_nothing(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        write_images(tmp_path, **{"n_per_condition": 1, **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_images_lays_out_files_and_rows(tmp_path):
+    rows = write_images(tmp_path, 6, size=32, split="test")
+    assert len(rows) == 6 * len(CONDITIONS)
+    assert {row["split"] for row in rows} == {"test"}
+    for condition in CONDITIONS:
+        mine = [row for row in rows if row["condition"] == condition]
+        assert {row["skin_tone"] for row in mine} == set(SKIN_TONES)
+        home = tmp_path / condition.replace(" ", "_")
+        assert [row["path"] for row in mine] == [str(home / f"test-{i:04d}.png") for i in range(6)]
+    assert sorted(str(p) for p in tmp_path.rglob("*.*")) == sorted(row["path"] for row in rows)
+    row = rows[8]
+    with Image.open(row["path"]) as image:
+        seed = int(image.info["Comment"].split("seed ")[1].split(",")[0])
+        again, tone = draw(row["condition"], seed, 32)
+        assert image.info["Comment"].startswith("synthetic") and tone == row["skin_tone"]
+        assert np.array_equal(np.asarray(image), np.asarray(again))
+
+
+def test_splits_and_seeds_share_no_image(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(synthetic, "draw", lambda c, seed, size: used.append((c, seed)) or draw(c, 0, 32))
+    monkeypatch.setattr(synthetic, "CONDITIONS", ("melanoma",))
+    for seed in (0, 1, 2):
+        for split in SPLITS:
+            write_images(tmp_path / f"{seed}", 5, size=32, seed=seed, split=split)
+    assert len(used) == len(set(used)) == 3 * len(SPLITS) * 5
+    # the seed blocks are a million apart, and more images than that are refused
+    assert np.diff(np.unique([seed // 1_000_000 for _, seed in used])).tolist() == [1] * 8
+    with pytest.raises(ValueError, match="1000001"):
+        write_images(tmp_path, 1_000_001)
+
+
+def test_write_images_keeps_whole_files_and_redraws_the_rest(tmp_path):
+    rows = write_images(tmp_path, 2, size=32)
+    paths = [tmp_path.joinpath(row["path"]) for row in rows]
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(whole[0][: len(whole[0]) // 2])  # a run killed by a full disk
+    paths[1].write_bytes(b"no picture")
+    paths[2].unlink()
+    Image.new("RGB", (32, 32)).save(paths[3])  # somebody else's image
+    times = {path: path.stat().st_mtime_ns for path in paths[4:]}
+    assert write_images(tmp_path, 2, size=32) == rows
+    assert [path.read_bytes() for path in paths] == whole
+    assert {path: path.stat().st_mtime_ns for path in paths[4:]} == times
+    write_images(tmp_path, 2, size=32, seed=1)
+    assert all(path.read_bytes() != old for path, old in zip(paths, whole, strict=True))
+
+
+def test_contact_sheet_has_a_row_per_condition():
+    sheet = contact_sheet(2, 40)
+    assert sheet.size == (80, 320)
+    assert np.array_equal(np.asarray(sheet)[40:80, 40:], np.asarray(draw(CONDITIONS[1], 1, 40)[0]))
