@@ -31,9 +31,13 @@ def _parameters(pairs: list[tuple[str, str]]) -> dict:
 def run(
     profile: Annotated[str, typer.Option(help="smoke, local, t4 or auto")] = "auto",
     name: Annotated[str, typer.Option(help="the run's folder under runs/")] = "demo",
-    images: Annotated[str | None, typer.Option(help="folder or table of photographs instead of synthetic images")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="folder or table of photographs instead of synthetic images")
+    ] = None,
     start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
-    parameter: Annotated[list[tuple[str, str]] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")] = None,
+    parameter: Annotated[
+        list[tuple[str, str]] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")
+    ] = None,
     runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
 ) -> None:
     """Run the notebooks in order, going on where an earlier run stopped."""
@@ -45,6 +49,26 @@ def run(
         values["images"] = images if images == "synthetic" else str(Path(images).absolute())
     root = run_series(name, profile, start, values, runs_dir, say=lambda s: typer.echo(s, err=True))
     typer.echo(closing_text(root))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a LLaVA folder or a config.json")
+    ] = "llava-1.5-7b",
+    remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
+    bits: Annotated[float, typer.Option(help="bits per block weight: 3, 4, 8 or 16")] = 16,
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
+    context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
+    bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Print parameters, bytes, KV cache and the floor in ms/token, from a configuration, without weights."""
+    from medprune.accounting import plan_json, plan_text
+
+    write = plan_json if as_json else plan_text
+    removes = list(remove or (0, 2, 4, 7, 8, 9, 10))
+    typer.echo(write(model, removes, bits=bits, group_size=group_size, context=context, bandwidth=bandwidth))
 
 
 @app.command()

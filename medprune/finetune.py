@@ -123,7 +123,9 @@ def add_lora(model, r: int, alpha: int) -> PeftModel:
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
-    return get_peft_model(model, config)
+    # On a GPU the adapters train in float32 under autocast; on CPU everything stays in the model's bfloat16.
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
 
 
 def train(model, processor, items, folder: Path, config, steps: int, callbacks=()) -> list[dict]:

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from medprune.artifacts import Units
+from medprune.data import open_image
 from medprune.finetune import IGNORED, collator, encode_conversation
 from medprune.generate import Answer, answer, encode, prompt_text
-from medprune.data import open_image
 from medprune.model import parts
+from medprune.progress import progress
 
 
 def output_similarity(model, processor, rows, embed, blocks, units: Units, max_new_tokens: int, batch_rows: int):
@@ -31,7 +31,7 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
     todo = [b for b in blocks if f"block {b}" not in units]
     n_images = len({r["path"] for r in rows})
     step = max(1, batch_rows // n_images)
-    for start in tqdm(range(0, len(todo), step), desc="blocks left out", unit="batch"):
+    for start in range(0, len(todo), step):
         chunk = todo[start : start + step]
         said = answer(
             model, processor, rows * len(chunk), max_new_tokens, batch_rows,
@@ -147,19 +147,25 @@ def leave_one_out_logits(model, batch: dict, blocks):
 
 def perplexity(model, batch: dict, blocks) -> dict[int, float]:
     """Score blocks by the loss (nats a token) on the reference answers without them (shortened-llm, Kim 2024)."""
-    return {b: float(-logp.gather(1, y[:, None]).mean())
-            for b, logp, y in tqdm(leave_one_out_logits(model, batch, blocks), "perplexity", len(blocks) + 1, leave=False)
-            if b is not None}  # fmt: skip
+    scores = {}
+    with progress(len(blocks), "perplexity", "block") as bar:
+        for b, logp, y in leave_one_out_logits(model, batch, blocks):
+            if b is not None:
+                scores[b] = float(-logp.gather(1, y[:, None]).mean())
+                bar.update()
+    return scores
 
 
 def logit_divergence(model, batch: dict, blocks) -> dict[int, float]:
     """Score blocks by KL(p || p without the block) of next tokens (nats), on the original's own answers."""
     scores, original = {}, None
-    for b, logp, _ in tqdm(leave_one_out_logits(model, batch, blocks), "logit divergence", len(blocks) + 1, leave=False):
-        if b is None:
-            original = logp
-        else:
+    with progress(len(blocks), "logit divergence", "block") as bar:
+        for b, logp, _ in leave_one_out_logits(model, batch, blocks):
+            if b is None:
+                original = logp
+                continue
             scores[b] = float((original.exp() * (original - logp)).sum(-1).mean())
+            bar.update()
     return scores
 
 

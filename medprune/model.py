@@ -52,6 +52,9 @@ class Parts:
 
 
 def parts(model: LlavaForConditionalGeneration) -> Parts:
+    """Return the parts of a LLaVA, also of one that peft has wrapped."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
     inner = model.model
     return Parts(
         inner.vision_tower, inner.multi_modal_projector, inner.language_model, inner.language_model.layers, model.lm_head

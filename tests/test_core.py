@@ -1,0 +1,230 @@
+"""The tiny LLaVA through generation, the leave-one-out batch, pruning and its gate, LoRA training and merging."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+
+from medprune.artifacts import Units
+from medprune.config import resolve
+from medprune.conversations import load_conditions
+from medprune.finetune import IGNORED, add_lora, answer_loss, collator, encode_conversation, merge, save, train
+from medprune.generate import answer, prompt_text
+from medprune.importance import (
+    block_influence,
+    leave_one_out_logits,
+    magnitude,
+    output_similarity,
+    removal_order,
+    teacher_batch,
+)
+from medprune.model import load, parts, prepare_base
+from medprune.prune import apply_plan, check_kept, load_plan, load_pruned, make_plan
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = prepare_base(resolve("smoke"))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture
+def tiny(base):
+    return load(base, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    found = []
+    for n, colour in enumerate(("red", "navy", "tan")):
+        Image.new("RGB", (40, 48), colour).save(folder / f"{n}.png")
+        for question in ("What is the name of this disease?", "How is it treated?", "And the signs?"):
+            found.append({"id": f"{n}{question}", "path": str(folder / f"{n}.png"), "question": question})
+    return found
+
+
+def test_answers_equal_those_of_transformers_generate(tiny, rows):
+    model, processor = tiny
+    ours = answer(model, processor, rows, max_new_tokens=10, batch_rows=4)
+    for row, said in zip(rows, ours, strict=True):
+        batch = processor(
+            text=prompt_text(processor, row["question"]), images=Image.open(row["path"]), return_tensors="pt"
+        )
+        out = model.generate(**batch, max_new_tokens=10, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert said.text == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_leave_one_out_batch_says_what_each_pruned_model_says(tiny, rows):
+    model, processor = tiny
+    blocks = range(6)
+    together = answer(model, processor, rows * 6, 8, batch_rows=7, skip=[b for b in blocks for _ in rows])
+    assert len({a.text for a in together}) > 6, "the test needs answers that differ"
+    for b in blocks:
+        pruned = copy.deepcopy(model)
+        apply_plan(pruned, make_plan(pruned.config, [b], "", protect=()))
+        alone = answer(pruned, processor, rows, 8, batch_rows=7)
+        assert alone == together[b * len(rows) : (b + 1) * len(rows)]
+
+
+def test_output_similarity_resumes_without_asking_again(tiny, rows, tmp_path, monkeypatch):
+    model, processor = tiny
+
+    def embed(texts):
+        vectors = torch.tensor([[len(t), t.count(" "), 1.0] for t in texts])
+        return (vectors / vectors.norm(dim=1, keepdim=True)).numpy()
+
+    units = Units(tmp_path / "units.jsonl", "x")
+    first = output_similarity(model, processor, rows, embed, [2, 3], units, 6, 3)
+    with open(tmp_path / "units.jsonl", "a") as f:
+        f.write('{"context": "x", "key": "blo')  # a kill in the middle of a line
+    monkeypatch.setattr("medprune.importance.answer", None)
+    again = output_similarity(model, processor, rows, embed, [2, 3], Units(tmp_path / "units.jsonl", "x"), 6, 3)
+    assert first.equals(again)
+    assert first.importance_score.between(0, 2).all()
+
+
+def test_teacher_forced_leave_one_out_equals_pruned_models(tiny, rows):
+    model, processor = tiny
+    batch = teacher_batch(processor, rows[:3], ["This is rosacea.", "Emollients.", "A plaque."], torch.float32)
+    found = {b: logp for b, logp, _ in leave_one_out_logits(model, dict(batch), range(6))}
+    for b in range(6):
+        pruned = copy.deepcopy(model)
+        apply_plan(pruned, make_plan(pruned.config, [b], "", protect=()))
+        _, expected, _ = next(iter(leave_one_out_logits(pruned, dict(batch), [])))
+        torch.testing.assert_close(found[b], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows):
+    model, processor = tiny
+    for parameter in parts(model).blocks[3].parameters():
+        parameter.data.mul_(3)
+    batch = teacher_batch(processor, rows[:3], ["This is rosacea."] * 3, torch.float32)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    influence = block_influence(model, inputs)
+    assert influence.importance_score.idxmax() == 3
+    scores = magnitude(model)
+    assert max(scores, key=scores.get) == 3
+    assert removal_order(scores, (0, 5))[-1] == 3
+
+
+def test_empty_plan_changes_no_bit_and_a_saved_pruned_model_is_checked(tiny, base, rows, tmp_path):
+    model, processor = tiny
+    batch = teacher_batch(processor, rows[:2], ["Yes.", "No."], torch.float32)
+    kept_logits = batch.pop("logits_to_keep"), batch.pop("labels")
+    before = model(**batch).logits
+    apply_plan(model, make_plan(model.config, [], ""))
+    assert torch.equal(before, model(**batch).logits) and kept_logits
+    plan = make_plan(model.config, [2, 3], "base")
+    apply_plan(model, plan)
+    said = answer(model, processor, rows, 6)
+    save(model, processor, tmp_path / "pruned")
+    plan.save(tmp_path / "plan.json")
+    again, processor = load_pruned(tmp_path / "pruned", load_plan(tmp_path / "plan.json"), base, dtype=torch.float32)
+    assert answer(again, processor, rows, 6) == said
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "drop", "rename"])
+def test_gate_refuses_a_damaged_tensor_by_name(tiny, damage):
+    model, _ = tiny
+    source = dict(model.state_dict())
+    plan = make_plan(model.config, [2], "")
+    apply_plan(model, plan)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    name = "model.language_model.layers.3.mlp.up_proj.weight"
+    tensor = state.pop(name)
+    if damage == "corrupt":
+        state[name] = tensor.clone()
+        state[name][0, 0] += 1e-6
+    elif damage == "rename":
+        state[name.replace("up_proj", "upp_proj")] = tensor
+    with pytest.raises(ValueError, match="layers.[34].mlp.upp?_proj.weight"):
+        check_kept(state, source, plan)
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"), [([0], "protected"), ([5], "protected"), ([9], "out of range"), ([2, 2], "twice")]
+)
+def test_plan_refuses_blocks_in_one_sentence(tiny, removed, words):
+    with pytest.raises(ValueError, match=words):
+        make_plan(tiny[0].config, removed, "")
+
+
+def test_checkpoint_with_a_missing_tensor_is_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, processor = tiny
+    save(model, processor, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = next(n for n in tensors if "down_proj" in n)
+    del tensors[name]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks .*down_proj"):
+        load(tmp_path / "m")
+
+
+def _conversation():
+    facts = load_conditions()["rosacea"]["answers"]
+    text = lambda s: [{"type": "text", "text": s}]  # noqa: E731
+    return [
+        {"role": "user", "content": [{"type": "image"}, *text("What is it?")]},
+        {"role": "assistant", "content": text(facts["name"])},
+        {"role": "user", "content": text("How is it treated?")},
+        {"role": "assistant", "content": text(facts["treatment"])},
+    ]
+
+
+def test_loss_falls_on_answers_and_their_end_only(tiny):
+    _, processor = tiny
+    encoded = encode_conversation(processor, _conversation())
+    said = processor.tokenizer.decode(encoded["input_ids"][encoded["labels"] != IGNORED])
+    facts = load_conditions()["rosacea"]["answers"]
+    assert said == f"{facts['name']}<|im_end|>{facts['treatment']}<|im_end|>"
+
+
+def test_kept_logits_give_the_loss_of_transformers(tiny, rows):
+    model, processor = tiny
+    item = encode_conversation(processor, _conversation())
+    short = {k: v[: len(v) // 2] for k, v in item.items()}
+    pixels = {"pixel_values": torch.zeros(3, 32, 32)}
+    batch = collator(processor.tokenizer.pad_token_id)([item | pixels, short | pixels])
+    labels = batch.pop("labels")
+    ours = answer_loss(model(**batch), labels)
+    full = torch.full_like(batch["input_ids"], IGNORED)
+    full[0, : len(item["labels"])] = item["labels"]
+    full[1, : len(short["labels"])] = short["labels"]
+    del batch["logits_to_keep"]
+    torch.testing.assert_close(ours, model(**batch, labels=full).loss)
+
+
+def test_training_resumes_to_the_same_weights_and_merges_clean(base, rows, tmp_path):
+    config = resolve("smoke", sft_steps=4, save_every=2, learning_rate=1e-2)
+    items = [(r["path"], _conversation()) for r in rows]
+
+    def run(folder, stop=None):
+        model, processor = load(base)
+        torch.manual_seed(0)
+        model = add_lora(model, 4, 8)
+        if stop:
+            from transformers import TrainerCallback
+
+            class Kill(TrainerCallback):
+                def on_step_end(self, args, state, control, **_):
+                    if state.global_step == stop:
+                        raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                train(model, processor, items, folder, config, 4, [Kill()])
+            return run(folder)
+        curve = train(model, processor, items, folder, config, 4)
+        adapted = answer(model, processor, rows[:2], 5)
+        merged = merge(model)
+        assert len(adapted) == 2 and curve[-1]["loss"] < curve[0]["loss"]
+        return merged.state_dict()
+
+    whole, resumed = run(tmp_path / "a"), run(tmp_path / "b", stop=3)
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
