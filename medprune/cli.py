@@ -1,6 +1,7 @@
-"""`medprune run / plan / compare / preflight / publish`. Every error a user can cause is one sentence and exit status 2."""
+"""`medprune run / plan / publish`. Every error a user can cause is one sentence and exit status 2."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +12,29 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 def main() -> None:
     try:
-        app()
+        app(_join_parameters(sys.argv[1:]))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         typer.echo(f"medprune: {error}", err=True)
         raise SystemExit(2) from None
 
 
-def _parameters(pairs: list[tuple[str, str]]) -> dict:
+def _join_parameters(words: list[str]) -> list[str]:
+    """Write "-p NAME VALUE", as papermill has it, as "-p NAME=VALUE", which is one option to typer."""
+    words, joined = list(words), []
+    while words:
+        word = words.pop(0)
+        joined.append(word)
+        if word == "-p" and len(words) > 1 and "=" not in words[0]:
+            joined.append(f"{words.pop(0)}={words.pop(0)}")
+    return joined
+
+
+def _parameters(pairs: list[str]) -> dict:
     values = {}
-    for name, text in pairs:
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"-p {pair} has no value: write -p NAME VALUE.")
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -36,7 +51,7 @@ def run(
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
     parameter: Annotated[
-        list[tuple[str, str]] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")
+        list[str] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")
     ] = None,
     runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
 ) -> None:

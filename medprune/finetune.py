@@ -5,6 +5,7 @@ their end of sequence only. The projector is trained along, as an assembled base
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,10 @@ def add_lora(model, r: int, alpha: int) -> PeftModel:
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
     # On a GPU the adapters train in float32 under autocast; on CPU everything stays in the model's bfloat16.
     on_gpu = next(model.parameters()).device.type == "cuda"
-    return get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
+    # The Trainer resumes through load_adapter, whose default would go on in float32 and end elsewhere.
+    wrapped.load_adapter = partial(wrapped.load_adapter, autocast_adapter_dtype=on_gpu)
+    return wrapped
 
 
 def train(model, processor, items, folder: Path, config, steps: int, callbacks=()) -> list[dict]:
