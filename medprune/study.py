@@ -1,0 +1,109 @@
+"""What several notebooks share: a run's images and splits, the base model, answering and judging one model."""
+
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from medprune import data, finetune, generate, judge, judge_chat, model, synthetic
+from medprune.artifacts import Run, Units, fingerprint, read_json, write_json
+from medprune.config import Profile, settings
+
+
+def gather_images(config: Profile, run: Run, conditions: dict):
+    """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
+    if config.images != "synthetic":
+        return data.load_images(config.images, conditions)
+    folder = run.dir / "images"
+    records = []
+    for split, n in (("train", config.n_train), ("test", config.n_test)):
+        if n is None or n % len(synthetic.CONDITIONS):
+            raise ValueError(f"n_{split}={n} must be a multiple of {len(synthetic.CONDITIONS)} for synthetic images.")
+        rows = synthetic.write_images(folder, n // len(synthetic.CONDITIONS), config.image_size, config.seed, split)
+        for row in rows:
+            path = Path(row["path"])
+            key = f"{split}/{path.parent.name}/{path.name}"
+            records.append(data.Record(key, str(path), row["condition"], split, None, row["skin_tone"]))
+    return records, pd.DataFrame({"key": [], "reason": []})
+
+
+def save_splits(run: Run, splits: dict) -> None:
+    write_json(run.dir / "splits.json", {name: [asdict(r) for r in records] for name, records in splits.items()})
+
+
+def load_splits(run: Run) -> dict:
+    """Return {"train": records, "test": records} as notebook 01 made them."""
+    raw = read_json(run.of("01_finetune") / "splits.json")
+    return {name: [data.Record(**r) for r in records] for name, records in raw.items()}
+
+
+def prepare_tuned_tower(config: Profile, run: Run, records, conditions: dict) -> str:
+    """Return the base model's folder; an assembled base gets its vision tower trained first, once per run."""
+    base = model.prepare_base(config)
+    if not config.vision_steps or base == config.base:
+        return base
+    context = fingerprint(base, config.vision_steps, config.seed, [r.key for r in records], [r.path for r in records])
+    folder, marker = run.dir / "base", run.dir / "vision_tower.json"
+    if not (marker.exists() and read_json(marker)["context"] == context and (folder / "config.json").exists()):
+        llava, processor = model.load(base)
+        curve = finetune.train_vision_tower(llava, processor, records, conditions, config.vision_steps, config.seed)
+        finetune.save(llava, processor, folder)
+        write_json(marker, {"context": context, "curve": curve})
+    return str(folder)
+
+
+def make_judge(config: Profile, conditions: dict) -> judge.Judge:
+    """Return the judge that the profile names: the offline reference, a server, or a chat model in process."""
+    if config.judge == "reference":
+        return judge.reference_judge(conditions, model.load_embedder(config))
+    if config.judge == "server":
+        if not (config.judge_url and config.judge_model):
+            raise ValueError('judge="server" needs judge_url and judge_model.')
+        return judge_chat.server_judge(config.judge_url, config.judge_model)
+    return judge_chat.chat_judge(config.judge, quantize_4bit=config.judge_bits == 4)
+
+
+def evaluate(llava, processor, label: str, questions: list[dict], units: Units, config: Profile):
+    """Answer the test questions and time one answer; return (rows, {"ms_per_token", "peak_bytes", "weight_bytes"})."""
+    rows = generate.answer_rows(llava, processor, questions, label, units, config)
+    key = f"{label} speed"
+    if key not in units:
+        measured = generate.measure_decoding(llava, processor, questions[0])
+        units.add(key, measured | {"weight_bytes": model.weight_bytes(llava)})
+    return rows, units[key]
+
+
+def judged(rows: list[dict], chosen: judge.Judge, run: Run) -> pd.DataFrame:
+    """Return the rows as a table with judge scores; `cluster` is the image, which three questions share."""
+    scores = judge.judge_answers(rows, chosen, run.root / "judgements.jsonl", progress=False)
+    table = pd.DataFrame(rows).drop(columns=["path"])
+    table = pd.concat([table, scores.drop(columns=["id"])], axis=1)
+    return table.assign(cluster=table["key"])
+
+
+def answers_context(config: Profile, model_fingerprint: str, questions: list[dict]) -> str:
+    """Return the context of a model's answers: everything that decides them but the label's own changes."""
+    asked = [(q["id"], q["question"], q["path"]) for q in questions]
+    chosen = settings(config)
+    return fingerprint(model_fingerprint, asked, chosen["max_new_tokens"])
+
+
+def figure_images(records, per_condition: int = 6):
+    """Return a figure of some images of each condition."""
+    groups = defaultdict(list)
+    for r in records:
+        groups[r.condition].append(r)
+    figure, axes = plt.subplots(
+        len(groups), per_condition, figsize=(1.5 * per_condition, 1.6 * len(groups)), squeeze=False
+    )
+    for line, (condition, members) in zip(axes, sorted(groups.items()), strict=True):
+        for ax in line:
+            ax.axis("off")
+        for ax, record in zip(line, members, strict=False):
+            ax.imshow(data.open_image(record.path))
+        line[0].set_title(condition, loc="left", fontsize=9)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
