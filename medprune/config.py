@@ -74,7 +74,7 @@ PROFILES = {
     "smoke": Profile(
         name="smoke", n_train=24, n_test=8, image_size=64, base="tiny", vision_steps=4, sft_steps=4,
         recovery_steps=2, save_every=2, batch_size=2, max_new_tokens=12, n_calibration=2, calibration_tokens=8,
-        blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=2,
+        blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4,
     ),
     "local": Profile(name="local", n_train=240, n_test=40, vision_steps=160),
     "t4": Profile(

@@ -1,13 +1,15 @@
 """What several notebooks share: a run's images and splits, the base model, answering and judging one model."""
 
+import random
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 
-from medprune import data, finetune, generate, judge, judge_chat, model, synthetic
+from medprune import conversations, data, finetune, generate, judge, judge_chat, model, synthetic
 from medprune.artifacts import Run, Units, fingerprint, read_json, write_json
 from medprune.config import Profile, settings
 
@@ -107,3 +109,16 @@ def figure_images(records, per_condition: int = 6):
     figure.tight_layout()
     plt.close(figure)
     return figure
+
+
+def quantization_batch(processor, records, conditions: dict, questions: dict, dtype, seed: int) -> dict:
+    """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration."""
+    rng = random.Random(seed)
+    ids = [
+        finetune.encode_conversation(processor, conversations.conversation(r, conditions, questions, rng))["input_ids"]
+        for r in records
+    ]
+    images = [data.open_image(r.path) for r in records]
+    pixels = generate.encode(processor, [generate.prompt_text(processor, "")] * len(images), images, dtype)
+    shortest = min(map(len, ids))
+    return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
