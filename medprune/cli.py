@@ -57,7 +57,7 @@ def run(
 ) -> None:
     """Run the notebooks in order, going on where an earlier run stopped."""
     from medprune.pipeline import run_series
-    from medprune.report import closing_text
+    from medprune.study import closing_text
 
     values = _parameters(parameter or [])
     if images is not None:

@@ -122,3 +122,9 @@ def quantization_batch(processor, records, conditions: dict, questions: dict, dt
     pixels = generate.encode(processor, [generate.prompt_text(processor, "")] * len(images), images, dtype)
     shortest = min(map(len, ids))
     return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
+
+
+def closing_text(root: Path) -> str:
+    """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
+    folder = root / "06_judge_eval"
+    return f"{pd.read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
