@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup
+.PHONY: test lint setup demo lab
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -16,5 +16,11 @@ $(READY): requirements.lock pyproject.toml
 test: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
 
+demo: $(READY)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
 lint: $(READY)
-	$(BIN)/ruff check medprune tests
+	$(BIN)/ruff check medprune tests notebooks
