@@ -15,6 +15,9 @@ $(READY): requirements.lock pyproject.toml
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MEDPRUNE_PROFILE=smoke MEDPRUNE_RUNS="$$runs" \
+	$(BIN)/python -m pytest -q --nbval notebooks
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo

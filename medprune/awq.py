@@ -5,20 +5,31 @@ this transformers or a CPU breaks. What comes out are `PackedLinear` layers with
 """
 
 import warnings
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from medprune.model import parts
 from medprune.packed import PackedLinear
+from medprune.progress import progress
 
 with warnings.catch_warnings(record=True):  # awq announces its deprecation, and turns such warnings on for everyone
     from awq.models._config import AwqConfig
     from awq.models.llava import LlavaAWQForCausalLM
+    from awq.quantize import quantizer as autoawq
     from awq.quantize.quantizer import AwqQuantizer
     from awq.utils.module import get_op_name
 
 N_GRID = 20  # ratios 0, 0.05 ... 0.95 that autoawq tries: alpha of the paper's equation 5
+
+
+def _bar(numbers, desc):
+    """Stand in for the tqdm of autoawq's loop over blocks, which would print where it likes."""
+    with progress(len(numbers), desc, "block") as bar:
+        for number in numbers:
+            yield number
+            bar.update()
 
 
 class _Captured(Exception):
@@ -149,9 +160,10 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int) -> dict:
     """
     device = model.device
     adapter = _Llava(model, "llava", False, model.config, AwqConfig(), None)
-    adapter.quantize(
-        quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
-        calib_data=batch, quantizer_cls=_Quantizer,
-    )  # fmt: skip
+    with patch.object(autoawq, "tqdm", _bar):
+        adapter.quantize(
+            quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
+            calib_data=batch, quantizer_cls=_Quantizer,
+        )  # fmt: skip
     model.to(device)
     return {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": adapter.quantizer.loss_curves}

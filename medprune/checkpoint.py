@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.artifacts import read_json, write_folder, write_text
-from medprune.model import SKIP_QUANTIZATION, check_loading
+from medprune.model import GROUPED, SKIP_QUANTIZATION, check_loading
 from medprune.packed import PackedLinear, from_awq, to_awq
 from medprune.quantize import is_quantized, target_linears
 
@@ -74,7 +74,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True
         )
         check_loading(report, folder)
-        return model.eval()
+        return _ready(model, device)
     if config["quant_method"] not in ("awq", _FORMAT):
         raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
     tensors = {_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
@@ -96,7 +96,14 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
     _fill(model, tensors, folder)
     for name, layer in hqq_layers.items():
         model.set_submodule(name, layer)
-    return model.to(device).eval()
+    return _ready(model.to(device), device)
+
+
+def _ready(model, device: str):
+    """Return the model in eval mode, with the attention that `model.load` gives it on this device."""
+    if device == "cpu":
+        model.set_attn_implementation({"text_config": GROUPED})
+    return model.eval()
 
 
 def _restore_nf4(model) -> None:

@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def main() -> None:
     try:
         app(_join_parameters(sys.argv[1:]))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"medprune: {error}", err=True)
         raise SystemExit(2) from None
 
@@ -56,8 +56,7 @@ def run(
     runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
 ) -> None:
     """Run the notebooks in order, going on where an earlier run stopped."""
-    from medprune.pipeline import run_series
-    from medprune.study import closing_text
+    from medprune.pipeline import closing_text, run_series
 
     values = _parameters(parameter or [])
     if images is not None:

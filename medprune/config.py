@@ -12,6 +12,7 @@ from typing import get_args
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
+N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
 METHODS = ("awq", "bnb", "hqq", "rtn")
 CRITERIA = (
     "output_similarity",
@@ -43,13 +44,14 @@ class Profile:
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
     lora_r: int = 16
     lora_alpha: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3  # of the adapters; the projector's is a tenth
+    multi_turn: bool = False  # True: later questions see earlier answers, as in the paper
     batch_size: int = 4  # conversations per optimizer step
     sft_steps: int = 80
     recovery_steps: int = 40
     save_every: int = 20  # steps between checkpoints
     # answers
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
     batch_rows: int = 128  # answers decoded at once
     # importance and pruning
     criteria: tuple[str, ...] = ("output_similarity", "magnitude")
@@ -68,6 +70,7 @@ class Profile:
     judge_model: str | None = None
     judge_url: str | None = None
     judge_bits: int = 16
+    card_images: int = 8  # test images whose answers the judge card is made of
 
 
 PROFILES = {
@@ -76,10 +79,11 @@ PROFILES = {
         recovery_steps=2, save_every=2, batch_size=2, max_new_tokens=12, n_calibration=2, calibration_tokens=8,
         blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4,
     ),
-    "local": Profile(name="local", n_train=240, n_test=40, vision_steps=160),
+    "local": Profile(name="local", n_train=240, n_test=40, vision_steps=300, batch_size=2, learning_rate=2e-3,
+                     sft_steps=90, recovery_steps=30, awq_rows=4),
     "t4": Profile(
         name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
-        base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, batch_size=8,
+        base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
         sft_steps=434, recovery_steps=217, save_every=50, max_new_tokens=200, batch_rows=6, n_calibration=27,
         calibration_tokens=64, blocks_removed=(0, 2, 4, 7, 8, 9, 10), recover=(7, 9), awq_rows=32,
         methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
@@ -87,29 +91,43 @@ PROFILES = {
 }  # fmt: skip
 
 
-def resolve(profile: str = "auto", **overrides) -> Profile:
-    """Return the settings of `profile` with every override that is not None put in.
+def resolve(profile: str = "auto", others: dict | None = None, **overrides) -> Profile:
+    """Return the settings of `profile` with every override that is not None put in, those of `others` first.
 
     "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Lists become tuples, so that
-    papermill's JSON values fit. Raises ValueError naming the choices for an unknown profile or setting, and the
-    reason for a value that cannot be.
+    papermill's JSON values fit. Where blocks_removed is given and recover is not, the profile's counts that are among
+    them are recovered, or else the largest. Raises ValueError naming the choices for an unknown profile or setting,
+    and the reason for a value that cannot be.
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or ("t4" if _has_cuda() else "local")
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
+    if not isinstance(others, dict | None):
+        raise ValueError(f'settings={others!r} must be a dict such as {{"batch_rows": 8}}.')
     names = {f.name: f for f in fields(Profile)}
     values = {}
-    for name, value in overrides.items():
+    for name, value in [*(others or {}).items(), *overrides.items()]:
         if name not in names or name == "name":
             near = get_close_matches(name, names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else f": choose among {', '.join(list(names)[1:])}"
             raise ValueError(f"setting {name!r} is not known{hint}.")
         if value is not None:
             values[name] = _fit(name, value, names[name].type)
+    if "blocks_removed" in values and "recover" not in values:
+        counts = values["blocks_removed"]
+        values["recover"] = tuple(n for n in PROFILES[profile].recover if n in counts) or (max(counts, default=0),)
     config = replace(PROFILES[profile], **values)
     _check(config)
     return config
+
+
+def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return protected block numbers of a model of n_blocks, counted from 0; negative ones count from the end."""
+    for b in blocks:
+        if not -n_blocks <= b < n_blocks:
+            raise ValueError(f"protected_blocks has {b}, but the model's blocks are 0 to {n_blocks - 1}.")
+    return tuple(sorted({b % n_blocks for b in blocks}))
 
 
 def settings(config: Profile) -> dict:
@@ -150,14 +168,30 @@ def _check(c: Profile) -> None:
         raise ValueError(f"bits={c.bits} must be 3, 4 or 8.")
     if c.base_bits not in (4, 16):
         raise ValueError(f"base_bits={c.base_bits} must be 4 (QLoRA) or 16.")
+    if c.judge_bits not in (4, 16):
+        raise ValueError(f"judge_bits={c.judge_bits} must be 4 or 16.")
+    if c.judge == "server" and not (c.judge_url and c.judge_model):
+        raise ValueError('judge="server" needs judge_url and judge_model.')
     for name, chosen, choices in (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA)):
         for value in chosen:
             if value not in choices:
                 raise ValueError(f"{name} has {value!r}: choose among {', '.join(choices)}.")
     if "output_similarity" not in c.criteria:
         raise ValueError("criteria must hold output_similarity, whose order notebook 03 prunes by.")
+    if "awq" not in c.methods:
+        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if c.awq_rows < 4:
+        raise ValueError(f"awq_rows={c.awq_rows} must be 4 or more.")
     for n in (*c.blocks_removed, *c.recover):
         if n < 0:
             raise ValueError(f"blocks_removed and recover hold counts of blocks, so {n} cannot be: use 0 or more.")
-    if not set(c.recover) <= set(c.blocks_removed):
-        raise ValueError(f"recover={list(c.recover)} must be among blocks_removed={list(c.blocks_removed)}.")
+    if not c.recover or 0 in c.recover or not set(c.recover) <= set(c.blocks_removed):
+        raise ValueError(
+            f"recover={list(c.recover)} must hold counts above 0 that are among blocks_removed={list(c.blocks_removed)}."
+        )
+    for name in ("n_train", "n_test"):
+        n = getattr(c, name)
+        if n is not None and n <= 0:
+            raise ValueError(f"{name}={n} must be greater than 0.")
+        if c.images == "synthetic" and (n is None or n % N_CONDITIONS):
+            raise ValueError(f"{name}={n} must be a multiple of {N_CONDITIONS} for synthetic images.")

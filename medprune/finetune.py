@@ -4,23 +4,30 @@ The paper: QLoRA with r 16 and alpha 8 on multi-turn conversations about an imag
 their end of sequence only. The projector is trained along, as an assembled base's starts at random.
 """
 
+import copy
 import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medprune.artifacts import write_folder
 from medprune.data import open_image
 from medprune.generate import encode, prompt_text
 from medprune.model import parts
+from medprune.progress import progress
 
 IGNORED = -100  # label of a token that carries no loss
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -62,6 +69,28 @@ def encode_conversation(processor, messages: list[dict]) -> dict:
     return {"input_ids": ids, "labels": labels}
 
 
+def encode_questions(processor, messages: list[dict]) -> dict:
+    """Return input_ids, labels and turns (seq,) of a conversation whose questions do not see one another.
+
+    The image stands once, as turn 0; each question and answer, numbered from 1, sees it and itself (`collator` makes
+    the mask and the positions), as the test asks them. In a plain conversation only the first answer has to be found
+    in the image: the later ones can be told from what was said before.
+    """
+    opening = next(p for p in messages[0]["content"] if p["type"] == "image")
+    parts_of, image_token = [], processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    for asked, said in zip(messages[::2], messages[1::2], strict=True):
+        text = [p for p in asked["content"] if p["type"] == "text"]
+        parts_of.append(encode_conversation(processor, [{"role": "user", "content": [opening, *text]}, said]))
+    start = int((parts_of[0]["input_ids"] == image_token).nonzero()[-1]) + 1
+    pieces = {k: [x[k][start:] for x in parts_of] for k in ("input_ids", "labels")}
+    turns = [torch.full((len(x),), k) for k, x in enumerate(pieces["labels"], 1)]
+    return {
+        "input_ids": torch.cat([parts_of[0]["input_ids"][:start], *pieces["input_ids"]]),
+        "labels": torch.cat([torch.full((start,), IGNORED), *pieces["labels"]]),
+        "turns": torch.cat([torch.zeros(start, dtype=torch.long), *turns]),
+    }
+
+
 def _image_tokens(processor) -> int:
     """Return how many tokens an image takes in the prompt."""
     side = processor.image_processor.crop_size
@@ -72,8 +101,9 @@ def _image_tokens(processor) -> int:
 class Conversations(Dataset):
     """Encoded conversations; pixels are read when asked for and kept, if they fit, in memory."""
 
-    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool):
+    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool, multi_turn: bool):
         self.processor, self.items, self.dtype = processor, items, dtype
+        self.encode = encode_conversation if multi_turn else encode_questions
         self.pixels = {} if keep_pixels else None
 
     def __len__(self):
@@ -81,7 +111,7 @@ class Conversations(Dataset):
 
     def __getitem__(self, i):
         path, messages = self.items[i]
-        return encode_conversation(self.processor, messages) | {"pixel_values": self._pixels(path)}
+        return self.encode(self.processor, messages) | {"pixel_values": self._pixels(path)}
 
     def _pixels(self, path):
         if self.pixels is not None and path in self.pixels:
@@ -106,10 +136,25 @@ def collator(pad_token_id: int):
         mask = torch.stack([torch.arange(n) < len(r["input_ids"]) for r in rows]).long()
         targets = labels[:, 1:]  # token t is predicted at t - 1
         kept = (targets != IGNORED).any(0).nonzero()[:, 0]
-        return {"input_ids": ids, "attention_mask": mask, "labels": targets[:, kept], "logits_to_keep": kept,
-                "pixel_values": torch.stack([r["pixel_values"] for r in rows])}  # fmt: skip
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": targets[:, kept], "logits_to_keep": kept,
+                 "pixel_values": torch.stack([r["pixel_values"] for r in rows])}  # fmt: skip
+        if "turns" in rows[0]:
+            turns = torch.stack([F.pad(r["turns"], (0, n - len(r["turns"])), value=-1) for r in rows])
+            batch |= _apart(turns, batch["pixel_values"].dtype)
+        return batch
 
     return collate
+
+
+def _apart(turns: torch.Tensor, dtype) -> dict:
+    """Return the attention mask (batch, 1, seq, seq), added to scores, and position_ids (batch, seq) of `turns`."""
+    n = turns.shape[1]
+    seen = (turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~(seen & torch.ones(n, n).tril().bool()), torch.finfo(dtype).min)
+    image = (turns == 0).sum(1, keepdim=True)
+    first = (turns[:, :, None] == turns[:, None]).int().argmax(-1)  # where each turn starts
+    place = torch.arange(n) - first + torch.where(turns == 0, 0, image)
+    return {"attention_mask": mask[:, None], "position_ids": place}
 
 
 def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
@@ -122,37 +167,50 @@ def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
 def add_lora(model, r: int, alpha: int) -> PeftModel:
     """Wrap a model in LoRA on every linear of the language model's blocks, with the projector trained in full."""
     if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's to turn on
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
     # On a GPU the adapters train in float32 under autocast; on CPU everything stays in the model's bfloat16.
     on_gpu = next(model.parameters()).device.type == "cuda"
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
     # The Trainer resumes through load_adapter, whose default would go on in float32 and end elsewhere.
     wrapped.load_adapter = partial(wrapped.load_adapter, autocast_adapter_dtype=on_gpu)
+    if on_gpu:  # the projector too, for the scaler of float16 gradients takes none in float16
+        for parameter in wrapped.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return wrapped
 
 
-def train(model, processor, items, folder: Path, config, steps: int, callbacks=()) -> list[dict]:
+def train(model, processor, items, folder: Path, config, steps: int, callbacks=(), label="fine-tuning") -> list[dict]:
     """Fine-tune with LoRA on (image path, messages) items for `steps` optimizer steps; return the loss curve.
 
     Checkpoints go to `folder` every config.save_every steps, and a killed run goes on from the last one to the same
     end. `model` is left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest.
     """
     cuda = next(model.parameters()).device.type == "cuda"
-    dataset = Conversations(processor, items, model_dtype(model), keep_pixels=len(items) <= 4096 and not cuda)
+    nf4 = getattr(model.config, "quantization_config", None)
+    computed_in = nf4.bnb_4bit_compute_dtype if nf4 else model_dtype(model)
+    dataset = Conversations(processor, items, model_dtype(model), len(items) <= 4096 and not cuda, config.multi_turn)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20),
-        max_grad_norm=1.0, optim="adamw_torch", save_steps=config.save_every, save_total_limit=1, logging_steps=1,
+        max_grad_norm=1.0, save_steps=config.save_every, save_total_limit=1, logging_steps=1,
         report_to=[], remove_unused_columns=False, label_names=["labels"], seed=config.seed, data_seed=config.seed,
-        use_cpu=not cuda, fp16=cuda and model_dtype(model) == torch.float16,
-        bf16=cuda and model_dtype(model) == torch.bfloat16, gradient_checkpointing=cuda, disable_tqdm=False,
+        use_cpu=not cuda, fp16=cuda and computed_in == torch.float16, bf16=cuda and computed_in == torch.bfloat16,
+        gradient_checkpointing=cuda, disable_tqdm=True,
         gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None, dataloader_pin_memory=cuda,
     )  # fmt: skip
+    # The projector, trained before, moves a tenth as fast as the adapters, which start at nothing (as in LLaVA).
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for n, p in named if "lora_" in n]},
+              {"params": [p for n, p in named if "lora_" not in n], "lr": config.learning_rate / 10}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=dataset, data_collator=collator(processor.tokenizer.pad_token_id),
-        compute_loss_func=answer_loss, callbacks=list(callbacks),
+        model=model, args=arguments, optimizers=(optimizer, None), train_dataset=dataset, data_collator=collator(processor.tokenizer.pad_token_id),
+        compute_loss_func=answer_loss, callbacks=[_Bar(label), *callbacks],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    if not cuda:  # the backward pass of SDPA's flash kernel takes a tenth more of a step
+        parts(model).text_model.set_attn_implementation("eager")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).exists() else None)
     return [{"step": x["step"], "loss": x["loss"]} for x in trainer.state.log_history if "loss" in x]
 
@@ -162,13 +220,27 @@ def model_dtype(model) -> torch.dtype:
     return next(p.dtype for n, p in model.named_parameters() if "norm" in n)
 
 
-def merge(model: PeftModel):
-    """Return the plain LLaVA with the adapters folded in; raises ValueError if any adapter is left."""
+def merge(model: PeftModel, into=None):
+    """Return the plain LLaVA with the adapters folded in; raises ValueError if any adapter is left.
+
+    into: the 16-bit model of the same blocks. Adapters trained over an NF4 base need it (QLoRA, Dettmers 2023): folded
+    into the 4-bit weights they would be rounded away with them.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        if into is None:
+            raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
+        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+        model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
+        left = set_peft_model_state_dict(model, trained).unexpected_keys
+        if left:
+            raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
     merged = model.merge_and_unload()
     left = [n for n, _ in merged.named_parameters() if re.search(r"lora_|modules_to_save|original_module", n)]
     if left:
         raise ValueError(f"merging left adapters behind: {', '.join(left[:3])}.")
-    for parameter in merged.parameters():
+    dtype = parts(merged).text_model.embed_tokens.weight.dtype
+    for parameter in merged.parameters():  # a projector trained in float32 goes back
+        parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(False)
     return merged.eval()
 
@@ -180,45 +252,22 @@ def save(model, processor, folder: Path) -> None:
         processor.save_pretrained(temporary)
 
 
-def train_vision_tower(model, processor, records, conditions, steps: int, seed: int = 0, batch: int = 32) -> list[dict]:
-    """Train an assembled base's vision tower as a classifier of the training images; return loss and accuracy.
+class _Bar(TrainerCallback):
+    """A progress bar over optimizer steps that shows the loss; begins where a resumed run does."""
 
-    A small CLIP-architecture tower starts at random; mean patch features and a linear head, thrown away afterwards,
-    teach it what there is to see. AdamW, rate 5e-4 with a cosine fall, mirrored and rotated images.
-    """
-    tower = parts(model).vision_tower.float().train()
-    names = sorted(conditions)
-    labels = torch.tensor([names.index(r.condition) for r in records])
-    pixels = torch.stack([encode(processor, [prompt_text(processor, "")], [open_image(r.path)], torch.float32)
-                          ["pixel_values"][0] for r in records])  # fmt: skip
-    torch.manual_seed(seed)
-    draw = np.random.default_rng(seed)
-    head = nn.Linear(tower.config.hidden_size, len(names))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=5e-4, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    curve = []
-    for step in range(steps):
-        chosen = torch.from_numpy(draw.choice(len(records), min(batch, len(records)), replace=False))
-        x = pixels[chosen]
-        x = torch.rot90(x.flip(-1) if step % 2 else x, int(draw.integers(4)), (-2, -1))
-        logits = head(tower(pixel_values=x).last_hidden_state[:, 1:].mean(1))
-        loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        accuracy = (logits.argmax(-1) == labels[chosen]).float().mean()
-        curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item()})
-    tower.to(model.dtype).eval()
-    return curve
+    def __init__(self, label):
+        self.label = label
 
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = progress(state.max_steps, self.label, "step")
+        self.bar.update(state.global_step)
 
-class LossCallback(TrainerCallback):
-    """Hand every logged loss to a function: a live curve in a notebook, a line in a log."""
-
-    def __init__(self, show):
-        self.show = show
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "loss" in logs:
-            self.show(state.global_step, logs["loss"])
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()

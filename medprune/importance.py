@@ -1,7 +1,8 @@
 """Importance criteria: one score per decoder block, higher = keep, blocks counted from 0 in the original model.
 
-Each criterion takes a model and calibration rows and returns {block: importance_score}. Notebook 02 draws them
-together. The leave-one-out batch answers for many blocks at once: see `generate.RowSkip`.
+Criteria that need no data return {block: importance_score}; the others a table of one score per block and
+calibration row (block, row, score), whose mean over rows is the importance_score: `ranking.block_scores` adds the
+interval. The leave-one-out batch answers for many blocks at once: see `generate.RowSkip`.
 """
 
 import numpy as np
@@ -49,6 +50,13 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
     return pd.DataFrame(table)
 
 
+def similarity_rows(similarity: pd.DataFrame) -> pd.DataFrame:
+    """Return `output_similarity`'s table as one row per block and calibration row: block, row, score = 1 - cosine."""
+    return pd.DataFrame([{"block": b, "row": i, "score": 1 - c}
+                         for b, found in zip(similarity["block"], similarity["cosines"], strict=True)
+                         for i, c in enumerate(found)])  # fmt: skip
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the cosine of each row of a with the same row of b (the paper, equation 4); shapes (n, d) -> (n,)."""
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
@@ -70,33 +78,42 @@ def random(n_blocks: int, seed: int) -> dict[int, float]:
     return dict(enumerate(np.random.default_rng([seed, 7]).random(n_blocks).tolist()))
 
 
-@torch.inference_mode()
-def block_influence(model, batch: dict) -> pd.DataFrame:
+def block_influence(model, batches: list[dict]) -> pd.DataFrame:
     """Score blocks by 1 - cosine of hidden states before and after them, averaged over tokens (ShortGPT, Men 2024).
 
-    batch: input_ids (batch, seq), attention_mask, pixel_values. Returns (block, importance_score, image_tokens,
-    text_tokens): over all tokens, and over the two kinds apart.
+    batches: as `teacher_batches` gives them. Returns one row per block and calibration row (block, row, score,
+    image_tokens, text_tokens): the mean over all tokens, and over the two kinds apart. Higher = keep, in [0, 2].
     """
+    tables, first = [], 0
+    for batch in batches:
+        tables.append(_influence(model, batch).assign(row=lambda t, first=first: t["row"] + first))
+        first += len(batch["input_ids"])
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch.inference_mode()
+def _influence(model, batch: dict) -> pd.DataFrame:
     image = batch["input_ids"] == model.config.image_token_id
     real = batch["attention_mask"].bool()
-    table = []
+    tables = []
 
     def compare(block):
         def hook(_, inputs, output):
             change = 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()  # (batch, seq)
-            table.append({"block": block, "importance_score": change[real].mean().item(),
-                          "image_tokens": change[real & image].mean().item(),
-                          "text_tokens": change[real & ~image].mean().item()})  # fmt: skip
+            kinds = {"score": real, "image_tokens": real & image, "text_tokens": real & ~image}
+            means = {k: (change * which).sum(1) / which.sum(1) for k, which in kinds.items()}
+            tables.append(pd.DataFrame({"block": block, "row": range(len(change)), **means}))
 
         return hook
 
     handles = [block.register_forward_hook(compare(b)) for b, block in enumerate(parts(model).blocks)]
+    inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
     try:
-        model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    return pd.DataFrame(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dict:
@@ -110,17 +127,25 @@ def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dic
     return collator(processor.tokenizer.pad_token_id)(items)
 
 
+def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[dict]:
+    """Return `teacher_batch`es of at most batch_rows rows each, in the order of the rows."""
+    starts = range(0, len(rows), batch_rows)
+    return [teacher_batch(processor, rows[i : i + batch_rows], answers[i : i + batch_rows], dtype) for i in starts]
+
+
 @torch.inference_mode()
 def leave_one_out_logits(model, batch: dict, blocks):
-    """Yield (block or None, log-probabilities (targets, vocab), labels (targets,)) teacher-forced on a batch.
+    """Yield (block or None, log-probabilities (targets, vocab), labels (targets,), rows (targets,)) of a batch.
 
-    None comes first: all blocks. What lies below a removed block is computed once and shared, so leaving out each of
-    n blocks costs about n / 2 forward passes. Works on any decoder whose blocks take hidden states first.
+    Teacher-forced on the batch's answers; rows tells which row of the batch a target belongs to. None comes first:
+    all blocks. What lies below a removed block is computed once and shared, so leaving out each of n blocks costs
+    about n / 2 forward passes. Works on any decoder whose blocks take hidden states first.
     """
     inner = parts(model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
     labels, kept = batch.pop("labels"), batch.pop("logits_to_keep")
     chosen = labels != IGNORED
+    targets, rows = labels[chosen], chosen.nonzero()[:, 0]
     inputs, arguments = {}, {}
 
     def remember(block):
@@ -136,37 +161,61 @@ def leave_one_out_logits(model, batch: dict, blocks):
     finally:
         for handle in handles:
             handle.remove()
-    yield None, out.logits[chosen].float().log_softmax(-1), labels[chosen]
+    yield None, out.logits[chosen].float().log_softmax(-1), targets, rows
     for b in blocks:
         hidden = inputs[b]
         for later in range(b + 1, len(inner.blocks)):
             hidden = inner.blocks[later](hidden, **arguments[later])
         logits = inner.head(inner.text_model.norm(hidden[:, kept]))
-        yield b, logits[chosen].float().log_softmax(-1), labels[chosen]
+        yield b, logits[chosen].float().log_softmax(-1), targets, rows
 
 
-def perplexity(model, batch: dict, blocks) -> dict[int, float]:
-    """Score blocks by the loss (nats a token) on the reference answers without them (shortened-llm, Kim 2024)."""
-    scores = {}
-    with progress(len(blocks), "perplexity", "block") as bar:
-        for b, logp, y in leave_one_out_logits(model, batch, blocks):
-            if b is not None:
-                scores[b] = float(-logp.gather(1, y[:, None]).mean())
+def perplexity(model, batches: list[dict], blocks, units: Units) -> pd.DataFrame:
+    """Score blocks by the loss (nats a token) on the reference answers without them (shortened-llm, Kim 2024).
+
+    batches: `teacher_batches` of the references. Returns one row per block and calibration row (block, row, score),
+    the mean over the row's tokens; higher = keep. Each block of each batch is one unit, never computed twice.
+    """
+    return _teacher_forced("perplexity", model, batches, blocks, units,
+                           lambda i, original, logp, labels: -logp.gather(1, labels[:, None])[:, 0])  # fmt: skip
+
+
+def logit_divergence(model, batches: list[dict], blocks, units: Units, reference=None) -> pd.DataFrame:
+    """Score blocks by KL(p || p without the block) of the next token, in nats, on the original's own answers.
+
+    batches: `teacher_batches` of the original's answers. p is this model's, or `reference`, the `original_logits`
+    of the model that other blocks are gone from already. Returns and resumes as `perplexity` does.
+    """
+
+    def divergence(i, original, logp, _):
+        p = original if reference is None else reference[i]
+        return (p.exp() * (p - logp)).sum(-1)
+
+    return _teacher_forced("logit divergence", model, batches, blocks, units, divergence)
+
+
+def original_logits(model, batches: list[dict]) -> list[torch.Tensor]:
+    """Return log-probabilities (targets, vocab) per batch, float32: 4 bytes x targets x vocabulary are held."""
+    return [next(leave_one_out_logits(model, batch, []))[1] for batch in batches]
+
+
+def _teacher_forced(name, model, batches, blocks, units, score) -> pd.DataFrame:
+    """Return (block, row, score) with the mean of score(batch number, original, logp, labels) over a row's targets."""
+    tables, first = [], 0
+    with progress(len(blocks) * len(batches), name, "block") as bar:
+        for i, batch in enumerate(batches):
+            n, todo = len(batch["input_ids"]), [b for b in blocks if f"{name} {i} {b}" not in units]
+            for b, logp, labels, rows in leave_one_out_logits(model, batch, todo) if todo else ():
+                if b is None:
+                    original = logp
+                    continue
+                sums = torch.zeros(n, device=rows.device).index_add(0, rows, score(i, original, logp, labels))
+                units.add(f"{name} {i} {b}", (sums / rows.bincount(minlength=n)).tolist())
                 bar.update()
-    return scores
-
-
-def logit_divergence(model, batch: dict, blocks) -> dict[int, float]:
-    """Score blocks by KL(p || p without the block) of next tokens (nats), on the original's own answers."""
-    scores, original = {}, None
-    with progress(len(blocks), "logit divergence", "block") as bar:
-        for b, logp, _ in leave_one_out_logits(model, batch, blocks):
-            if b is None:
-                original = logp
-                continue
-            scores[b] = float((original.exp() * (original - logp)).sum(-1).mean())
-            bar.update()
-    return scores
+            tables += [pd.DataFrame({"block": b, "row": range(first, first + n), "score": units[f"{name} {i} {b}"]})
+                       for b in blocks]  # fmt: skip
+            first += n
+    return pd.concat(tables, ignore_index=True)
 
 
 def removal_order(scores: dict[int, float], protected) -> list[int]:

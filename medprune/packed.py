@@ -14,6 +14,7 @@ BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 # Up to this many rows the int4 kernel beats unpacking once to bf16 and an ordinary matmul, on one AVX512-BF16 core.
 MAX_KERNEL_ROWS = 128
+SLICE_WEIGHTS = 2**22  # weights unpacked at once, so that a large layer needs no second copy of itself
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 neighbouring outputs stands in nibble i of an AWQ word
 
 
@@ -126,31 +127,46 @@ class PackedLinear(nn.Module):
         """Round a Linear to nearest (RTN) and pack it."""
         return cls.from_codes(*rtn_codes(linear.weight, bits, group_size), bits, linear.bias)
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes (out, in) uint8, scale (groups, out) fp16, zero_point (groups, out) uint8, from either form."""
+    def parts(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (out, in) uint8, scale (groups, out) fp16, zero_point (groups, out) uint8, from either form.
+
+        `first` and `last` choose outputs first to last - 1; the first must be a multiple of 64.
+        """
+        last = self.out_features if last is None else last
         if self.tables is None:
-            return unpack_codes(self.qweight, self.bits), self.scale, unpack_codes(self.zero_point, self.bits)
-        codes = _from_kernel(self.qweight, self.out_features, self.in_features, kernel_width())
-        near, offset = self.tables[..., 0], self.tables[..., 1]
+            zeros = self.zero_point[:, first * self.bits // 8 : last * self.bits // 8]
+            codes = unpack_codes(self.qweight[first:last], self.bits)
+            return codes, self.scale[:, first:last], unpack_codes(zeros, self.bits)
+        half = self.in_features // 2
+        stored = self.qweight.view(-1)[first * half : last * half]  # whole blocks of outputs, one after another
+        codes = _from_kernel(stored, last - first, self.in_features, kernel_width())
+        near, offset = self.tables[:, first:last].unbind(-1)
         zero_point = (8 - (offset.float() / near.float()).round()).to(torch.uint8)
-        bit_pattern = near.half().view(torch.int16) + unpack_codes(self.residual, 4).to(torch.int16) - 8
+        residual = unpack_codes(self.residual[:, first // 2 : last // 2], 4)
+        bit_pattern = near.half().view(torch.int16) + residual.to(torch.int16) - 8
         return codes, bit_pattern.view(torch.float16), zero_point
 
     @torch.no_grad()
-    def fake_quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight (out, in) that the codes stand for; in float32 it is exact."""
-        codes, scale, zero_point = self.parts()
-        grouped = codes.view(self.out_features, -1, self.group_size).to(dtype)  # (out, groups, group_size)
+    def fake_quantized_weight(self, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None):
+        """Return the weight (out, in) that the codes stand for, or `parts`' choice of rows; in float32 it is exact."""
+        codes, scale, zero_point = self.parts(first, last)
+        grouped = codes.view(len(codes), -1, self.group_size).to(dtype)  # (out, groups, group_size)
         grouped = grouped.sub_(zero_point.t()[..., None].to(dtype)).mul_(scale.t()[..., None].to(dtype))
-        return grouped.view(self.out_features, self.in_features)
+        return grouped.view(len(codes), self.in_features)
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """Return (first, last) of runs of outputs that unpack to about SLICE_WEIGHTS weights each."""
+        step = max(64, SLICE_WEIGHTS // self.in_features // 64 * 64)
+        return [(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
         differentiate = torch.is_grad_enabled() and x.requires_grad
         fits = self.bits == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.out_features % 16 == 0
         if not fits or differentiate or not 0 < rows <= MAX_KERNEL_ROWS or kernel_width() is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(x, self.fake_quantized_weight(x.dtype), bias)
+            weights = (self.fake_quantized_weight(x.dtype, *rows) for rows in self._slices())
+            y = torch.cat([F.linear(x, weight) for weight in weights], -1)
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         if self.tables is None:
             self._run()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -167,7 +183,9 @@ class PackedLinear(nn.Module):
             tables = torch.stack([s, (8 - zero_point.float()) * s], -1).bfloat16()
             # bf16 drops 3 bits of an fp16 scale: the bit patterns are at most 4 apart, which 4 bits can hold.
             residual = scale.view(torch.int16) - tables[..., 0].half().view(torch.int16) + 8
-            self.qweight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            # Integers take 8 times the codes' bytes, so a few outputs at a time; blocks of 64 stand by themselves.
+            self.qweight = torch.cat([convert(codes[i:j].int(), 1) for i, j in self._slices()])
             self.tables, self.residual = tables, pack_codes(residual.to(torch.uint8), 4)
             self.scale = self.zero_point = None
 

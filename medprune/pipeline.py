@@ -3,17 +3,31 @@
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
 import nbformat
+import pandas as pd
 import papermill
 
+from medprune.accounting import account
 from medprune.artifacts import STAGES, fingerprint, open_run, read_json, write_json, write_text
-from medprune.config import REPO, resolve, settings
+from medprune.config import REPO, Profile, protected_numbers, resolve, settings
+from medprune.conversations import load_conditions
+from medprune.data import load_images
+from medprune.images import open_image
+from medprune.shapes import NAMED_SHAPES, named_config, shape_of
 
 NOTEBOOKS = REPO / "notebooks"
+# The language models that `model.prepare_base` assembles, so that they can be checked without loading torch.
+ASSEMBLED = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
+             "num_key_value_heads": 2},
+    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                "num_key_value_heads": 3},
+}  # fmt: skip
 
 
 def check_parameters(parameters: dict) -> None:
@@ -21,9 +35,56 @@ def check_parameters(parameters: dict) -> None:
     known = set()
     for stage in STAGES:
         known |= set(papermill.inspect_notebook(str(NOTEBOOKS / f"{stage}.ipynb")))
+    known -= {"profile", "run_name", "runs_dir"}  # which the command line has options for
     for name in parameters:
         if name not in known:
-            raise ValueError(f"parameter {name!r} is taken by no notebook: choose among {', '.join(sorted(known))}.")
+            raise ValueError(f"parameter {name!r} is not known: choose among {', '.join(sorted(known))}.")
+
+
+def check_run(config: Profile) -> None:
+    """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
+    if config.images != "synthetic":
+        _check_images(config.images)
+    for name in ("n_calibration", "awq_rows"):
+        if config.n_train is not None and getattr(config, name) > config.n_train:
+            raise ValueError(f"{name}={getattr(config, name)} must be at most n_train={config.n_train}.")
+    base = _base_config(config.base)
+    if base is None:
+        return
+    n_blocks = shape_of(base).blocks
+    removable = n_blocks - len(protected_numbers(n_blocks, config.protected_blocks))
+    for n in config.blocks_removed:
+        if n > removable:
+            raise ValueError(f"blocks_removed has {n}, but only {removable} of the model's {n_blocks} blocks may be removed.")
+    for method in config.methods:
+        account(base, bits=config.bits, group_size=config.group_size, method=method)
+
+
+def _base_config(base: str) -> dict | None:
+    """Return a base's configuration; None for a hub id whose sizes only a download tells."""
+    if base in ASSEMBLED:
+        return {"text_config": ASSEMBLED[base]}
+    organisation, slash, name = base.partition("/")
+    on_hub = slash and organisation.strip(".") and "/" not in name
+    if not on_hub and not Path(base).exists():
+        raise ValueError(f"base {base!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
+    sized = Path(base).exists() or name.lower().removesuffix("-hf") in NAMED_SHAPES
+    return named_config(base) if sized else None
+
+
+def _check_images(source: str) -> None:
+    """Raise ValueError unless at least one picture opens; most often the first is looked at, and no other."""
+    conditions = load_conditions()
+    records, _ = load_images(source, conditions, check=False)
+    if max(Counter(r.condition for r in records).values()) < 2:
+        raise ValueError(f"{source} shows no condition twice: two images are the least, one to train on and one to test.")
+    for record in records:
+        try:
+            open_image(record.path, max_side=64)
+            return
+        except ValueError:
+            continue
+    load_images(source, conditions)  # says what is wrong with them
 
 
 def run_series(run_name: str, profile: str = "auto", start: str | None = None, parameters: dict | None = None,
@@ -32,14 +93,16 @@ def run_series(run_name: str, profile: str = "auto", start: str | None = None, p
 
     start: the stage to begin at, run again even if done; stages before it must be finished. A notebook counts as done
     when it finished with these parameters and its source and every earlier stage are unchanged. Returns the run's
-    folder. Raises papermill's error of the first notebook that fails, after naming it.
+    folder. Raises ValueError in one sentence for what cannot be run, before any notebook starts, and for a notebook
+    that stopped, with its name and its error.
     """
     parameters = parameters or {}
-    check_parameters(parameters)
-    shared = {k: v for k, v in parameters.items() if k in settings(resolve("smoke"))}
-    config = resolve(profile, **shared)
     if start is not None and start not in STAGES:
         raise ValueError(f"stage {start!r} is not known: choose one of {', '.join(STAGES)}.")
+    check_parameters(parameters)
+    shared = {k: v for k, v in parameters.items() if k in settings(resolve("smoke"))}
+    config = resolve(profile, parameters.get("settings"), **shared)
+    check_run(config)
     first = STAGES.index(start) if start else 0
     root = open_run(run_name, STAGES[first], config, needs=STAGES[:first], runs_dir=runs_dir).root
     seen = fingerprint(config.name)
@@ -53,6 +116,7 @@ def run_series(run_name: str, profile: str = "auto", start: str | None = None, p
         if number < first or (start is None and _done(record, seen)):
             say(f"{stage}: done")
             continue
+        record.unlink(missing_ok=True)  # a kill from here on leaves the stage undone
         took = _execute(source, root / stage / f"{stage}.ipynb", values, root, say)
         write_json(record, {"key": seen, "seconds": round(took, 1)})
     return root
@@ -69,7 +133,9 @@ def _execute(source: Path, target: Path, values: dict, root: Path, say) -> float
                 log_output=False, request_save_on_cell_execute=True,
             )  # fmt: skip
     except papermill.PapermillExecutionError as error:
-        raise ValueError(f"{source.stem} stopped: {error.ename}: {error.evalue} (see {target}).") from error
+        said = " ".join(str(error.evalue).split()).rstrip(".")
+        kind = "" if error.ename == "ValueError" else f"{error.ename}: "
+        raise ValueError(f"{source.stem} stopped: {kind}{said} (its cells: {target}).") from error
     took = time.monotonic() - started
     say(f"{source.stem}: {took:.0f} s")
     return took
@@ -107,6 +173,12 @@ def _shown(log: Path):
         del os.environ["MEDPRUNE_PROGRESS"]
         stop.set()
         thread.join()
+
+
+def closing_text(root: Path) -> str:
+    """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
+    folder = root / "06_judge_eval"
+    return f"{pd.read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
 
 
 def publish(root: Path) -> None:

@@ -79,6 +79,8 @@ def check_request(model, method, bits, group_size, calibration=None, quantize_he
     if is_quantized(model):
         raise ValueError("the model is already quantized; load the 16-bit model again and quantize that.")
     n = len(parts(model).blocks)
+    if isinstance(bits, bool) or not isinstance(bits, int | list | tuple):
+        raise ValueError(f"bits must be a whole number or a list of one for each block, not {bits!r}.")
     if not isinstance(bits, int) and len(bits) != n:
         raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
     block_bits = [bits] if isinstance(bits, int) else list(bits)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from medprune import conversations, data, finetune, generate, judge, judge_chat, model, synthetic
+from medprune import conversations, data, finetune, generate, judge, judge_chat, model, synthetic, vision
 from medprune.artifacts import Run, Units, fingerprint, read_json, write_json
 from medprune.config import Profile, settings
 
@@ -21,8 +21,6 @@ def gather_images(config: Profile, run: Run, conditions: dict):
     folder = run.dir / "images"
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):
-        if n is None or n % len(synthetic.CONDITIONS):
-            raise ValueError(f"n_{split}={n} must be a multiple of {len(synthetic.CONDITIONS)} for synthetic images.")
         rows = synthetic.write_images(folder, n // len(synthetic.CONDITIONS), config.image_size, config.seed, split)
         for row in rows:
             path = Path(row["path"])
@@ -47,10 +45,10 @@ def prepare_tuned_tower(config: Profile, run: Run, records, conditions: dict) ->
     if not config.vision_steps or base == config.base:
         return base
     context = fingerprint(base, config.vision_steps, config.seed, [r.key for r in records], [r.path for r in records])
-    folder, marker = run.dir / "base", run.dir / "vision_tower.json"
+    folder, marker = run.dir / "base", run.dir / "vision.json"
     if not (marker.exists() and read_json(marker)["context"] == context and (folder / "config.json").exists()):
         llava, processor = model.load(base)
-        curve = finetune.train_vision_tower(llava, processor, records, conditions, config.vision_steps, config.seed)
+        curve = vision.align_vision(llava, processor, records, conditions, config.vision_steps, config.seed)
         finetune.save(llava, processor, folder)
         write_json(marker, {"context": context, "curve": curve})
     return str(folder)
@@ -61,8 +59,6 @@ def make_judge(config: Profile, conditions: dict) -> judge.Judge:
     if config.judge == "reference":
         return judge.reference_judge(conditions, model.load_embedder(config))
     if config.judge == "server":
-        if not (config.judge_url and config.judge_model):
-            raise ValueError('judge="server" needs judge_url and judge_model.')
         return judge_chat.server_judge(config.judge_url, config.judge_model)
     return judge_chat.chat_judge(config.judge, quantize_4bit=config.judge_bits == 4)
 
@@ -80,6 +76,10 @@ def evaluate(llava, processor, label: str, questions: list[dict], units: Units, 
 def judged(rows: list[dict], chosen: judge.Judge, run: Run) -> pd.DataFrame:
     """Return the rows as a table with judge scores; `cluster` is the image, which three questions share."""
     scores = judge.judge_answers(rows, chosen, run.root / "judgements.jsonl", progress=False)
+    if unread := scores.attrs["n_unparsed"]:
+        print(f"{unread} of {len(scores)} replies of the judge {chosen.name} could not be read: no score for those")
+    if unread == len(scores):
+        raise ValueError(f"the judge {chosen.name} gave no score in {unread} replies: choose another chat model.")
     table = pd.DataFrame(rows).drop(columns=["path"])
     table = pd.concat([table, scores.drop(columns=["id"])], axis=1)
     return table.assign(cluster=table["key"])
@@ -122,9 +122,3 @@ def quantization_batch(processor, records, conditions: dict, questions: dict, dt
     pixels = generate.encode(processor, [generate.prompt_text(processor, "")] * len(images), images, dtype)
     shortest = min(map(len, ids))
     return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
-
-
-def closing_text(root: Path) -> str:
-    """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
-    folder = root / "06_judge_eval"
-    return f"{pd.read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"

@@ -84,7 +84,7 @@ def test_test_questions_rows():
         "path": "x/psoriasis-1.jpg",
         "condition": "psoriasis",
         "kind": "features",
-        "question": "What are the clinical features of this disease?",
+        "question": "Describe the clinical features of this disease.",
         "reference": CONDITIONS["psoriasis"]["answers"]["features"],
         "skin_tone": "III",
     }

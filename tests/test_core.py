@@ -14,10 +14,15 @@ from medprune.generate import answer, prompt_text
 from medprune.importance import (
     block_influence,
     leave_one_out_logits,
+    logit_divergence,
     magnitude,
+    original_logits,
     output_similarity,
+    perplexity,
     removal_order,
+    similarity_rows,
     teacher_batch,
+    teacher_batches,
 )
 from medprune.model import load, parts, prepare_base
 from medprune.prune import apply_plan, check_kept, load_plan, load_pruned, make_plan
@@ -86,27 +91,123 @@ def test_output_similarity_resumes_without_asking_again(tiny, rows, tmp_path, mo
     again = output_similarity(model, processor, rows, embed, [2, 3], Units(tmp_path / "units.jsonl", "x"), 6, 3)
     assert first.equals(again)
     assert first.importance_score.between(0, 2).all()
+    by_row = similarity_rows(first)
+    assert len(by_row) == 2 * len(rows)
+    assert by_row.groupby("block").score.mean().to_dict() == pytest.approx(dict(zip(first.block, first.importance_score, strict=True)))
 
 
 def test_teacher_forced_leave_one_out_equals_pruned_models(tiny, rows):
     model, processor = tiny
     batch = teacher_batch(processor, rows[:3], ["This is rosacea.", "Emollients.", "A plaque."], torch.float32)
-    found = {b: logp for b, logp, _ in leave_one_out_logits(model, dict(batch), range(6))}
+    found = {b: logp for b, logp, *_ in leave_one_out_logits(model, dict(batch), range(6))}
     for b in range(6):
         pruned = copy.deepcopy(model)
         apply_plan(pruned, make_plan(pruned.config, [b], "", protect=()))
-        _, expected, _ = next(iter(leave_one_out_logits(pruned, dict(batch), [])))
+        _, expected, *_ = next(iter(leave_one_out_logits(pruned, dict(batch), [])))
         torch.testing.assert_close(found[b], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_perplexity_by_row_equals_each_pruned_models_loss(tiny, rows, tmp_path):
+    model, processor = tiny
+    said = ["This is rosacea.", "Use emollients and a mild topical steroid.", "A plaque."]
+    batches = teacher_batches(processor, rows[:3], said, torch.float32, 2)
+    table = perplexity(model, batches, range(6), Units(tmp_path / "u.jsonl", "x"))
+    assert list(table.groupby("block").row.apply(list)) == [[0, 1, 2]] * 6
+    for b in range(6):
+        pruned = copy.deepcopy(model)
+        apply_plan(pruned, make_plan(pruned.config, [b], "", protect=()))
+        for i, row in enumerate(rows[:3]):
+            alone = teacher_batch(processor, [row], [said[i]], torch.float32)
+            labels = alone.pop("labels")
+            expected = answer_loss(pruned(**alone), labels).item()
+            assert table[(table.block == b) & (table.row == i)].score.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_logit_divergence_is_zero_for_a_block_that_does_nothing(tiny, rows, tmp_path):
+    model, processor = tiny
+    dead = parts(model).blocks[2]
+    for linear in (dead.self_attn.o_proj, dead.mlp.down_proj):
+        linear.weight.data.zero_()
+    batches = teacher_batches(processor, rows[:4], ["This is rosacea."] * 4, torch.float32, 3)
+    scores = logit_divergence(model, batches, [1, 2, 3], Units(tmp_path / "u.jsonl", "x"))
+    means = scores.groupby("block").score.mean()
+    assert means[2] == pytest.approx(0, abs=1e-6)
+    assert min(means[1], means[3]) > 1e-4
+    same = logit_divergence(model, batches, [1], Units(tmp_path / "v.jsonl", "x"), original_logits(model, batches))
+    assert same.score.tolist() == pytest.approx(scores[scores.block == 1].score.tolist())
+
+
+class Killed(BaseException):
+    pass
+
+
+class DyingUnits(Units):
+    """Units in which the process dies, as by SIGKILL, in the middle of writing the line after `alive` whole ones."""
+
+    alive = 0
+
+    def add(self, key, value):
+        if self.alive == 0:
+            with open(self.path, "a") as f:
+                f.write('{"context": "x", "key": "')
+            raise Killed
+        self.alive -= 1
+        super().add(key, value)
+
+
+def test_a_kill_costs_perplexity_one_block_of_one_batch(tiny, rows, tmp_path, monkeypatch):
+    model, processor = tiny
+    batches = teacher_batches(processor, rows[:4], ["This is rosacea."] * 4, torch.float32, 2)
+    whole = perplexity(model, batches, [1, 2, 3], Units(tmp_path / "whole.jsonl", "x"))
+    units = DyingUnits(tmp_path / "u.jsonl", "x")
+    units.alive = 4  # all of the first batch, one block of the second
+    with pytest.raises(Killed):
+        perplexity(model, batches, [1, 2, 3], units)
+    asked = []
+
+    def spy(model, batch, blocks):
+        asked.append(list(blocks))
+        return leave_one_out_logits(model, batch, blocks)
+
+    monkeypatch.setattr("medprune.importance.leave_one_out_logits", spy)
+    again = perplexity(model, batches, [1, 2, 3], Units(tmp_path / "u.jsonl", "x"))
+    assert asked == [[2, 3]]
+    assert again.equals(whole)
+
+
+def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, tmp_path, monkeypatch):
+    model, processor = tiny
+
+    def embed(texts):
+        return torch.tensor([[len(t), t.count(" "), 1.0] for t in texts]).numpy()
+
+    whole = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "w.jsonl", "x"), 4, 6)
+    units = DyingUnits(tmp_path / "u.jsonl", "x")
+    units.alive = 3  # the original's answers and the first chunk: 6 rows hold 2 blocks of 3 images
+    with pytest.raises(Killed):
+        output_similarity(model, processor, rows, embed, [1, 2, 3, 4], units, 4, 6)
+    asked = []
+
+    def spy(*arguments, skip=None, **more):
+        asked.append(sorted(set(skip)))
+        return answer(*arguments, skip=skip, **more)
+
+    monkeypatch.setattr("medprune.importance.answer", spy)
+    again = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "u.jsonl", "x"), 4, 6)
+    assert asked == [[3, 4]]
+    assert again.equals(whole)
 
 
 def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows):
     model, processor = tiny
     for parameter in parts(model).blocks[3].parameters():
         parameter.data.mul_(3)
-    batch = teacher_batch(processor, rows[:3], ["This is rosacea."] * 3, torch.float32)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
-    influence = block_influence(model, inputs)
-    assert influence.importance_score.idxmax() == 3
+    batches = teacher_batches(processor, rows[:3], ["This is rosacea."] * 3, torch.float32, 2)
+    influence = block_influence(model, batches)
+    assert influence.groupby("block").score.mean().idxmax() == 3
+    assert sorted(zip(influence.block, influence.row, strict=True)) == [(b, r) for b in range(6) for r in range(3)]
+    between = influence[["image_tokens", "text_tokens"]]
+    assert (influence.score.between(between.min(axis=1) - 1e-6, between.max(axis=1) + 1e-6)).all()
     scores = magnitude(model)
     assert max(scores, key=scores.get) == 3
     assert removal_order(scores, (0, 5))[-1] == 3
@@ -126,6 +227,14 @@ def test_empty_plan_changes_no_bit_and_a_saved_pruned_model_is_checked(tiny, bas
     plan.save(tmp_path / "plan.json")
     again, processor = load_pruned(tmp_path / "pruned", load_plan(tmp_path / "plan.json"), base, dtype=torch.float32)
     assert answer(again, processor, rows, 6) == said
+    prompt = processor(
+        text=prompt_text(processor, rows[0]["question"]), images=Image.open(rows[0]["path"]), return_tensors="pt"
+    )
+    for cached in (True, False):  # a cache that still counted the removed blocks would tell these apart
+        kept = [m.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cached) for m in (model, again)]
+        assert torch.equal(*kept)
+        tokens = kept[0][0, prompt["input_ids"].shape[1] :]
+        assert processor.tokenizer.decode(tokens, skip_special_tokens=True).strip().startswith(said[0].text)
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "drop", "rename"])

@@ -103,6 +103,22 @@ def test_running_form_holds_one_copy_and_leads_back_to_the_same_bits():
     assert torch.equal(layer.fake_quantized_weight(), other.fake_quantized_weight())
 
 
+@pytest.mark.parametrize("bits", (3, 4, 8))
+def test_unpacking_in_slices_gives_the_whole(monkeypatch, bits):
+    layer = PackedLinear.from_linear(linear(256, 176, bias=True), bits)  # 64 + 64 + 48 outputs
+    stored = {k: v.clone() for k, v in layer.state_dict().items()}
+    exact, x = layer.fake_quantized_weight(), torch.randn(300, 256)
+    monkeypatch.setattr(packed, "SLICE_WEIGHTS", 64 * 256)
+    assert len(layer._slices()) == 3
+    torch.testing.assert_close(layer(x), F.linear(x, exact, layer.bias), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layer(x[:2].bfloat16())  # at 4 bits, into the running form by slices
+        y = layer(x.bfloat16())  # more rows than the kernel takes: unpacked from the running form
+    assert (y.float() - F.linear(x, exact, layer.bias)).norm() < 0.01 * y.float().norm()
+    assert torch.equal(torch.cat([layer.fake_quantized_weight(torch.float32, i, j) for i, j in layer._slices()]), exact)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in layer.state_dict().items())
+
+
 def test_an_unknown_kernel_layout_costs_speed_only(monkeypatch):
     layer = PackedLinear.from_linear(linear())
     monkeypatch.setattr(packed, "kernel_width", lambda: None)

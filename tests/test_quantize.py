@@ -215,9 +215,19 @@ def test_awq_integers_are_autoawqs():
 
 def test_text_only_calibration_gives_other_scales():
     _, with_images = quantized("awq")
-    _, text_only = quantize(tiny(), "awq", calibration=batch(images=False))
+    ids = batch()["input_ids"]
+    words = ids[ids != IMAGE].view(len(ids), -1)  # each row's own, less its image tokens
+    _, text_only = quantize(tiny(), "awq", calibration={"input_ids": words})
+    assert text_only["calibration"] == "text-only, 4 rows of 20 tokens"
     assert with_images["calibration"].startswith("image-text") and text_only["calibration"].startswith("text-only")
     assert with_images["loss_curve"]["losses"] != text_only["loss_curve"]["losses"]
+
+
+def test_awq_shows_our_progress_bar_and_not_autoawqs(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("MEDPRUNE_PROGRESS", str(tmp_path / "bars"))
+    quantized("awq")
+    assert "3/3" in (tmp_path / "bars").read_text()
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_a_damaged_folder_is_refused_by_name(tmp_path):
@@ -247,6 +257,10 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
      ({"method": "rtn", "bits": 5}, r"bits for rtn must be one of \(3, 4, 8, 16\), not 5"),
      ({"method": "awq", "bits": 3}, "bits for awq must be"),
      ({"method": "rtn", "bits": [4, 4]}, "bits lists 2 blocks, but the model has 3"),
+     ({"method": "hqq", "bits": [4, 4, 4, 4]}, "bits lists 4 blocks, but the model has 3"),
+     ({"method": "hqq", "bits": [4, 5, 4]}, r"bits for hqq must be one of \(3, 4, 8, 16\), not 5"),
+     ({"method": "awq", "bits": [4, 8, 4]}, r"bits for awq must be one of \(4,\), not 8"),
+     ({"method": "rtn", "bits": 4.5}, "bits must be a whole number or a list of one for each block, not 4.5"),
      ({"method": "rtn", "bits": 16}, "nothing to quantize"),
      ({"method": "rtn", "group_size": 48}, r"group_size must be one of \(32, 64, 128\), not 48"),
      ({"method": "bnb", "group_size": 32}, "groups of 64 weights only"),

@@ -1,0 +1,199 @@
+"""What each 4-bit method costs and keeps: seconds and peak memory to quantize, bytes, ms a token, KL to 16 bits.
+
+python benchmarks/quantize.py [--run runs/demo] [--gptqmodel-python .venv-gptqmodel/bin/python] [--out FILE]
+
+It takes the tuned model and the images of a run (stage 01_finetune), and runs each row in a process of its own: dense
+in float32 and 16 bits, AWQ, NF4, HQQ and RTN at groups of 64, and RTN without torch's int4 kernel. Given the Python of
+gptqmodel's environment, it adds gptqmodel's AWQ of the same text model (its tensors put back into the LLaVA, so that
+one ruler measures all) and loads our AWQ folder there with plain transformers. The divergence is from the 16-bit
+model, over what follows the image in test conversations; float32's tells how much of it is rounding.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from medprune import data, generate, model, packed, study
+from medprune.accounting import account
+from medprune.artifacts import describe_machine, read_json, write_json
+from medprune.checkpoint import save_quantized
+from medprune.config import REPO
+from medprune.conversations import load_conditions, load_questions
+from medprune.progress import quiet
+from medprune.quantize import packed_bytes, quantize, target_linears
+
+GROUP_SIZE = 64
+CALIBRATION_ROWS = 8
+CASES = ("float32", "bfloat16", "awq", "awq, text only", "bnb", "hqq", "rtn", "rtn, without the kernel")
+GPTQMODEL = "awq by gptqmodel, text only"
+QUESTION = "What is the name of this skin condition?"
+RESULTS = Path(__file__).parent / "results"
+
+
+def batches(folder: Path, processor, split: str, rows: int, seed: int) -> dict:
+    """Return a processor batch of `rows` conversations about images of a run's split, of one length."""
+    records = [data.Record(**r) for r in read_json(folder / "splits.json")[split]]
+    chosen = data.sample_balanced(records, min(rows, len(records)), seed)
+    dtype = model.choose_dtype(model.choose_device())
+    return study.quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
+
+
+@torch.inference_mode()
+def text_log_probs(llava, batch: dict) -> torch.Tensor:
+    """Return log-probabilities (rows, positions after the image, vocabulary) in float32."""
+    first = int((batch["input_ids"][0] == llava.config.image_token_id).nonzero()[-1]) + 1
+    ids, pixels = batch["input_ids"].to(llava.device), batch["pixel_values"].to(llava.device, llava.dtype)
+    logits = [llava(input_ids=ids[i : i + 1], pixel_values=pixels[i : i + 1], use_cache=False).logits
+              for i in range(len(pixels))]  # fmt: skip
+    return torch.cat(logits)[:, first:].float().log_softmax(-1)
+
+
+def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the mean over positions of KL(reference || other) in nats of two (..., vocabulary) log-probabilities."""
+    return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+def put_back(llava, folder: Path) -> None:
+    """Put the tensors of an AWQ folder of the text model into a LLaVA, in place."""
+    tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    for name in target_linears(llava, 4):
+        short = name.replace("model.language_model.", "model.")
+        stored = packed.from_awq(*(tensors.pop(f"{short}.{key}") for key in ("qweight", "qzeros", "scales")))
+        linear = llava.get_submodule(name)
+        layer = packed.PackedLinear(linear.in_features, linear.out_features, 4, GROUP_SIZE, linear.bias)
+        layer.load_state_dict(stored)
+        llava.set_submodule(name, layer)
+    own = {f"model.language_model.{k.removeprefix('model.')}": v.to(llava.dtype)
+           for k, v in tensors.items() if k.startswith("model.layers.") or k == "model.norm.weight"}  # fmt: skip
+    if unknown := llava.load_state_dict(own, strict=False).unexpected_keys:
+        raise ValueError(f"{folder} holds {unknown[0]}, which the LLaVA's language model has not.")
+
+
+def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Path | None = None) -> dict:
+    """Quantize one way, time it and hold it against the 16-bit model. Runs in its own process.
+
+    `awq_folder` is where "awq" is saved, or where gptqmodel's text model is read. Bytes are without the process's own.
+    """
+    quiet()
+    device = model.choose_device()
+    sixteen = model.choose_dtype(device)
+    overhead = psutil.Process().memory_info().rss if device == "cpu" else 0
+    llava, processor = model.load(folder / "model", device, torch.float32 if case == "float32" else sixteen)
+    result = {"case": case, "dense_bytes": model.weight_bytes(llava)}
+    if case == GPTQMODEL:
+        put_back(llava, awq_folder)
+    elif (method := case.split(",")[0]) in ("awq", "bnb", "hqq", "rtn"):
+        calibration = batches(folder, processor, "train", CALIBRATION_ROWS, 0) if method == "awq" else None
+        if case == "awq, text only":
+            calibration = {"input_ids": without_images(llava, calibration["input_ids"])}
+        llava, info = quantize(llava, method, 4, GROUP_SIZE, calibration)
+        plan = account(llava.config, 0, 4, GROUP_SIZE, 0, method=method)
+        total = info["packed_bytes"]["total"]
+        result |= {"quantize_s": info["seconds"], "quantize_peak_bytes": info["peak_bytes"] - overhead,
+                   "packed_bytes": total, "plan_bytes": plan.weights_bytes,
+                   "packed_against_plan_frac": total / plan.weights_bytes - 1}  # fmt: skip
+        if case == "awq" and awq_folder is not None:
+            save_quantized(llava, awq_folder, "awq", info, processor=processor)
+    if case == "rtn, without the kernel":  # what a processor without one does: unpack for every call
+        packed.kernel_width = lambda: None
+    record = data.Record(**read_json(folder / "splits.json")["test"][0])
+    asked = {"path": record.path, "question": QUESTION}
+    speed = generate.measure_decoding(llava, processor, asked, new_tokens)
+    result |= {"ms_per_token": speed["ms_per_token"], "answer_peak_bytes": speed["peak_bytes"]}
+    (said,) = generate.answer(llava, processor, [asked], 40)
+    result |= {"held_bytes": packed_bytes(llava)["total"], "answer": said.text}
+    test = batches(folder, processor, "test", rows, 1)
+    ours = text_log_probs(llava, test)
+    del llava
+    reference = text_log_probs(model.load(folder / "model", device, sixteen)[0], test)
+    same = ours.argmax(-1) == reference.argmax(-1)
+    result |= {"mean_kl_nats": mean_kl(reference, ours), "same_first_choice_frac": float(same.float().mean())}
+    return result | {"rows": reference.shape[0], "positions_a_row": reference.shape[1]}
+
+
+def without_images(llava, ids: torch.Tensor) -> torch.Tensor:
+    """Return equal rows of token ids without their image tokens, of which each row must have as many."""
+    return ids[ids != llava.config.image_token_id].view(len(ids), -1)
+
+
+def beside_gptqmodel(python: Path, folder: Path, awq_folder: Path, scratch: Path, again) -> tuple[dict, dict]:
+    """Run gptqmodel in its own environment; return (its outputs, the case of its text model in the LLaVA)."""
+    llava, processor = model.load(folder / "model")
+    ids = without_images(llava, batches(folder, processor, "train", CALIBRATION_ROWS, 0)["input_ids"])
+    write_json(scratch / "texts.json", processor.tokenizer.batch_decode(ids))
+    del llava
+    record = data.Record(**read_json(folder / "splits.json")["test"][0])
+    script, outputs = str(Path(__file__).with_name("gptqmodel_awq.py")), {}
+    for name, words in (
+        ("quantize", [folder / "model", scratch / "texts.json", scratch / "gptqmodel"]),
+        ("answer", [awq_folder, record.path, QUESTION]),
+    ):
+        done = [str(python), script, name, *map(str, words), str(scratch / f"{name}.json")]
+        subprocess.run(done, check=True, stdout=subprocess.DEVNULL)
+        outputs[name] = read_json(scratch / f"{name}.json")
+    return outputs, again(GPTQMODEL, scratch / "gptqmodel" / "awq")
+
+
+def report(cases: list[dict]) -> str:
+    """Return the cases as a table for reading."""
+    lines = [f"{'case':28s} {'quantize s':>10s} {'peak MB':>8s} {'MB':>7s} {'plan':>7s} {'ms/token':>9s}"
+             f" {'KL nats':>9s} {'same':>6s}"]  # fmt: skip
+    for c in cases:
+        cost = (f"{c['quantize_s']:10.1f} {c['quantize_peak_bytes'] / 1e6:8.0f}" if "quantize_s" in c else " " * 19)
+        plan = f"{c['packed_against_plan_frac']:+7.2%}" if "plan_bytes" in c else " " * 7
+        size = c.get("packed_bytes", c["held_bytes"]) / 1e6
+        lines.append(f"{c['case']:28s} {cost} {size:7.1f} {plan} {c['ms_per_token']:9.1f} {c['mean_kl_nats']:9.4f}"
+                     f" {c['same_first_choice_frac']:6.1%}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=REPO / "runs" / "demo", help="a run with a finished 01_finetune")
+    parser.add_argument("--rows", type=int, default=16, help="test conversations for the divergence")
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--cases", nargs="*", default=CASES, help=f"among {', '.join(CASES)}")
+    parser.add_argument("--gptqmodel-python", type=Path, help="Python of the environment that gptqmodel_env.sh makes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--case", help="one case alone, as JSON")
+    parser.add_argument("--awq-folder", type=Path, help="with --case: where AWQ's folder is written or read")
+    args = parser.parse_args()
+    folder = args.run.absolute() / "01_finetune"
+    if not (folder / "model").is_dir():
+        raise SystemExit(f"{args.run} holds no tuned model: run notebook 01, or give --run.")
+    if args.case:
+        print(json.dumps(run_case(args.case, folder, args.rows, args.new_tokens, args.awq_folder)))
+        return
+
+    def again(case: str, awq_folder: Path) -> dict:
+        words = ["--run", args.run, "--rows", args.rows, "--new-tokens", args.new_tokens, "--case", case]
+        done = subprocess.run([sys.executable, __file__, *map(str, words), "--awq-folder", str(awq_folder)],
+                              stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+        print(f"{case}: done", file=sys.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    machine = describe_machine() | {"load_before": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        cases = [again(case, scratch / "awq") for case in args.cases]
+        if args.gptqmodel_python:
+            outputs, case = beside_gptqmodel(args.gptqmodel_python, folder, scratch / "awq", scratch, again)
+            cases.append(case)
+            ours = next(c["answer"] for c in cases if c["case"] == "awq")
+            write_json(args.out / "gptqmodel_awq.json", {"machine": machine, **outputs, "answer_of_medprune": ours})
+    profile = read_json(folder / "manifest.json")["parameters"]["name"]
+    about = {"machine": machine, "profile": profile, "group_size": GROUP_SIZE, "calibration_rows": CALIBRATION_ROWS}
+    write_json(args.out / "quantize.json", {**about, "cases": cases})
+    print(report(cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""LLaVA-1.5-7B in 4 GiB: its architecture with random weights, built block by block, packed, pruned and asked.
+
+python benchmarks/seven_b.py [--tiny] [--out FILE]
+
+Each configuration runs in a process of its own: 16-bit dense with every block, and 4-bit RTN (groups of 64) with 0,
+7, 8 and 10 blocks removed. A Linear is made, packed and freed before the next one is, and the 16-bit parts that stay
+come last, so that building never holds more than the finished model. Random weights take the time and the memory of
+real ones; what they answer means nothing. Memory is the process's resident set, and what it held before the model was
+built (Python, torch, transformers) stands apart as overhead_bytes. On CUDA it is the allocator's, without overhead.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+
+from medprune.accounting import GIB, account
+from medprune.artifacts import describe_machine, write_json
+from medprune.model import GROUPED, choose_device, choose_dtype, parts
+from medprune.packed import PackedLinear
+from medprune.quantize import _peak_bytes, _reset_peak, packed_bytes
+from medprune.shapes import named_config
+
+GROUP_SIZE = 64
+CASES = ((0, 16), (0, 4), (7, 4), (8, 4), (10, 4))  # (blocks removed, bits)
+RESULTS = Path(__file__).parent / "results" / "seven_b.json"
+TEXT_TOKENS = 64  # the question and its chat template
+# Freed memory goes back at once, so that the resident set is what is held, and not what was.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
+
+
+def shape(tiny: bool) -> dict:
+    """Return LLaVA-1.5-7B's configuration, or one of its kind that is built in a second."""
+    config = copy.deepcopy(named_config("llava-1.5-7b"))
+    if tiny:
+        config["text_config"] |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12,
+                                  "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1024}  # fmt: skip
+        config["vision_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+                                    "num_attention_heads": 2, "image_size": 56, "projection_dim": 64}  # fmt: skip
+        config |= {"image_token_index": 1000, "image_seq_length": 16}
+    return config
+
+
+def build(config: dict, bits: int, dtype: torch.dtype, device: str):
+    """Return (model in eval mode, bytes of the block linears as stored), never holding more than the model itself."""
+    with init_empty_weights(include_buffers=False):
+        model = LlavaForConditionalGeneration(LlavaConfig(**config))
+    stored = 0
+    for block in parts(model).blocks:
+        for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+            fill(linear, dtype, device)
+            if bits != 16:
+                packed = PackedLinear.from_linear(linear, bits, GROUP_SIZE)
+                stored += sum(b.nbytes for b in packed.buffers())
+                with torch.no_grad():  # one row turns it into its running form while the rest is not there yet
+                    packed(torch.zeros(1, linear.in_features, dtype=dtype, device=device))
+                block.set_submodule(name, packed)
+            else:
+                stored += linear.weight.nbytes
+            del linear
+    for module in model.modules():
+        fill(module, dtype, device)
+    return model.eval(), stored
+
+
+def fill(module: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """Give a module's own parameters, where they are on the meta device, memory and random values."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if value.dim() > 1:
+                value.normal_(0, 0.02)
+            else:
+                value.fill_(1.0 if name == "weight" else 0.0)  # norms and biases
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.device.type != torch.device(device).type:
+            setattr(module, name, buffer.to(device))
+
+
+@torch.inference_mode()
+def ask(model, config: dict, dtype: torch.dtype, new_tokens: int) -> dict:
+    """Answer one image question of random pixels and words; return seconds, ms a token and the KV cache's bytes."""
+    device, image_tokens = model.device, config["image_seq_length"]
+    side = config["vision_config"]["image_size"]
+    ids = torch.randint(3, 900, (1, image_tokens + TEXT_TOKENS), device=device)
+    ids[:, 8 : 8 + image_tokens] = config["image_token_index"]
+    pixels = torch.randn(1, 3, side, side, device=device).to(dtype)
+    cache = DynamicCache(config=model.config.text_config)
+    seconds, extra = [], {"pixel_values": pixels}
+    for _ in range(new_tokens + 1):  # the prefill gives the first token
+        started = time.perf_counter()
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra).logits
+        ids, extra = logits[:, -1].argmax(-1)[:, None], {}
+        ids.cpu()  # waits for the GPU
+        seconds.append(time.perf_counter() - started)
+    kv_cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"prompt_tokens": image_tokens + TEXT_TOKENS, "new_tokens": new_tokens, "prefill_s": seconds[0],
+            "ms_per_token": median(seconds[1:]) * 1e3, "ms_per_token_fastest": min(seconds[1:]) * 1e3,
+            "kv_cache_bytes": kv_cache_bytes, "finite": bool(torch.isfinite(logits).all())}  # fmt: skip
+
+
+def run_case(removed: int, bits: int, tiny: bool, new_tokens: int) -> dict:
+    """Build one configuration and ask it; return everything measured and predicted. Runs in its own process."""
+    device = choose_device()
+    dtype = choose_dtype(device)
+    config = shape(tiny)
+    full = copy.deepcopy(config)
+    config["text_config"]["num_hidden_layers"] -= removed
+    warm = nn.Linear(256, 256, bias=False, dtype=dtype, device=device)
+    for layer in (warm, PackedLinear.from_linear(warm)):  # the kernels' own libraries are overhead, not the model
+        with torch.no_grad():
+            layer(torch.zeros(1, 256, dtype=dtype, device=device))
+    overhead = psutil.Process().memory_info().rss if device == "cpu" else 0
+    _reset_peak(torch.device(device))
+    started = time.perf_counter()
+    model, stored = build(config, bits, dtype, device)
+    build_s = time.perf_counter() - started
+    if device == "cpu":
+        model.set_attn_implementation({"text_config": GROUPED})
+    built_peak = _peak_bytes(torch.device(device))
+    _reset_peak(torch.device(device))
+    said = ask(model, config, dtype, new_tokens)
+    answer_peak = _peak_bytes(torch.device(device))
+    measured = packed_bytes(model)
+    weights, linears = measured["total"], measured["block_linears"]
+
+    context = said["prompt_tokens"] + new_tokens
+    plan = account(full, removed, bits, GROUP_SIZE, context)
+    # The int4 kernel's bf16 tables and the way back to the exact scales: 36 bits a group where a folder has 20.
+    running = device == "cpu" and bits == 4
+    held = account(full, removed, bits, GROUP_SIZE, context, scale_bits=32) if running else plan
+    # A folder's bits that lead back to the exact scales are not read while decoding.
+    read = account(full, removed, bits, GROUP_SIZE, context, scale_bits=32, zero_point_bits=0) if running else plan
+    peak = max(built_peak, answer_peak)
+    return {
+        "name": f"{'dense 16-bit' if bits == 16 else f'{bits}-bit RTN'}, {removed} blocks removed",
+        "blocks_removed": removed, "bits": bits, "params_b": plan.params_b, "build_s": build_s, **said,
+        "peak_bytes": peak, "overhead_bytes": overhead, "peak_without_overhead_bytes": peak - overhead,
+        "build_peak_without_overhead_bytes": built_peak - overhead,
+        "held_bytes": measured, "stored_bytes": weights - linears + stored,
+        "plan_bytes": plan.weights_bytes, "plan_held_bytes": held.weights_bytes, "plan_total_bytes": held.total_bytes,
+        "stored_against_plan_frac": (weights - linears + stored) / plan.weights_bytes - 1,
+        "held_against_plan_frac": weights / held.weights_bytes - 1,
+        "peak_against_plan_frac": (peak - overhead) / held.total_bytes - 1,
+        "decode_read_bytes": read.decode_read_bytes,
+    }  # fmt: skip
+
+
+def read_bandwidth_gb_s(size_bytes: int = GIB, repeats: int = 6) -> float:
+    """Return the fastest GB/s at which all threads together read an array far larger than any cache."""
+    array = torch.ones(size_bytes // 4, dtype=torch.float32, device=choose_device())
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float(array.sum())
+        best = min(best, time.perf_counter() - started)
+    return array.nbytes / best / 1e9
+
+
+def in_own_process(*words: str) -> dict:
+    """Run this script again with `words` and return the JSON of its last line."""
+    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True,
+                          env=os.environ | ALLOCATOR)  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(result: dict) -> str:
+    """Return the result as a table for reading."""
+    head = (f"{'configuration':28s} {'peak GiB':>9s} {'weights':>8s} {'plan':>7s} {'differ':>7s} {'peak/plan':>9s}"
+            f" {'prefill s':>9s} {'ms/token':>9s} {'floor':>7s}")  # fmt: skip
+    lines = [head]
+    for case in result["cases"]:
+        lines.append(
+            f"{case['name']:28s} {case['peak_without_overhead_bytes'] / GIB:9.2f}"
+            f" {case['held_bytes']['total'] / GIB:8.3f} {case['plan_held_bytes'] / GIB:7.3f}"
+            f" {case['held_against_plan_frac']:+7.2%} {case['peak_against_plan_frac']:+9.2%}"
+            f" {case['prefill_s']:9.1f} {case['ms_per_token']:9.1f} {case['floor_ms_per_token']:7.1f}"
+        )
+    lines += ["", f"read bandwidth {result['bandwidth_gb_s']:.1f} GB/s; process overhead, apart from the peaks, "
+              f"{max(c['overhead_bytes'] for c in result['cases']) / GIB:.2f} GiB",
+              f"16-bit dense to 4-bit with {result['ratio_blocks_removed']} blocks removed: "
+              f"{result['speedup']:.2f} x in ms/token (the paper: 4.2)"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a model of megabytes, to test the script")
+    parser.add_argument("--new-tokens", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--case", nargs=2, type=int, metavar=("REMOVED", "BITS"), help="one configuration, as JSON")
+    parser.add_argument("--bandwidth", action="store_true", help="the read bandwidth alone, as JSON")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run_case(*args.case, args.tiny, args.new_tokens)))
+        return
+    if args.bandwidth:
+        print(json.dumps(read_bandwidth_gb_s(GIB // 64 if args.tiny else GIB)))
+        return
+    passed = ["--new-tokens", str(args.new_tokens), *(["--tiny"] if args.tiny else [])]
+    load_before = os.getloadavg()[0]
+    bandwidth, cases = in_own_process("--bandwidth", *passed), []
+    for removed, bits in CASES:
+        case = in_own_process("--case", str(removed), str(bits), *passed)
+        case["floor_ms_per_token"] = case["decode_read_bytes"] / bandwidth / 1e6
+        case["times_floor"] = case["ms_per_token"] / case["floor_ms_per_token"]
+        print(f"{case['name']}: built in {case['build_s']:.0f} s", file=sys.stderr)
+        cases.append(case)
+    dense = next(c for c in cases if c["bits"] == 16)
+    packed = next(c for c in cases if c["bits"] == 4 and c["blocks_removed"] == 7)
+    result = {
+        "machine": describe_machine() | {"memory_bytes": psutil.virtual_memory().total, "load_before": load_before},
+        "model": "tiny" if args.tiny else "llava-1.5-7b, random weights", "group_size": GROUP_SIZE,
+        "bandwidth_gb_s": bandwidth, "cases": cases, "ratio_blocks_removed": 7,
+        "speedup": dense["ms_per_token"] / packed["ms_per_token"],
+    }  # fmt: skip
+    write_json(args.out, result)
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()

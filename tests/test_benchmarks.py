@@ -1,0 +1,120 @@
+"""The benchmark scripts at sizes of megabytes: what they build, count and compare; no times."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from medprune import data, model, synthetic
+from medprune.artifacts import write_json
+from medprune.checkpoint import save_quantized
+from medprune.config import REPO, resolve
+from medprune.finetune import save
+from medprune.packed import PackedLinear
+from medprune.quantize import quantize
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", REPO / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def seven_b():
+    return script("seven_b")
+
+
+@pytest.mark.parametrize(("removed", "bits"), [(0, 16), (0, 4), (7, 4), (10, 4)])
+def test_seven_b_holds_what_the_plan_says(seven_b, removed, bits):
+    case = seven_b.run_case(removed, bits, tiny=True, new_tokens=3)
+    assert case["finite"] and case["prompt_tokens"] == 16 + seven_b.TEXT_TOKENS and case["new_tokens"] == 3
+    for key in ("stored_against_plan_frac", "held_against_plan_frac"):
+        assert abs(case[key]) < 0.02, key
+    assert case["held_bytes"]["total"] == sum(n for p, n in case["held_bytes"].items() if p != "total")
+    # K and V of every token but the last, which is said and not read; 4 heads of 64, 2 bytes, each kept block
+    assert case["kv_cache_bytes"] == (case["prompt_tokens"] + 3) * 2 * (12 - removed) * 256 * 2
+    assert case["plan_total_bytes"] - case["plan_held_bytes"] == case["kv_cache_bytes"]
+    assert case["peak_bytes"] >= case["overhead_bytes"] > 0 and case["ms_per_token"] > 0
+    json.dumps(case)
+
+
+def test_seven_b_s_own_size_is_the_plan_s_and_blocks_are_packed_one_by_one(seven_b, monkeypatch):
+    assert seven_b.shape(False)["text_config"]["num_hidden_layers"] == 32
+    dense = []  # bytes of dense block linears that are in memory whenever one is packed
+    real, config = PackedLinear.from_linear, seven_b.shape(True)
+
+    def watch(linear, *rest):
+        blocks = model.parts(found[0]).blocks
+        dense.append(sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta))
+        return real(linear, *rest)
+
+    found, init = [], seven_b.LlavaForConditionalGeneration
+    monkeypatch.setattr(seven_b, "LlavaForConditionalGeneration", lambda c: found.append(init(c)) or found[0])
+    monkeypatch.setattr(seven_b.PackedLinear, "from_linear", watch)
+    built, stored = seven_b.build(config, 4, torch.bfloat16, "cpu")
+    assert len(dense) == 12 * 7 and max(dense) == 2 * 256 * 512  # one linear at a time
+    assert stored == 12 * (4 * 256 * 256 + 3 * 256 * 512) * (4 + 20 / 64) / 8
+    assert not any(p.is_meta for p in built.parameters())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's first stage around the tiny model: its folder of model, splits and images."""
+    root = tmp_path_factory.mktemp("run")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEDPRUNE_CACHE", str(root / "cache"))
+    folder = root / "01_finetune"
+    llava, processor = model.load(model.prepare_base(resolve("smoke")))
+    save(llava, processor, folder / "model")
+    splits = {}
+    for split in ("train", "test"):
+        rows = synthetic.write_images(folder / "images", 1, 32, 0, split)
+        splits[split] = [asdict(data.Record(f"{split}/{Path(r['path']).stem}-{r['condition']}", r["path"], r["condition"],
+                                            split, None, r["skin_tone"])) for r in rows]  # fmt: skip
+    write_json(folder / "splits.json", splits)
+    patch.undo()
+    return folder
+
+
+@pytest.mark.parametrize("case", ("bfloat16", "awq, text only", "rtn"))
+def test_quantize_measures_a_method_against_16_bits(run, case):
+    result = script("quantize").run_case(case, run, rows=4, new_tokens=2)
+    assert result["positions_a_row"] > 20 and result["rows"] == 4
+    if case == "bfloat16":
+        assert result["mean_kl_nats"] == 0 and result["same_first_choice_frac"] == 1
+    else:
+        assert 0 < result["mean_kl_nats"] < 0.1 and abs(result["packed_against_plan_frac"]) < 0.02
+        assert result["packed_bytes"] < result["dense_bytes"] and result["quantize_peak_bytes"] > 0
+
+
+def test_kl_by_hand():
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    by_hand = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
+    quantize_script = script("quantize")
+    assert quantize_script.mean_kl(p, q) == pytest.approx(float(by_hand)) and quantize_script.mean_kl(p, p) == 0
+
+
+def test_an_awq_folder_of_the_text_model_is_put_back_whole(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quantize_script = script("quantize")
+    llava, processor = model.load(run / "model")
+    batch = quantize_script.batches(run, processor, "train", 8, 0)
+    llava, info = quantize(llava, "awq", calibration=batch)
+    before = quantize_script.text_log_probs(llava, batch)
+    save_quantized(llava, tmp_path / "llava", "awq", info)
+    stored = load_file(tmp_path / "llava" / "model.safetensors")
+    text = {k.removeprefix("language_model."): v for k, v in stored.items() if k.startswith("language_model.")}
+    (tmp_path / "text").mkdir()
+    save_file(text, tmp_path / "text" / "model.safetensors")
+    again, _ = model.load(run / "model")
+    quantize_script.put_back(again, tmp_path / "text")
+    assert torch.equal(quantize_script.text_log_probs(again, batch), before)
+    save_file(text | {"model.layers.0.odd": torch.zeros(1)}, tmp_path / "text" / "model.safetensors")
+    with pytest.raises(ValueError, match="layers.0.odd, which the LLaVA"):
+        quantize_script.put_back(model.load(run / "model")[0], tmp_path / "text")

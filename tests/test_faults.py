@@ -1,0 +1,140 @@
+"""What a user can get wrong ends in one sentence that names it and says what would be right, before any notebook runs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from medprune import cli, pipeline, synthetic
+from medprune.artifacts import STAGES, write_json
+from medprune.config import N_CONDITIONS, REPO, resolve
+
+CLI = [sys.executable, "-c", "import sys; from medprune.cli import main; sys.argv[0] = 'medprune'; main()"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders of images: none, broken ones, a single one, and one whose condition has no name."""
+    image = synthetic.draw("rosacea", 0, 64)[0]
+    (tmp_path / "empty").mkdir()
+    for folder in ("corrupt/rosacea", "single/rosacea", "unnamed/holiday"):
+        (tmp_path / folder).mkdir(parents=True)
+    for n in range(3):
+        (tmp_path / "corrupt" / "rosacea" / f"{n}.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+        image.save(tmp_path / "unnamed" / "holiday" / f"{n}.jpg")
+    image.save(tmp_path / "single" / "rosacea" / "0.jpg")
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process; return the one sentence it ends in. A notebook that starts is a failure."""
+
+    def run(*words):
+        monkeypatch.setattr(pipeline, "_execute", lambda source, *_: pytest.fail(f"{source.stem} was started"))
+        monkeypatch.setattr(sys, "argv", ["medprune", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and said.out == ""
+        lines = said.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("medprune: ") and lines[0].endswith(".")
+        assert not (tmp_path / "runs").exists(), "something was written before the refusal"
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("words", "named", "right"), [
+    (["--profile", "smok"], "'smok'", "smoke, local, t4 or auto"),
+    (["--from", "3"], "'3'", "03_prune_sweep"),
+    (["--from", "03_prune_sweep"], "no finished 01_finetune", "run 01_finetune first"),
+    (["--name", "a/b"], "'a/b'", "plain folder name"),
+    (["-p", "grup_size", "64"], "'grup_size'", "group_size"),
+    (["-p", "profile", "local"], "'profile'", "choose among"),
+    (["-p", "group_size", "48"], "group_size=48", "32, 64 or 128"),
+    (["-p", "group_size", "128"], "64 inputs", "these fit: [32, 64]"),
+    (["-p", "group_size", "32"], "32", "bnb has groups of 64"),
+    (["-p", "bits", "3"], "not 3", "awq stores 4 bits"),
+    (["-p", "group_size", "large"], "'large'", "must be int"),
+    (["-p", "blocks_removed", "[0,99]"], "99", "only 3 of the model's 6 blocks"),
+    (["-p", "blocks_removed", "[0]"], "recover=[0]", "counts above 0"),
+    (["-p", "blocks_removed", "2"], "blocks_removed=2", "list of int"),
+    (["-p", "recover", "[3]"], "recover=[3]", "among blocks_removed=[0, 1, 2]"),
+    (["-p", "protected_blocks", "[0,9]"], "9", "0 to 5"),
+    (["-p", "methods", '["awq","gptq"]'], "'gptq'", "awq, bnb, hqq, rtn"),
+    (["-p", "methods", '["rtn"]'], "['rtn']", "must hold awq"),
+    (["-p", "n_train", "20"], "n_train=20", "multiple of 8"),
+    (["-p", "n_calibration", "25"], "n_calibration=25", "n_train=24"),
+    (["-p", "base", "smolm2"], "'smolm2'", "tiny, smollm2"),
+    (["-p", "settings", '{"batch_row": 3}'], "'batch_row'", "batch_rows"),
+    (["-p", "settings", "3"], "settings=3", "must be a dict"),
+    (["-p", "settings", '{"judge": "server"}'], 'judge="server"', "judge_url and judge_model"),
+    (["-p", "seed"], "seed", "NAME VALUE"),
+])  # fmt: skip
+def test_run_refuses(refuse, tmp_path, words, named, right):
+    profile = [] if "--profile" in words else ["--profile", "smoke"]
+    said = refuse("run", *profile, "--runs-dir", str(tmp_path / "runs"), *words)
+    assert named in said and right in said
+
+
+@pytest.mark.parametrize(("folder", "words"), [
+    ("empty", "it is empty"), ("corrupt", "unusable image"), ("unnamed", "directory names no condition"),
+    ("single", "no condition twice"), ("missing", "neither a folder nor a CSV or Parquet table"),
+])  # fmt: skip
+def test_run_refuses_images(refuse, folders, folder, words):
+    said = refuse("run", "--profile", "smoke", "--runs-dir", str(folders / "runs"), "--images", str(folders / folder))
+    assert str(folders / folder) in said and words in said
+
+
+def test_a_folder_with_one_good_image_among_broken_ones_is_let_through(folders):
+    synthetic.draw("rosacea", 1, 64)[0].save(folders / "corrupt" / "rosacea" / "9.jpg")
+    pipeline.check_run(resolve("smoke", images=str(folders / "corrupt")))
+
+
+@pytest.mark.parametrize(("words", "named", "right"), [
+    (["--remove", "99"], "99", "0 to 31"), (["--bits", "5.5", "--group-size", "48"], "48", "32, 64, 128"),
+    (["--model", "llava-2"], "'llava-2'", "llava-1.5-7b"),
+])  # fmt: skip
+def test_plan_refuses(refuse, words, named, right):
+    said = refuse("plan", *words)
+    assert named in said and right in said
+
+
+def test_refusal_is_the_exit_status_of_the_command_and_costs_no_torch(tmp_path):
+    words = ["run", "--profile", "smok", "--runs-dir", str(tmp_path / "runs")]
+    done = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "medprune: profile 'smok' is not known: choose one of smoke, local, t4 or auto.\n"
+    code = "import sys, medprune.pipeline, medprune.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_an_error_in_a_notebook_is_one_sentence_too(tmp_path):
+    first = tmp_path / "broken" / "01_finetune"
+    write_json(first / "manifest.json", {"parameters": {"name": "smoke"}})
+    write_json(first / "metrics.json", {"model_fingerprint": "x"})
+    words = ["run", "--profile", "smoke", "--runs-dir", str(tmp_path), "--name", "broken", "--from", STAGES[1]]
+    done = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300, cwd=REPO)
+    notebook = tmp_path / "broken" / STAGES[1] / f"{STAGES[1]}.ipynb"
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"medprune: {STAGES[1]} stopped: {first / 'model'} holds no config.json: it is not a model's folder "
+        f"(its cells: {notebook})."
+    )
+    assert notebook.exists() and not (notebook.parent / "done.json").exists()
+
+
+def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, monkeypatch):
+    from medprune.model import GGUF, prepare_base, wheel_folder
+    from medprune.shapes import named_config
+
+    monkeypatch.setenv("MEDPRUNE_CACHE", str(tmp_path))
+    built = named_config(prepare_base(resolve("smoke")))["text_config"]
+    assert {k: built[k] for k in pipeline.ASSEMBLED["tiny"]} == pipeline.ASSEMBLED["tiny"]
+    from gguf import GGUFReader
+
+    fields = GGUFReader(wheel_folder(GGUF[0]) / GGUF[1]).fields
+    names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.head_count_kv")
+    assert [fields[f"llama.{n}"].contents() for n in names] == list(pipeline.ASSEMBLED["smollm2"].values())
+    assert len(synthetic.CONDITIONS) == N_CONDITIONS

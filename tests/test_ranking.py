@@ -1,0 +1,205 @@
+"""Intervals, agreement and stability of importance scores on made-up tables; greedy orders on the tiny LLaVA."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medprune import figures, ranking, stats
+from medprune.artifacts import Units
+from medprune.config import resolve
+from medprune.model import load, parts, prepare_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield prepare_base(resolve("smoke"))
+    patch.undo()
+
+
+def rows_table(scores: dict[int, list[float]]) -> pd.DataFrame:
+    return pd.DataFrame([{"block": b, "row": i, "score": s} for b, found in scores.items() for i, s in enumerate(found)])
+
+
+def test_block_scores_give_the_interval_of_image_means():
+    table = ranking.block_scores("x", rows_table({4: [1, 1, 3, 3], 5: [2, 2, 2, 2]}), ["a", "a", "b", "b"], seed=3)
+    four = table[table.block == 4].iloc[0]
+    half = 12.706204736 * 1.0  # Student's t at 1 degree of freedom x the standard error of two means, 1 and 3
+    assert (four.importance_score, four.low, four.high) == pytest.approx((2, 2 - half, 2 + half))
+    assert table[table.block == 5][["low", "high"]].eq(2).all(axis=None)
+    assert table.n_calibration.eq(4).all() and table.seed.eq(3).all()
+    # Rows as if they were independent would give a narrower one.
+    alone = ranking.block_scores("x", rows_table({4: [1, 1, 3, 3]}), list("abcd")).iloc[0]
+    assert alone.high - alone.low < four.high - four.low
+
+
+def test_scores_without_rows_have_no_interval():
+    table = ranking.block_scores("magnitude", {1: 5.0, 0: 7.0})
+    assert table.block.tolist() == [0, 1] and table.low.isna().all()
+    assert ranking.order_of(table, ()) == [1, 0]
+
+
+def test_rank_correlations_use_shared_blocks_and_average_draws():
+    tables = [ranking.block_scores("a", {b: float(b) for b in range(6)}),
+              ranking.block_scores("b", {b: b**3.0 for b in range(2, 6)}),
+              ranking.block_scores("random", {b: float(b) for b in range(6)}, seed=0),
+              ranking.block_scores("random", {b: -float(b) for b in range(6)}, seed=1)]  # fmt: skip
+    rho = ranking.rank_correlations(pd.concat(tables))
+    assert rho.loc["a", "b"] == pytest.approx(1)
+    assert rho.loc["a", "random"] == pytest.approx(0)
+    assert np.diag(rho).tolist() == [1, 1, 1] and rho.equals(rho.T)
+
+
+def test_overlap_is_jaccard_of_the_first_n():
+    assert ranking.overlap([1, 2, 3], [3, 2, 1], 2) == pytest.approx(1 / 3)
+    assert ranking.overlap([1, 2, 3], [3, 2, 1], 3) == 1
+    with pytest.raises(ValueError, match="n=4 must be 1 to 3"):
+        ranking.overlap([1, 2, 3], [3, 2, 1], 4)
+
+
+def test_chance_overlap_is_what_random_sets_give():
+    rng = np.random.default_rng(0)
+    drawn = [ranking.overlap(rng.permutation(9).tolist(), rng.permutation(9).tolist(), 4) for _ in range(4000)]
+    assert ranking.chance_overlap(9, 4) == pytest.approx(np.mean(drawn), abs=0.015)
+
+
+def test_stability_is_whole_where_images_agree_and_low_where_they_do_not():
+    clusters = [f"image {i // 3}" for i in range(24)]
+    rng = np.random.default_rng(1)
+    agreed = rows_table({b: (b + 0.01 * rng.random(24)).tolist() for b in range(2, 10)})
+    ranks, overlaps = ranking.stability(agreed, clusters, [1, 3, 5], draws=50)
+    assert (ranks.low == ranks["rank"]).all() and (ranks.high == ranks["rank"]).all()
+    assert ranks["rank"].tolist() == list(range(8))
+    assert overlaps.overlap.eq(1).all() and overlaps.halves.eq(1).all()
+    noise = rows_table({b: rng.normal(size=24).tolist() for b in range(2, 10)})
+    ranks, overlaps = ranking.stability(noise, clusters, [1, 3, 5], draws=200)
+    assert (ranks.high - ranks.low).median() >= 4
+    assert (overlaps.halves < overlaps.overlap).all() and (overlaps.overlap < 0.95).all()
+    again = ranking.stability(noise, clusters, [1, 3, 5], draws=200)[1]
+    assert overlaps.equals(again)
+
+
+def test_stability_draws_whole_images():
+    # Rows of one image cancel out: with rows drawn apart ranks would move, with images they cannot.
+    scores = rows_table({0: [5.0, -5.0] * 6, 1: [1.0] * 12})
+    ranks, _ = ranking.stability(scores, [i // 2 for i in range(12)], [1], draws=100)
+    assert (ranks.low == ranks.high).all()
+    with pytest.raises(ValueError, match="1 calibration image cannot"):
+        ranking.stability(scores, ["only"] * 12, [1])
+
+
+def test_without_takes_blocks_out_and_puts_all_back(base):
+    model, _ = load(base, dtype=torch.float32)
+    before, names = parts(model).blocks, list(model.state_dict())
+    with ranking.without(model, [1, 3]):
+        assert len(parts(model).blocks) == model.config.text_config.num_hidden_layers == 4
+        assert parts(model).blocks[1] is before[2] and before[2].self_attn.layer_idx == 1
+    assert parts(model).blocks is before and list(model.state_dict()) == names
+    assert [b.self_attn.layer_idx for b in before] == list(range(6))
+    assert model.config.text_config.num_hidden_layers == 6
+
+
+def test_greedy_scores_again_in_the_originals_numbers_and_resumes(base, tmp_path):
+    model, _ = load(base, dtype=torch.float32)
+    whole = list(parts(model).blocks)
+    calls = []
+
+    def score(current, kept):
+        assert [whole.index(b) for b in parts(current).blocks] == kept
+        calls.append(kept)
+        # Block 2 is of no use while 3 is there and vital once it is gone: a one-shot order would take 3, then 2.
+        return {b: {0: 0.0, 1: 5.0, 2: 1.0 if 3 in kept else 9.0, 3: 0.5, 4: 3.0, 5: 0.0}[b] for b in kept}
+
+    units = Units(tmp_path / "u.jsonl", "x")
+    assert ranking.greedy_order(model, score, (0, -1), 2, units) == [3, 4]
+    assert calls == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 4, 5]]
+    assert list(parts(model).blocks) == whole
+    calls.clear()
+    assert ranking.greedy_order(model, score, (0, -1), 3, Units(tmp_path / "u.jsonl", "x")) == [3, 4, 1]
+    assert calls == [[0, 1, 2, 5]], "finished steps are not scored again"
+    with pytest.raises(ValueError, match="n=5 blocks cannot go: 0 to 4"):
+        ranking.greedy_order(model, score, (0, -1), 5, units)
+
+
+def test_a_failing_score_leaves_the_model_whole(base, tmp_path):
+    model, _ = load(base, dtype=torch.float32)
+
+    def score(current, kept):
+        if len(kept) < 6:
+            raise KeyboardInterrupt
+        return {b: float(b) for b in kept}
+
+    with pytest.raises(KeyboardInterrupt):
+        ranking.greedy_order(model, score, (0,), 2, Units(tmp_path / "u.jsonl", "x"))
+    assert len(parts(model).blocks) == model.config.text_config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([80, 79, 78, 77, 40, 10, 0], 3),  # a shelf, then a fall
+        ([80, 40, 20, 10, 5, 2, 0], 0),  # falls at once
+        ([80, 70, 60, 50, 40, 20, 0], 0),  # the straight line has no knee
+        ([80, 81, 79, 80, 79, 78, 0], 6),  # counts are not equally far apart
+    ],
+)
+def test_knee_is_farthest_above_the_chord(scores, expected):
+    assert ranking.knee([0, 1, 2, 3, 4, 6, 8], scores) == expected
+
+
+def test_knee_refuses_what_has_no_bend():
+    with pytest.raises(ValueError, match="at least 3 rising counts"):
+        ranking.knee([0, 2], [80, 10])
+    with pytest.raises(ValueError, match="at least 3 rising counts"):
+        ranking.knee([0, 2, 1], [80, 40, 10])
+
+
+def test_knee_table_says_which_losses_are_shown_to_be_small():
+    means = {0: 80, 1: 79, 2: 78, 3: 30, 4: 0}
+    rng = np.random.default_rng(0)
+    answers = pd.DataFrame([{"blocks_removed": n, "id": f"{i}-{q}", "cluster": i,
+                             "score_percent": np.clip(m + rng.normal(0, 2), 0, 100)}
+                            for n, m in means.items() for i in range(20) for q in range(3)])  # fmt: skip
+    table = ranking.knee_table(answers, draws=200).set_index("blocks_removed")
+    assert table.holds.tolist() == [True, True, True, False, False]
+    assert table.knee.tolist() == [False, False, True, False, False]
+    assert table.knee_frac.sum() == pytest.approx(1) and table.knee_frac[2] > 0.9
+    assert not ranking.knee_table(answers, tolerance=0.5, draws=10).holds[1]
+    with pytest.raises(ValueError, match="0 must be among them"):
+        ranking.knee_table(answers[answers.blocks_removed > 0])
+
+
+def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
+    answers = pd.DataFrame([{"criterion": c, "blocks_removed": n, "id": f"{i}-{q}", "cluster": i, "score_percent": s + i}
+                            for c, found in {"a": (90, 60, 40), "random": (90, 30, 10)}.items()
+                            for n, s in enumerate(found) for i in range(4) for q in range(2)])  # fmt: skip
+    means = ranking.sweep_means(pd.concat([answers, answers[answers.criterion == "random"].assign(score_percent=0)]))
+    assert means[means.method == "a"].score_percent.tolist() == [50, 50, 51, 51, 52, 52, 53, 53]
+    found = stats.compare(means, [("a", "random")]).iloc[0]
+    assert found["diff"] == pytest.approx(50 + 1.5 - (20 + 1.5) / 2) and found.n_images == 4
+
+
+def test_figures_draw_every_criterion_and_ring_the_knee():
+    scores = [ranking.block_scores("perplexity", rows_table({b: [b, b + 1.0, b + 2.0] for b in range(4)}), "abc")]
+    scores += [ranking.block_scores("random", {b: float(-b) for b in range(4)}, seed=s) for s in (0, 1)]
+    table = pd.concat(scores)
+    fig = figures.figure_criteria(table, protect=(0,))
+    assert [ax.get_title("left") for ax in fig.axes] == ["perplexity", "random"]
+    drawn = fig.axes[0].lines[-1].get_xydata()
+    np.testing.assert_allclose(drawn, [[1, 2], [2, 3], [3, 4]])  # protected blocks have no score to read
+    heat = figures.figure_correlations(ranking.rank_correlations(table)).axes[0]
+    assert [t.get_text() for t in heat.texts] == ["1.00", "-1.00", "-1.00", "1.00"]
+    sweep = pd.DataFrame({"criterion": ["perplexity"] * 3 + ["random"] * 6, "blocks_removed": [0, 1, 2] * 3,
+                          "score": [80, 70, 10, 80, 20, 0, 80, 40, 0]}).assign(low=0, high=100)  # fmt: skip
+    ax = figures.figure_sweeps(sweep, {"perplexity": 1}).axes[0]
+    rings = [line for line in ax.lines if line.get_markersize() == 13 and len(line.get_xdata())]
+    assert [line.get_ydata().tolist() for line in rings] == [[70]]
+    assert any(line.get_ydata().tolist() == [80, 30, 0] for line in ax.lines), "draws of the control are averaged"
+    with pytest.raises(ValueError, match="lacks the columns"):
+        figures.figure_sweeps(sweep.drop(columns="low"))
+    ranks, overlaps = ranking.stability(rows_table({0: [1, 2], 1: [2, 1], 2: [9, 9]}), "ab", [1, 2], draws=20)
+    left, right = figures.figure_stability(ranks, overlaps).axes
+    assert [t.get_text() for t in left.get_xticklabels()] == ["0", "1", "2"]
+    assert len(right.lines) == 3
