@@ -167,11 +167,12 @@ def _check_storage(shape: Shape, bits: set[float], group_size: int | None, metho
         raise ValueError(f"{method} has groups of {BNB_BLOCK_SIZE} weights only, not {group_size}.")
 
 
-def plan_table(name_or_path, removes: Sequence[int], bits: float = 16, group_size: int | None = 64,
+def plan_table(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
                context: int = 840, batch: int = 1, bandwidth: float = 320,
                method: str = "rtn") -> pd.DataFrame:  # fmt: skip
     """Return one row for each number of `removes`: parameters, bytes by part, and the floor in ms a token.
 
+    `bits` is as in `account`; a list of one for each block fits the one count of `removes` that leaves as many.
     `bandwidth` is in GB/s (320: a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row
     or `name_or_path` is another model. Raises ValueError as `account` does.
     """
@@ -216,7 +217,7 @@ def plan_notes(name_or_path) -> list[str]:
     ]
 
 
-def plan_text(name_or_path, removes: Sequence[int], bits: float = 16, group_size: int | None = 64,
+def plan_text(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
               context: int = 840, batch: int = 1, bandwidth: float = 320,
               method: str = "rtn") -> str:  # fmt: skip
     """Return `plan_table` for reading: a column for each number of blocks removed, bytes in GiB."""
@@ -232,12 +233,14 @@ def plan_text(name_or_path, removes: Sequence[int], bits: float = 16, group_size
     shown = pd.DataFrame(lines).T.set_axis([f"{n} removed" for n in table["blocks_removed"]], axis=1)
     stored = "all 16 bits"
     if bits != 16:
-        stored = f"blocks {bits} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
+        widths = f"{bits:g}" if not isinstance(bits, Sequence) else " + ".join(
+            f"{list(bits).count(b)} x {b:g}" for b in sorted(set(bits), reverse=True))  # fmt: skip
+        stored = f"blocks {widths} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
     head = f"{name_or_path}: {stored}; KV cache of {context} tokens x {batch}; floor at {bandwidth} GB/s"
     return "\n".join([head, "", shown.to_string(), "", *plan_notes(name_or_path)]).rstrip() + "\n"
 
 
-def plan_json(name_or_path, removes: Sequence[int], bits: float = 16, group_size: int | None = 64,
+def plan_json(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
               context: int = 840, batch: int = 1, bandwidth: float = 320,
               method: str = "rtn") -> str:  # fmt: skip
     """Return `plan_table` as JSON: the settings, `rows` with the table's columns, and `notes`."""

@@ -71,7 +71,9 @@ def plan(
         str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a LLaVA folder or a config.json")
     ] = "llava-1.5-7b",
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
-    bits: Annotated[float, typer.Option(help="bits per block weight: 3, 4, 8 or 16")] = 16,
+    bits: Annotated[
+        str, typer.Option(help="bits per block weight: 3, 4, 8 or 16; or one for each kept block, as 8,3,4")
+    ] = "16",
     group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
     context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
@@ -79,10 +81,16 @@ def plan(
 ) -> None:
     """Print parameters, bytes, KV cache and the floor in ms/token, from a configuration, without weights."""
     from medprune.accounting import plan_json, plan_text
+    from medprune.shapes import named_config, shape_of
 
-    write = plan_json if as_json else plan_text
-    removes = list(remove or (0, 2, 4, 7, 8, 9, 10))
-    typer.echo(write(model, removes, bits=bits, group_size=group_size, context=context, bandwidth=bandwidth))
+    try:
+        widths = [float(b) for b in bits.split(",")]
+    except ValueError:
+        raise ValueError(f"--bits {bits} must be a number, or one for each kept block with commas between.") from None
+    one = len(widths) == 1
+    default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
+    write, stored = plan_json if as_json else plan_text, widths[0] if one else widths
+    typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth))
 
 
 @app.command()

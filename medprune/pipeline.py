@@ -131,6 +131,7 @@ def _execute(source: Path, target: Path, values: dict, root: Path, say) -> float
             papermill.execute_notebook(
                 str(source), str(target), parameters=values, cwd=str(NOTEBOOKS), progress_bar=False, kernel_name="python3",
                 log_output=False, request_save_on_cell_execute=True,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns on every start that it speaks plain TCP
             )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         said = " ".join(str(error.evalue).split()).rstrip(".")

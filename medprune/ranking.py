@@ -189,5 +189,6 @@ def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
 
     answers: criterion, blocks_removed, id, cluster, score_percent; the draws of `random` share the criterion's name.
     """
-    pruned = answers[answers["blocks_removed"] > 0].rename(columns={"criterion": "method"})
+    pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
+    pruned = pruned.rename(columns={"criterion": "method"})
     return pruned.groupby(["method", "id", "cluster"], as_index=False, sort=False)["score_percent"].mean()

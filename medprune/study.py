@@ -85,6 +85,13 @@ def judged(rows: list[dict], chosen: judge.Judge, run: Run) -> pd.DataFrame:
     return table.assign(cluster=table["key"])
 
 
+def read_scores(folder: Path) -> pd.DataFrame:
+    """Return the table of `judged` that an earlier notebook wrote; an empty answer, or "NA", is a text there too."""
+    file = folder / "scores.csv"
+    answers = pd.read_csv(file, usecols=["answer"], dtype=str, keep_default_na=False)
+    return pd.read_csv(file).assign(answer=answers["answer"])
+
+
 def answers_context(config: Profile, model_fingerprint: str, questions: list[dict]) -> str:
     """Return the context of a model's answers: everything that decides them but the label's own changes."""
     asked = [(q["id"], q["question"], q["path"]) for q in questions]

@@ -147,6 +147,24 @@ def test_mixed_bits_sum_over_blocks():
         account(tiny(), 1, bits=[3, 4, 16])
 
 
+def test_plan_takes_a_width_for_each_block():
+    from typer.testing import CliRunner
+
+    from medprune.cli import app
+
+    widths = [8] * 6 + [3] * 19
+    text = CliRunner().invoke(app, ["plan", "--bits", ",".join(map(str, widths))]).output
+    assert "blocks 6 x 8 + 19 x 3 bits (rtn" in text and "7 removed" in text
+    said = CliRunner().invoke(app, ["plan", "--bits", ",".join(map(str, widths)), "--json"]).output
+    (row,) = json.loads(said)["rows"]
+    assert row["total_bytes"] == account(SEVEN, 7, widths).total_bytes
+    assert "blocks 4 bits" in CliRunner().invoke(app, ["plan", "--bits", "4"]).output
+    error = CliRunner().invoke(app, ["plan", "--bits", "4,x"]).exception
+    assert str(error) == "--bits 4,x must be a number, or one for each kept block with commas between."
+    error = CliRunner().invoke(app, ["plan", "--bits", "4,3", "--remove", "7"]).exception
+    assert "bits lists 2 blocks; 25 are kept" in str(error)
+
+
 @pytest.mark.parametrize("compress", [False, True])
 def test_bnb_bytes_are_bitsandbytes_own(compress):
     functional = pytest.importorskip("bitsandbytes.functional")

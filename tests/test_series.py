@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from medprune.artifacts import STAGES, read_json
+from medprune.artifacts import STAGES, read_json, write_csv
 from medprune.config import REPO
 
 CLI = [sys.executable, "-c", "from medprune.cli import main; main()"]
@@ -75,6 +75,15 @@ def test_other_parameters_run_again_from_the_stage_they_touch(series, monkeypatc
         for stage, text in kept.items():
             (root / stage / "done.json").write_text(text)
     assert said == ["01_finetune: done", "02_layer_importance: done"] and ran == list(STAGES[2:])
+
+
+def test_empty_answers_are_texts_when_scores_are_read_again(tmp_path):
+    from medprune.study import read_scores
+
+    table = pd.DataFrame({"answer": ["", "NA", "Rosacea, \"red\"."], "score_percent": [None, 0.0, 100.0]})
+    write_csv(tmp_path / "scores.csv", table)
+    again = read_scores(tmp_path)
+    assert again.answer.tolist() == table.answer.tolist() and again.score_percent.isna().tolist() == [True, False, False]
 
 
 def papermill(root, stage):
