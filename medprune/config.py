@@ -51,20 +51,21 @@ class Profile:
     recovery_steps: int = 40
     save_every: int = 20  # steps between checkpoints
     # answers
-    max_new_tokens: int = 40
+    max_new_tokens: int = 38
     batch_rows: int = 128  # answers decoded at once
     # importance and pruning
     criteria: tuple[str, ...] = ("output_similarity", "magnitude")
     n_calibration: int = 8  # images; each is asked the three test questions
     calibration_tokens: int = 32  # length of the answers that are compared
     protected_blocks: tuple[int, ...] = (0, 1, -1)  # the paper's 1, 2 and 32, counted from 0
-    blocks_removed: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
+    blocks_removed: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
     recover: tuple[int, ...] = (2, 4)  # blocks removed in the models that notebook 04 recovers
     # quantization
     methods: tuple[str, ...] = ("awq", "bnb", "rtn")
     bits: int = 4
     group_size: int = 64
     awq_rows: int = 8  # calibration conversations
+    awq_tokens: int = 1024  # of each, at most
     # judge
     judge: str = "reference"  # "reference", a chat model's name, or "server"
     judge_model: str | None = None
@@ -79,8 +80,8 @@ PROFILES = {
         recovery_steps=2, save_every=2, batch_size=2, max_new_tokens=12, n_calibration=2, calibration_tokens=8,
         blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4,
     ),
-    "local": Profile(name="local", n_train=240, n_test=40, vision_steps=300, batch_size=2, learning_rate=2e-3,
-                     sft_steps=90, recovery_steps=30, awq_rows=4),
+    "local": Profile(name="local", n_train=240, n_test=24, vision_steps=280, batch_size=2, learning_rate=2e-3,
+                     sft_steps=90, recovery_steps=25, awq_rows=4, awq_tokens=128),
     "t4": Profile(
         name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
@@ -158,7 +159,7 @@ def _fit(name, value, kind):
 def _check(c: Profile) -> None:
     positive = ("image_size", "lora_r", "lora_alpha", "learning_rate", "batch_size", "sft_steps", "save_every",
                 "recovery_steps", "max_new_tokens", "batch_rows", "n_calibration", "calibration_tokens",
-                "awq_rows")  # fmt: skip
+                "awq_rows", "awq_tokens")  # fmt: skip
     for name in positive:
         if getattr(c, name) <= 0:
             raise ValueError(f"{name}={getattr(c, name)} must be greater than 0.")

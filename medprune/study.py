@@ -118,8 +118,11 @@ def figure_images(records, per_condition: int = 6):
     return figure
 
 
-def quantization_batch(processor, records, conditions: dict, questions: dict, dtype, seed: int) -> dict:
-    """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration."""
+def quantization_batch(processor, records, conditions: dict, questions: dict, dtype, seed: int, most: int) -> dict:
+    """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration.
+
+    most: tokens per row, the image's among them.
+    """
     rng = random.Random(seed)
     ids = [
         finetune.encode_conversation(processor, conversations.conversation(r, conditions, questions, rng))["input_ids"]
@@ -127,5 +130,5 @@ def quantization_batch(processor, records, conditions: dict, questions: dict, dt
     ]
     images = [data.open_image(r.path) for r in records]
     pixels = generate.encode(processor, [generate.prompt_text(processor, "")] * len(images), images, dtype)
-    shortest = min(map(len, ids))
+    shortest = min(most, *map(len, ids))
     return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
