@@ -1,4 +1,4 @@
-"""`medprune run / plan / publish`. Every error a user can cause is one sentence and exit status 2."""
+"""`medprune run / plan / compare / publish`. Every error a user can cause is one sentence and exit status 2."""
 
 import json
 import sys
@@ -91,6 +91,42 @@ def plan(
     default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
     write, stored = plan_json if as_json else plan_text, widths[0] if one else widths
     typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="RUN, or RUN:METHOD such as demo:awq-recovered-2")],
+    b: Annotated[str, typer.Argument(help="another; of two runs, every method that both have is compared")],
+    runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
+) -> None:
+    """Print paired differences in judge score, by image, with intervals and p adjusted by Holm."""
+    import pandas as pd
+
+    from medprune.artifacts import REPO, STAGES
+    from medprune.page import readable
+    from medprune.stats import compare as paired
+
+    def scores(name):
+        run, _, method = name.partition(":")
+        files = [Path(runs_dir or REPO / "runs") / run / stage / "scores.csv" for stage in STAGES]
+        found = [pd.read_csv(f) for f in files if f.exists()]
+        if not found:
+            raise ValueError(f"run {run!r} has no scores: run notebook 01 at least.")
+        table = pd.concat(found).drop_duplicates(["method", "id"])
+        if method and method not in set(table["method"]):
+            raise ValueError(f"run {run!r} has no method {method!r}: it has {', '.join(dict.fromkeys(table['method']))}.")
+        table = table[table["method"] == method] if method else table
+        return table.assign(method=f"{run}:" + table["method"])
+
+    left, right = scores(a), scores(b)
+    if ":" in a and ":" in b:
+        pairs = [(a, b)]
+    else:
+        ours, theirs = (list(dict.fromkeys(t["method"].str.partition(":")[2])) for t in (left, right))
+        pairs = [(f"{a.partition(':')[0]}:{m}", f"{b.partition(':')[0]}:{m}") for m in ours if m in theirs]
+    if not pairs or a == b:
+        raise ValueError(f"{a!r} and {b!r} have no two methods to compare: name them as RUN:METHOD.")
+    typer.echo(readable(paired(pd.concat([left, right]), pairs)).to_string(index=False))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The series under papermill: order, what is done already, resume, and publishing executed notebooks."""
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -183,11 +184,18 @@ def closing_text(root: Path) -> str:
 
 
 def publish(root: Path) -> None:
-    """Copy a run's executed notebooks, as a reader on the web shall see them, over the ones in notebooks/."""
+    """Copy a run's executed notebooks, as a reader on the web shall see them, over the ones in notebooks/.
+
+    Injected parameters and what libraries wrote to stderr are left out. The README's figure goes along.
+    """
     for stage in STAGES:
         notebook = nbformat.read(root / stage / f"{stage}.ipynb", as_version=4)
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
         notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info")}
         for cell in notebook.cells:
             cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         write_text(NOTEBOOKS / f"{stage}.ipynb", nbformat.writes(notebook) + "\n")
+    (REPO / "docs").mkdir(exist_ok=True)
+    shutil.copyfile(root / STAGES[-1] / "shown" / "Size against score.png", REPO / "docs" / "results.png")

@@ -181,11 +181,11 @@ def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, tmp_path
     def embed(texts):
         return torch.tensor([[len(t), t.count(" "), 1.0] for t in texts]).numpy()
 
-    whole = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "w.jsonl", "x"), 4, 6)
+    whole = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "w.jsonl", "x"), 4, 12)
     units = DyingUnits(tmp_path / "u.jsonl", "x")
-    units.alive = 3  # the original's answers and the first chunk: 6 rows hold 2 blocks of 3 images
+    units.alive = 3  # the original's answers and the first chunk: half of 12 rows hold 2 blocks of 3 images
     with pytest.raises(Killed):
-        output_similarity(model, processor, rows, embed, [1, 2, 3, 4], units, 4, 6)
+        output_similarity(model, processor, rows, embed, [1, 2, 3, 4], units, 4, 12)
     asked = []
 
     def spy(*arguments, skip=None, **more):
@@ -193,7 +193,7 @@ def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, tmp_path
         return answer(*arguments, skip=skip, **more)
 
     monkeypatch.setattr("medprune.importance.answer", spy)
-    again = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "u.jsonl", "x"), 4, 6)
+    again = output_similarity(model, processor, rows, embed, [1, 2, 3, 4], Units(tmp_path / "u.jsonl", "x"), 4, 12)
     assert asked == [[3, 4]]
     assert again.equals(whole)
 

@@ -172,7 +172,7 @@ def test_knee_table_says_which_losses_are_shown_to_be_small():
 
 
 def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
-    answers = pd.DataFrame([{"criterion": c, "blocks_removed": n, "id": f"{i}-{q}", "cluster": i, "score_percent": s + i}
+    answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c, "blocks_removed": n, "id": f"{i}-{q}", "cluster": i, "score_percent": s + i}
                             for c, found in {"a": (90, 60, 40), "random": (90, 30, 10)}.items()
                             for n, s in enumerate(found) for i in range(4) for q in range(2)])  # fmt: skip
     means = ranking.sweep_means(pd.concat([answers, answers[answers.criterion == "random"].assign(score_percent=0)]))
