@@ -118,7 +118,7 @@ def figure_images(records, per_condition: int = 6):
     return figure
 
 
-def quantization_batch(processor, records, conditions: dict, questions: dict, dtype, seed: int, most: int) -> dict:
+def quantization_batch(processor, records, conditions: dict, questions: dict, dtype, seed: int, most: int = 1024) -> dict:
     """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration.
 
     most: tokens per row, the image's among them.
