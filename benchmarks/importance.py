@@ -146,11 +146,9 @@ def apply_to_7b() -> dict:
             "copy_all_s": copy_s * len(plan.kept), "paper_code_copy_s": PAPER_COPY["copy_s"]}  # fmt: skip
 
 
-def compare_scores(name: str, scores, texts, reference_scores, reference_texts) -> dict:
-    """Hold one way's scores and texts against (c)'s; ValueError where a score differs by more than the tolerance."""
+def compare_scores(scores, texts, reference_scores, reference_texts) -> dict:
+    """Hold one way's scores and texts against (c)'s."""
     gap = max(abs(scores[b] - reference_scores[b]) for b in scores)
-    if gap > SCORE_TOLERANCE:
-        raise ValueError(f"({name}) and (c) differ by {gap:.4f} in a block's score: {SCORE_TOLERANCE} is tolerated.")
     pairs = [(x, y) for b in scores for x, y in zip(texts[b], reference_texts[b], strict=True)]
     return {"blocks_compared": len(scores), "max_score_difference": gap, "answers_compared": len(pairs),
             "answers_different": sum(x != y for x, y in pairs)}  # fmt: skip
@@ -217,7 +215,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     for way in "abc":
         row = {"way": way, "what": names[way], "blocks": len(blocks), "blocks_timed": len(texts[way]),
                "seconds": seconds[way], "ratio_to_c": seconds[way] / seconds["c"]}  # fmt: skip
-        ways.append(row | compare_scores(way, scores[way], texts[way], scores["c"], texts["c"]))
+        ways.append(row | compare_scores(scores[way], texts[way], scores["c"], texts["c"]))
     gc.collect()
     return {
         "machine": describe_machine(), "profile": profile, "blocks_in_model": config.text_config.num_hidden_layers,
@@ -257,6 +255,10 @@ def main() -> None:
     result["llava_1_5_7b"] = apply_to_7b()
     print_result(result)
     write_json(arguments.out, result)
+    for way in result["ways"]:
+        if way["max_score_difference"] > SCORE_TOLERANCE:
+            raise SystemExit(f"({way['way']}) and (c) differ by {way['max_score_difference']:.4f} in a block's score: "
+                             f"{SCORE_TOLERANCE} is tolerated.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     """Attend with one new token per row as one matrix product a key head; anything else goes to transformers' SDPA.
 
     query (batch, heads, 1, width), key and value (batch, key heads, seq, width); returns ((batch, 1, heads, width),
-    None). On CPU, torch's flash kernel spends 17 times as long on a single query row (benchmarks/attention.py).
+    None). On CPU, torch's flash kernel spends more than ten times as long on a single query row (benchmarks/attention.py).
     """
     if query.shape[2] > 1 or attention_mask is not None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **arguments)
