@@ -7,8 +7,10 @@ python benchmarks/importance.py [--model FOLDER] [--profile local] [--naive-bloc
     number of blocks, answering by the number of decode steps, which (c) has counted.
 (b) one model that skips the block, all questions of a block in one batch.
 (c) the leave-one-out batch: every row of one batch skips a block of its own, as notebook 02 does it.
-All three give the texts whose embeddings are compared; the scores must agree. Beside them stand the floor of (c) in
-FLOPs over this machine's matrix product rate, and what applying a plan to LLaVA-1.5-7B's shape takes.
+All three give the texts whose embeddings are compared; the scores must agree. What is left of a difference in (a) is
+rounding: (a)'s models, asked through `generate.answer` as (b) and (c) are, must say the very same, text for text.
+Beside them stand the floor of (c) in FLOPs over this machine's matrix product rate, and what applying a plan to
+LLaVA-1.5-7B's shape takes.
 """
 
 import argparse
@@ -28,12 +30,14 @@ from medprune import conversations, data, generate, importance
 from medprune.accounting import shape_of
 from medprune.artifacts import Units, describe_machine, read_json, write_json
 from medprune.config import REPO, resolve
-from medprune.model import choose_dtype, load, load_embedder, parts, protected
+from medprune.model import GROUPED, choose_dtype, load, load_embedder, parts, protected
 from medprune.prune import apply_plan, make_plan
 from medprune.shapes import named_config
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
-SCORE_TOLERANCE = 0.02  # of importance_score (0-2): bf16 rounding differs between whole and shared prompts
+# Of importance_score (0-2). `generate` runs the prompt in one piece and torch's own attention, so that bf16 rounds
+# otherwise than in (b) and (c), and now and then another token is chosen.
+SCORE_TOLERANCE = 0.05
 # Printed in examples/example-usage.ipynb of github.com/takakib123/LLaVA_Prune (commit 6e66579), the code published
 # with the paper, for leaving these blocks of LLaVA-1.5-7B out on a Kaggle GPU machine.
 PAPER_COPY = {"copy_s": 56.2, "removed": [23, 4, 18]}
@@ -194,7 +198,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     del model
     steps = {b: sum(a["tokens"] + a["ended"] for a in said) for b, said in zip(blocks, answers, strict=True)}
     chosen = [blocks[(2 * i + 1) * len(blocks) // (2 * naive_blocks)] for i in range(naive_blocks)]
-    build_s = answer_s = 0.0
+    build_s, answer_s, same = 0.0, 0.0, 0
     texts["a"] = {}
     for b in chosen:
         started = time.perf_counter()
@@ -203,6 +207,9 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
         texts["a"][b] = ask_one_by_one(pruned, processor, rows, limit)
         build_s, answer_s = build_s + built - started, answer_s + time.perf_counter() - built
         print(f"(a) without block {b}: {time.perf_counter() - started:.1f} s", flush=True)
+        pruned.set_attn_implementation({"text_config": GROUPED})
+        again = generate.answer(pruned, processor, rows, limit, cfg.batch_rows)
+        same += sum(x.text == y for x, y in zip(again, texts["c"][b], strict=True))
         del pruned
     measured = sum(steps[b] for b in chosen)
     seconds["a"] = build_s * len(blocks) / len(chosen) + answer_s * sum(steps.values()) / measured
@@ -222,7 +229,8 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
         "images": len(calibration), "questions": len(rows), "max_new_tokens": limit, "batch_rows": cfg.batch_rows,
         "score_tolerance": SCORE_TOLERANCE, "ways": ways,
         "naive": {"blocks_timed": chosen, "build_s": build_s, "answer_s": answer_s, "steps_timed": measured,
-                  "steps_all": sum(steps.values())},
+                  "steps_all": sum(steps.values()), "answers_asked_alike": len(chosen) * len(rows),
+                  "answers_alike": same},
         "floor": {"flops": flops, "matmul_gflops": rates, "seconds": floor_s, "c_over_floor": seconds["c"] / floor_s},
         "scores": {way: {str(b): s for b, s in found.items()} for way, found in scores.items()},
     }  # fmt: skip
@@ -234,7 +242,8 @@ def print_result(result: dict) -> None:
     print(table.round({"seconds": 1, "ratio_to_c": 2, "max_score_difference": 4}).to_string(index=False))
     naive, floor, plan = result["naive"], result["floor"], result["llava_1_5_7b"]
     print(f"\n(a) was timed on blocks {naive['blocks_timed']} and scaled: building by blocks, answering by decode steps "
-          f"({naive['steps_timed']} of {naive['steps_all']}).")
+          f"({naive['steps_timed']} of {naive['steps_all']}). Asked as in (b) and (c), its models give "
+          f"{naive['answers_alike']} of {naive['answers_asked_alike']} answers to the letter.")
     print(f"floor of (c): {floor['flops']['total'] / 1e12:.2f} TFLOP at {max(floor['matmul_gflops'].values()):.0f} GFLOP/s "
           f"= {floor['seconds']:.1f} s; (c) takes {floor['c_over_floor']:.1f} times that.")
     print(f"LLaVA-1.5-7B less blocks {plan['removed']}: applying the plan {plan['apply_ms']:.1f} ms; copying the kept "
@@ -255,6 +264,8 @@ def main() -> None:
     result["llava_1_5_7b"] = apply_to_7b()
     print_result(result)
     write_json(arguments.out, result)
+    if result["naive"]["answers_alike"] < result["naive"]["answers_asked_alike"]:
+        raise SystemExit("a model built by copying and the leave-one-out batch answer differently.")
     for way in result["ways"]:
         if way["max_score_difference"] > SCORE_TOLERANCE:
             raise SystemExit(f"({way['way']}) and (c) differ by {way['max_score_difference']:.4f} in a block's score: "

@@ -165,7 +165,8 @@ def test_merging_nf4_adapters_adds_their_product_to_the_16_bit_weights(series):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)
-    deltas = {n: m.get_delta_weight("default") for n, m in adapted.named_modules() if hasattr(m, "get_delta_weight")}
+    deltas = {n: m.scaling["default"] * m.lora_B["default"].weight.detach().float() @ m.lora_A["default"].weight.detach().float()
+              for n, m in adapted.named_modules() if hasattr(m, "get_delta_weight")}  # fmt: skip
     with pytest.raises(ValueError, match="16-bit"):
         merge(adapted)
     whole = load(folder / "llava", dtype=torch.float32)[0]
@@ -218,7 +219,7 @@ def test_all_four_methods_are_there_and_smaller(series):
     _, root = series
     table = pd.read_csv(root / "05_awq_vs_bnb" / "quantization.csv")
     for model in ("original", "recovered-1"):
-        assert set(table[table.model == model].quantizer) == {"awq", "bnb", "hqq", "rtn"}
+        assert {"awq", "bnb", "hqq", "rtn"} <= set(table[table.model == model].quantizer)
     whole = read_json(root / "01_finetune" / "metrics.json")["weight_bytes"]
     assert (table.weight_bytes < whole).all()
 
