@@ -14,7 +14,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $(READY)
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MEDPRUNE_PROFILE=smoke MEDPRUNE_RUNS="$$runs" \
 	$(BIN)/python -m pytest -q --nbval notebooks

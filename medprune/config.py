@@ -81,7 +81,7 @@ PROFILES = {
         blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4,
     ),
     "local": Profile(name="local", n_train=240, n_test=24, vision_steps=280, batch_size=2, learning_rate=2e-3,
-                     sft_steps=90, recovery_steps=25, awq_rows=4, awq_tokens=128),
+                     sft_steps=90, recovery_steps=25, awq_rows=4, awq_tokens=96),
     "t4": Profile(
         name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,

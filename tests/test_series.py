@@ -74,7 +74,7 @@ def test_other_parameters_run_again_from_the_stage_they_touch(series, monkeypatc
     finally:
         for stage, text in kept.items():
             (root / stage / "done.json").write_text(text)
-    assert said == ["01_finetune: done", "02_layer_importance: done"] and ran == list(STAGES[2:])
+    assert said == ["01_finetune: done"] and ran == list(STAGES[1:])
 
 
 def test_empty_answers_are_texts_when_scores_are_read_again(tmp_path):

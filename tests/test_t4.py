@@ -176,7 +176,9 @@ def test_merging_nf4_adapters_adds_their_product_to_the_16_bit_weights(series):
     for name, delta in deltas.items():
         name = name.removeprefix("base_model.model.") + ".weight"
         torch.testing.assert_close(after[name], before.pop(name) + delta, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    for name, tensor in before.items():  # the projector is the one that was trained, in the adapted model's bfloat16
+        expected = tensor.bfloat16().float() if "projector" in name else tensor
+        assert torch.equal(after[name], expected), name
 
 
 def test_every_stage_ran_with_the_settings_of_the_profile(series):
