@@ -14,6 +14,7 @@ REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
 METHODS = ("awq", "bnb", "hqq", "rtn")
+RECIPES = ("lora", "projector", "last_blocks", "distill")
 CRITERIA = (
     "output_similarity",
     "magnitude",
@@ -49,7 +50,13 @@ class Profile:
     batch_size: int = 4  # conversations per optimizer step
     sft_steps: int = 80
     recovery_steps: int = 40
-    save_every: int = 20  # steps between checkpoints
+    save_every: int = 20  # steps between checkpoints, and between measurements of the held-out loss
+    n_held_out: int = 0  # training images kept back to measure it
+    patience: int = 0  # checkpoints without a lower held-out loss before training ends early; 0: never
+    recipe: str = "lora"  # the way of recovery whose models notebooks 05 and 06 go on with
+    recipes: tuple[str, ...] = ("lora", "projector", "last_blocks", "distill")  # ways of recovery that are compared
+    data_fractions: tuple[float, ...] = (1.0,)  # of the training images, for each recipe
+    equal_time: bool = False  # also give each recipe the time that lora takes
     # answers
     max_new_tokens: int = 38
     batch_rows: int = 128  # answers decoded at once
@@ -87,7 +94,7 @@ PROFILES = {
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
         sft_steps=434, recovery_steps=217, save_every=50, max_new_tokens=200, batch_rows=6, n_calibration=27,
         calibration_tokens=64, blocks_removed=(0, 2, 4, 7, 8, 9, 10), recover=(7, 9), awq_rows=32,
-        methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
+        recipes=("lora", "projector", "distill"), methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
     ),
 }  # fmt: skip
 
@@ -144,8 +151,10 @@ def _has_cuda() -> bool:
 
 def _fit(name, value, kind):
     wanted = [t for t in (get_args(kind) or (kind,)) if t is not type(None)]
-    if kind in (tuple[int, ...], tuple[str, ...]):
+    if kind in (tuple[int, ...], tuple[str, ...], tuple[float, ...]):
         item = get_args(kind)[0]
+        if item is float and isinstance(value, list | tuple):
+            value = [float(v) if type(v) is int else v for v in value]
         if isinstance(value, list | tuple) and all(type(v) is item for v in value):
             return tuple(value)
         raise ValueError(f"{name}={value!r} must be a list of {item.__name__}.")
@@ -173,7 +182,9 @@ def _check(c: Profile) -> None:
         raise ValueError(f"judge_bits={c.judge_bits} must be 4 or 16.")
     if c.judge == "server" and not (c.judge_url and c.judge_model):
         raise ValueError('judge="server" needs judge_url and judge_model.')
-    for name, chosen, choices in (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA)):
+    named = (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA), ("recipe", (c.recipe,), RECIPES),
+             ("recipes", c.recipes, RECIPES))  # fmt: skip
+    for name, chosen, choices in named:
         for value in chosen:
             if value not in choices:
                 raise ValueError(f"{name} has {value!r}: choose among {', '.join(choices)}.")
@@ -181,6 +192,12 @@ def _check(c: Profile) -> None:
         raise ValueError("criteria must hold output_similarity, whose order notebook 03 prunes by.")
     if "awq" not in c.methods:
         raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if not c.data_fractions or any(not 0 < f <= 1 for f in c.data_fractions):
+        raise ValueError(f"data_fractions={list(c.data_fractions)} must be shares of the training images, above 0 and up to 1.")
+    if c.n_held_out < 0 or c.patience < 0 or (c.patience and not c.n_held_out):
+        raise ValueError(f"n_held_out={c.n_held_out} and patience={c.patience} must be 0 or more, and patience needs n_held_out.")
+    if c.base_bits == 4 and "last_blocks" in (c.recipe, *c.recipes):
+        raise ValueError("recipe last_blocks trains whole weights, which base_bits=4 has not: leave it out or set base_bits=16.")
     if c.awq_rows < 4:
         raise ValueError(f"awq_rows={c.awq_rows} must be 4 or more.")
     for n in (*c.blocks_removed, *c.recover):

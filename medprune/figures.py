@@ -121,3 +121,30 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
     missing = [c for c in columns if c not in table]
     if missing or table.empty:
         raise ValueError(f"the table to draw has {len(table)} rows of {list(table)} and lacks the columns {missing}.")
+
+
+def figure_recipes(table: pd.DataFrame) -> Figure:
+    """Draw judge score after recovery against seconds of training: a colour per recipe, a size per share of images.
+
+    table: recipe, fraction, budget, train_s, score, low, high, score_before. Points in the same time are squares.
+    """
+    _need(table, "recipe", "fraction", "budget", "train_s", "score", "low", "high", "score_before")
+    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    plt.close(fig)
+    for color, (name, rows) in zip(sns.color_palette("colorblind"), table.groupby("recipe", sort=False), strict=False):
+        arms = np.maximum(0, [rows["score"] - rows["low"], rows["high"] - rows["score"]])
+        ax.errorbar(rows["train_s"], rows["score"], arms, fmt="none", ecolor=color, elinewidth=0.8, capsize=2)
+        for budget, marker in (("steps", "o"), ("time", "s")):
+            part = rows[rows["budget"] == budget]
+            label = f"{name.replace('_', ' ')}, same {budget}" if len(part) else None
+            ax.scatter(part["train_s"], part["score"], s=20 + 60 * part["fraction"], color=color, marker=marker, label=label)
+        if table["fraction"].nunique() > 1:
+            for r in rows.itertuples():
+                ax.annotate(f"{r.fraction:.0%}", (r.train_s, r.score), xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+    ax.axhline(table["score_before"].iloc[0], color=GREY, linestyle="--", linewidth=1)
+    ax.annotate("before", (0.01, table["score_before"].iloc[0]), xycoords=("axes fraction", "data"), fontsize="small",
+                color=GREY, xytext=(0, 3), textcoords="offset points")  # fmt: skip
+    ax.set(xlabel="training (seconds)", ylabel=SCORE, xlim=(0, None), ylim=(0, 100))
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    sns.despine(fig=fig)
+    return fig

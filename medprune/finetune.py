@@ -20,7 +20,7 @@ from peft import (
 )
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medprune.artifacts import write_folder
@@ -180,39 +180,56 @@ def add_lora(model, r: int, alpha: int) -> PeftModel:
     return wrapped
 
 
-def train(model, processor, items, folder: Path, config, steps: int, callbacks=(), label="fine-tuning") -> list[dict]:
-    """Fine-tune with LoRA on (image path, messages) items for `steps` optimizer steps; return the loss curve.
+def train(model, processor, items, folder: Path, config, steps: int, callbacks=(), label="fine-tuning", loss=None,
+          held_out=()) -> list[dict]:  # fmt: skip
+    """Fine-tune on (image path, messages) items for `steps` optimizer steps; return the loss curve.
 
     Checkpoints go to `folder` every config.save_every steps, and a killed run goes on from the last one to the same
-    end. `model` is left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest.
+    end. With `held_out` items the curve has their loss too, `held_out_loss`, at every checkpoint; training ends early
+    once it has not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. loss: as
+    `answer_loss`, the default. `model` is left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where
+    that is fastest, unless float32 weights are trained.
     """
     cuda = next(model.parameters()).device.type == "cuda"
     nf4 = getattr(model.config, "quantization_config", None)
     computed_in = nf4.bnb_4bit_compute_dtype if nf4 else model_dtype(model)
-    dataset = Conversations(processor, items, model_dtype(model), len(items) <= 4096 and not cuda, config.multi_turn)
+    keep = len(items) <= 4096 and not cuda
+    dataset = Conversations(processor, items, model_dtype(model), keep, config.multi_turn)
+    whole = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    stopping = bool(held_out and config.patience)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20),
         max_grad_norm=1.0, save_steps=config.save_every, save_total_limit=1, logging_steps=1,
         report_to=[], remove_unused_columns=False, label_names=["labels"], seed=config.seed, data_seed=config.seed,
-        use_cpu=not cuda, fp16=cuda and computed_in == torch.float16, bf16=cuda and computed_in == torch.bfloat16,
-        gradient_checkpointing=cuda, disable_tqdm=True,
+        use_cpu=not cuda, fp16=cuda and computed_in == torch.float16,
+        bf16=(cuda or whole) and computed_in == torch.bfloat16,
+        gradient_checkpointing=cuda, disable_tqdm=True, prediction_loss_only=True, eval_steps=config.save_every,
+        eval_strategy="steps" if held_out else "no", per_device_eval_batch_size=config.batch_size,
+        load_best_model_at_end=stopping, metric_for_best_model="loss" if stopping else None, greater_is_better=False,
         gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None, dataloader_pin_memory=cuda,
     )  # fmt: skip
-    # The projector, trained before, moves a tenth as fast as the adapters, which start at nothing (as in LLaVA).
+    # Whole weights, trained before, move a tenth as fast as adapters, which start at nothing (the projector in LLaVA).
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if "lora_" in n]},
               {"params": [p for n, p in named if "lora_" not in n], "lr": config.learning_rate / 10}]  # fmt: skip
+    groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
     trainer = Trainer(
-        model=model, args=arguments, optimizers=(optimizer, None), train_dataset=dataset, data_collator=collator(processor.tokenizer.pad_token_id),
-        compute_loss_func=answer_loss, callbacks=[_Bar(label), *callbacks],
+        model=model, args=arguments, optimizers=(optimizer, None), train_dataset=dataset,
+        data_collator=collator(processor.tokenizer.pad_token_id), compute_loss_func=loss or answer_loss,
+        eval_dataset=Conversations(processor, list(held_out), model_dtype(model), keep, config.multi_turn) if held_out else None,
+        callbacks=[_Bar(label), *callbacks, *([EarlyStoppingCallback(config.patience)] if stopping else ())],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if not cuda:  # the backward pass of SDPA's flash kernel takes a tenth more of a step
         parts(model).text_model.set_attn_implementation("eager")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).exists() else None)
-    return [{"step": x["step"], "loss": x["loss"]} for x in trainer.state.log_history if "loss" in x]
+    curve = {x["step"]: {"step": x["step"], "loss": x["loss"]} for x in trainer.state.log_history if "loss" in x}
+    for x in trainer.state.log_history:
+        if "eval_loss" in x:
+            curve[x["step"]]["held_out_loss"] = x["eval_loss"]
+    return list(curve.values())
 
 
 def model_dtype(model) -> torch.dtype:
@@ -224,17 +241,22 @@ def merge(model: PeftModel, into=None):
     """Return the plain LLaVA with the adapters folded in; raises ValueError if any adapter is left.
 
     into: the 16-bit model of the same blocks. Adapters trained over an NF4 base need it (QLoRA, Dettmers 2023): folded
-    into the 4-bit weights they would be rounded away with them.
+    into the 4-bit weights they would be rounded away with them. Of a model trained without adapters, the weights.
     """
+    adapted = hasattr(model, "merge_and_unload")
     if getattr(model, "is_loaded_in_4bit", False):
         if into is None:
             raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
-        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
-        left = set_peft_model_state_dict(model, trained).unexpected_keys
-        if left:
-            raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
-    merged = model.merge_and_unload()
+        if adapted:
+            trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+            model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
+            left = set_peft_model_state_dict(model, trained).unexpected_keys
+            if left:
+                raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
+        else:  # the projector, which no quantizer touches
+            parts(into).projector.load_state_dict(parts(model).projector.state_dict())
+            model = into
+    merged = model.merge_and_unload() if adapted else model
     left = [n for n, _ in merged.named_parameters() if re.search(r"lora_|modules_to_save|original_module", n)]
     if left:
         raise ValueError(f"merging left adapters behind: {', '.join(left[:3])}.")

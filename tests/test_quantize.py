@@ -194,6 +194,45 @@ def test_awq_search_leaves_no_trace_and_its_shortcuts_change_nothing(monkeypatch
     assert "model.language_model.layers.0.self_attn.o_proj" in info["loss_curve"]["losses"]  # no grouped queries here
 
 
+@torch.no_grad()
+def test_awq_multiplies_differences_in_bfloat16_and_loses_nothing_that_is_compared():
+    from medprune.awq import _on_differences
+
+    mlp = outlier_model().model.language_model.layers[0].mlp
+    x = torch.randn(64, 128)
+    x[:, 5] *= 100
+    before, kept = mlp(x), mlp.up_proj.weight.detach().clone()
+    changed = kept + 1e-3 * torch.randn_like(kept)
+
+    def change():
+        mlp.up_proj.weight.data = changed.clone()
+        after = mlp(x)
+        mlp.up_proj.weight.data = kept.clone()
+        return after
+
+    exact, whole = change() - before, change().bfloat16().float() - before.bfloat16().float()
+    with _on_differences(mlp):
+        assert torch.equal(mlp(x), before)
+        found = change() - before
+        assert torch.equal(mlp(x), before), "the weights are back"
+    assert (found - exact).norm() < 0.01 * exact.norm() < 0.5 * (whole - exact).norm()
+    assert "forward" not in vars(mlp.up_proj) and torch.equal(mlp(x), before)
+
+
+def test_awq_rounding_in_place_is_autoawqs():
+    from medprune.awq import AwqQuantizer, _Quantizer
+
+    torch.manual_seed(0)
+    quantizer = _Quantizer.__new__(_Quantizer)
+    quantizer.group_size, quantizer.zero_point, quantizer.w_bit = 64, True, 4
+    for dtype in (torch.float32, torch.float16):
+        w = torch.randn(48, 128).to(dtype)
+        kept = w.clone()
+        for a, b in zip(quantizer.pseudo_quantize_tensor(w), AwqQuantizer.pseudo_quantize_tensor(quantizer, w), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(w, kept)
+
+
 def test_awq_integers_are_autoawqs():
     from awq.modules.linear import WQLinear_GEMM
 
