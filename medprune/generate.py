@@ -15,6 +15,7 @@ from threading import Event, Thread
 import psutil
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from medprune.data import open_image
 from medprune.model import parts, weight_bytes
@@ -124,7 +125,8 @@ def _answer_chunk(model, processor, rows, row_groups, max_new_tokens, batch_rows
             part = items[start : start + batch_rows]
             numbers, which, ids = zip(*part, strict=True)
             skipping.rows = torch.tensor([skip[i] for i in numbers])
-            done = _decode(model, processor, _select(cache, which), torch.stack(ids), max_new_tokens, skipping)
+            own = _select(cache, which, len(ids[0]) + max_new_tokens)
+            done = _decode(model, processor, own, torch.stack(ids), max_new_tokens, skipping)
             yield from zip(numbers, done, strict=True)
 
 
@@ -141,11 +143,34 @@ def _forward(model, ids, cache, pixel_values=None):
     return out.logits[:, -1], cache
 
 
-def _select(cache, which):
-    """Return a new cache whose rows are copies of the given rows."""
+class _Roomy(DynamicLayer):
+    """A layer of the cache with room for more tokens, so that a step writes its token and copies no other."""
+
+    def __init__(self, keys, values, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._held = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
+        self.keys, self.values = (x[:, :, : keys.shape[2]] for x in self._held)
+
+    def update(self, key_states, value_states, *_, **__):
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for held, new in zip(self._held, (key_states, value_states), strict=True):
+            held[:, :, start:end] = new
+        self.keys, self.values = (x[:, :, :end] for x in self._held)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices) -> None:
+        self._held = [x[indices] for x in self._held]
+        self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self._held)
+
+
+def _select(cache, which, room: int):
+    """Return a new cache whose rows are copies of the given rows, with room for more tokens."""
     index = torch.tensor(which)
-    return DynamicCache([(layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)])
-                         for layer in cache.layers])  # fmt: skip
+    copy = DynamicCache()
+    copy.layers = [_Roomy(layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)], room)
+                   for layer in cache.layers]  # fmt: skip
+    return copy
 
 
 def _decode(model, processor, cache, ids, max_new_tokens, skipping) -> list[Answer]:
