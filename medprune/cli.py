@@ -1,4 +1,4 @@
-"""`medprune run / plan / compare / publish`. Every error a user can cause is one sentence and exit status 2."""
+"""`medprune run / plan / preflight / compare / publish`. Every error a user can cause is one sentence and exit status 2."""
 
 import json
 import sys
@@ -91,6 +91,24 @@ def plan(
     default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
     write, stored = plan_json if as_json else plan_text, widths[0] if one else widths
     typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth))
+
+
+@app.command()
+def preflight(
+    profile: Annotated[str, typer.Option(help="smoke, local, t4 or auto")] = "auto",
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", help="NAME VALUE of any setting; VALUE is JSON or text")
+    ] = None,
+    runs_dir: Annotated[str | None, typer.Option(help="where runs would be kept")] = None,
+) -> None:
+    """Say what this machine has, and for every stage what it will need and whether it fits; status 1 if not all do."""
+    from medprune.checkup import checkup
+    from medprune.config import resolve
+
+    values = _parameters(parameter or [])
+    lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
+    typer.echo("\n".join(lines))
+    raise SystemExit(0 if fits else 1)
 
 
 @app.command()

@@ -34,6 +34,7 @@ class Profile:
     seed: int = 0
     # data
     images: str = "synthetic"  # "synthetic", or a folder / table of photographs
+    conditions: str | None = None  # facts file of other conditions (as data/conditions.json), for photographs of them
     n_train: int | None = None  # images; None takes all there are
     n_test: int | None = None
     image_size: int = 96  # side of the images the generator writes, pixels
@@ -87,8 +88,8 @@ PROFILES = {
         recovery_steps=2, save_every=2, batch_size=2, max_new_tokens=12, n_calibration=2, calibration_tokens=8,
         blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4, n_held_out=2, data_fractions=(0.5, 1.0), equal_time=True,
     ),
-    "local": Profile(name="local", n_train=240, n_test=24, vision_steps=260, batch_size=2, learning_rate=2e-3,
-                     sft_steps=90, save_every=30, n_held_out=8, recovery_steps=20, awq_rows=4, awq_tokens=96),
+    "local": Profile(name="local", n_train=240, n_test=24, vision_steps=240, batch_size=2, learning_rate=2e-3,
+                     sft_steps=90, save_every=30, n_held_out=8, recovery_steps=20, recipes=("lora", "last_blocks"), awq_rows=4, awq_tokens=96),
     "t4": Profile(
         name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
@@ -207,6 +208,8 @@ def _check(c: Profile) -> None:
         raise ValueError(
             f"recover={list(c.recover)} must hold counts above 0 that are among blocks_removed={list(c.blocks_removed)}."
         )
+    if c.conditions is not None and c.images == "synthetic":
+        raise ValueError(f"conditions={c.conditions!r} needs images of them: synthetic ones show the paper's eight.")
     if c.n_train is not None and c.n_held_out >= c.n_train:
         raise ValueError(f"n_held_out={c.n_held_out} must be less than n_train={c.n_train}.")
     for name in ("n_train", "n_test"):

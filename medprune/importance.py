@@ -5,6 +5,8 @@ calibration row (block, row, score), whose mean over rows is the importance_scor
 interval. The leave-one-out batch answers for many blocks at once: see `generate.RowSkip`.
 """
 
+from itertools import groupby
+
 import numpy as np
 import pandas as pd
 import torch
@@ -12,10 +14,12 @@ from torch.nn import functional as F
 
 from medprune.artifacts import Units
 from medprune.data import open_image
-from medprune.finetune import IGNORED, collator, encode_conversation
+from medprune.finetune import IGNORED, collator, encode_questions
 from medprune.generate import Answer, answer, encode, prompt_text
 from medprune.model import parts
 from medprune.progress import progress
+
+SHARED = -2  # owner of the tokens that all rows about an image see
 
 
 def output_similarity(model, processor, rows, embed, blocks, units: Units, max_new_tokens: int, batch_rows: int):
@@ -88,27 +92,33 @@ def block_influence(model, batches: list[dict]) -> pd.DataFrame:
     tables, first = [], 0
     for batch in batches:
         tables.append(_influence(model, batch).assign(row=lambda t, first=first: t["row"] + first))
-        first += len(batch["input_ids"])
+        first += _n_rows(batch)
     return pd.concat(tables, ignore_index=True)
 
 
 @torch.inference_mode()
 def _influence(model, batch: dict) -> pd.DataFrame:
-    image = batch["input_ids"] == model.config.image_token_id
-    real = batch["attention_mask"].bool()
+    image, owner, n = batch["input_ids"] == model.config.image_token_id, batch["owner"], _n_rows(batch)
+    item = torch.stack([(owner == row).any(1).nonzero()[0, 0] for row in range(n)])  # which image a row is about
     tables = []
+
+    def means(change, which):
+        """Average (images, seq) over each row's tokens: its own, and those that all rows of its image see."""
+        own, shared = which & (owner >= 0), which & (owner == SHARED)
+        sums = torch.zeros(n).index_add(0, owner[own], change[own]) + (change * shared).sum(1)[item]
+        return sums / (torch.zeros(n).index_add(0, owner[own], torch.ones(int(own.sum()))) + shared.sum(1)[item])
 
     def compare(block):
         def hook(_, inputs, output):
-            change = 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()  # (batch, seq)
-            kinds = {"score": real, "image_tokens": real & image, "text_tokens": real & ~image}
-            means = {k: (change * which).sum(1) / which.sum(1) for k, which in kinds.items()}
-            tables.append(pd.DataFrame({"block": block, "row": range(len(change)), **means}))
+            change = 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()  # (images, seq)
+            kinds = {"score": torch.ones_like(image), "image_tokens": image, "text_tokens": ~image}
+            found = {kind: means(change, which) for kind, which in kinds.items()}
+            tables.append(pd.DataFrame({"block": block, "row": range(n), **found}))
 
         return hook
 
     handles = [block.register_forward_hook(compare(b)) for b, block in enumerate(parts(model).blocks)]
-    inputs = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {k: v.to(model.device) for k, v in batch.items() if k not in ("labels", "logits_to_keep", "owner")}
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
@@ -118,20 +128,39 @@ def _influence(model, batch: dict) -> pd.DataFrame:
 
 
 def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dict:
-    """Return one padded batch of question and given answer per row, with labels on the answers alone."""
-    items = []
-    for row, said in zip(rows, answers, strict=True):
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]},
-                    {"role": "assistant", "content": [{"type": "text", "text": said}]}]  # fmt: skip
-        pixels = encode(processor, [prompt_text(processor, "")], [open_image(row["path"])], dtype)["pixel_values"][0]
-        items.append(encode_conversation(processor, messages) | {"pixel_values": pixels})
-    return collator(processor.tokenizer.pad_token_id)(items)
+    """Return one padded batch of questions and given answers, with labels on the answers alone.
+
+    Neighbouring rows about one image share it: a sequence per image, in which the questions do not see one another.
+    `owner` (images, seq) names each token's row, SHARED for the image's part, -1 for padding.
+    """
+    items, owners = [], []
+    for path, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
+        numbers, messages = list(group), []
+        for i in numbers:
+            messages += [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows[i]["question"]}]},
+                         {"role": "assistant", "content": [{"type": "text", "text": answers[i]}]}]  # fmt: skip
+        pixels = encode(processor, [prompt_text(processor, "")], [open_image(path)], dtype)["pixel_values"][0]
+        item = encode_questions(processor, messages) | {"pixel_values": pixels}
+        items.append(item)
+        owners.append(torch.tensor([SHARED, *numbers])[item["turns"]])
+    n = max(map(len, owners))
+    owner = torch.stack([F.pad(o, (0, n - len(o)), value=-1) for o in owners])
+    return collator(processor.tokenizer.pad_token_id)(items) | {"owner": owner}
+
+
+def _n_rows(batch: dict) -> int:
+    return int(batch["owner"].max()) + 1
 
 
 def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[dict]:
-    """Return `teacher_batch`es of at most batch_rows rows each, in the order of the rows."""
-    starts = range(0, len(rows), batch_rows)
-    return [teacher_batch(processor, rows[i : i + batch_rows], answers[i : i + batch_rows], dtype) for i in starts]
+    """Return `teacher_batch`es of at most batch_rows rows, or one image, each, in the order of the rows."""
+    chunks = [[]]
+    for _, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
+        numbers = list(group)
+        if chunks[-1] and len(chunks[-1]) + len(numbers) > batch_rows:
+            chunks.append([])
+        chunks[-1] += numbers
+    return [teacher_batch(processor, [rows[i] for i in c], [answers[i] for i in c], dtype) for c in chunks]
 
 
 @torch.inference_mode()
@@ -144,9 +173,9 @@ def leave_one_out_logits(model, batch: dict, blocks):
     """
     inner = parts(model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
-    labels, kept = batch.pop("labels"), batch.pop("logits_to_keep")
+    labels, kept, owner = batch.pop("labels"), batch.pop("logits_to_keep"), batch.pop("owner")
     chosen = labels != IGNORED
-    targets, rows = labels[chosen], chosen.nonzero()[:, 0]
+    targets, rows = labels[chosen], owner[:, 1:][:, kept][chosen]
     inputs, arguments = {}, {}
 
     def remember(block):
@@ -205,7 +234,7 @@ def _teacher_forced(name, model, batches, blocks, units, score) -> pd.DataFrame:
     tables, first = [], 0
     with progress(len(blocks) * len(batches), name, "block") as bar:
         for i, batch in enumerate(batches):
-            n, todo = len(batch["input_ids"]), [b for b in blocks if f"{name} {i} {b}" not in units]
+            n, todo = _n_rows(batch), [b for b in blocks if f"{name} {i} {b}" not in units]
             for b, logp, labels, rows in leave_one_out_logits(model, batch, todo) if todo else ():
                 if b is None:
                     original = logp

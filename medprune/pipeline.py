@@ -19,16 +19,10 @@ from medprune.config import REPO, Profile, protected_numbers, resolve, settings
 from medprune.conversations import load_conditions
 from medprune.data import load_images
 from medprune.images import open_image
-from medprune.shapes import NAMED_SHAPES, named_config, shape_of
+from medprune.preflight import preflight, this_device
+from medprune.shapes import ASSEMBLED, NAMED_SHAPES, named_config, shape_of
 
 NOTEBOOKS = REPO / "notebooks"
-# The language models that `model.prepare_base` assembles, so that they can be checked without loading torch.
-ASSEMBLED = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
-             "num_key_value_heads": 2},
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                "num_key_value_heads": 3},
-}  # fmt: skip
 
 
 def check_parameters(parameters: dict) -> None:
@@ -45,11 +39,11 @@ def check_parameters(parameters: dict) -> None:
 def check_run(config: Profile) -> None:
     """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
     if config.images != "synthetic":
-        _check_images(config.images)
+        _check_images(config.images, load_conditions(config.conditions))
     for name in ("n_calibration", "awq_rows"):
         if config.n_train is not None and getattr(config, name) > config.n_train:
             raise ValueError(f"{name}={getattr(config, name)} must be at most n_train={config.n_train}.")
-    base = _base_config(config.base)
+    base = base_config(config.base)
     if base is None:
         return
     n_blocks = shape_of(base).blocks
@@ -59,12 +53,16 @@ def check_run(config: Profile) -> None:
             raise ValueError(f"blocks_removed has {n}, but only {removable} of the model's {n_blocks} blocks may be removed.")
     for method in config.methods:
         account(base, bits=config.bits, group_size=config.group_size, method=method)
+    if config.base not in ASSEMBLED:  # those fit anywhere
+        table = preflight(settings(config), this_device(REPO), base)
+        for row in table[~table["fits"]].itertuples():
+            raise ValueError(f"{row.stage} does not fit this machine: {row.change} (`medprune preflight` shows every stage).")
 
 
-def _base_config(base: str) -> dict | None:
+def base_config(base: str) -> dict | None:
     """Return a base's configuration; None for a hub id whose sizes only a download tells."""
     if base in ASSEMBLED:
-        return {"text_config": ASSEMBLED[base]}
+        return ASSEMBLED[base] | {"model_type": "llava", "tie_word_embeddings": True}
     organisation, slash, name = base.partition("/")
     on_hub = slash and organisation.strip(".") and "/" not in name
     if not on_hub and not Path(base).exists():
@@ -73,9 +71,8 @@ def _base_config(base: str) -> dict | None:
     return named_config(base) if sized else None
 
 
-def _check_images(source: str) -> None:
+def _check_images(source: str, conditions: dict) -> None:
     """Raise ValueError unless at least one picture opens; most often the first is looked at, and no other."""
-    conditions = load_conditions()
     records, _ = load_images(source, conditions, check=False)
     if max(Counter(r.condition for r in records).values()) < 2:
         raise ValueError(f"{source} shows no condition twice: two images are the least, one to train on and one to test.")

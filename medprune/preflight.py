@@ -228,3 +228,18 @@ def _sentence(changed: dict, settings: dict) -> str:
         "awq_whole_model": "keep the model in host memory, AWQ taking one block at a time",
     }
     return ", ".join(own_words.get(k, f"set {k} to {v} (is {settings[k]})") for k, v in changed.items())
+
+
+def this_device(folder) -> dict:
+    """Return this machine as `preflight` takes it: the GPUs, or the memory that is free; and the disk of a folder."""
+    import shutil
+
+    import psutil
+    import torch
+
+    disk = shutil.disk_usage(folder).free
+    if torch.cuda.is_available():
+        first = torch.cuda.get_device_properties(0)
+        return {"name": first.name, "memory_bytes": first.total_memory, "disk_bytes": disk, "cuda": True,
+                "count": torch.cuda.device_count()}  # fmt: skip
+    return {"name": "this machine", "memory_bytes": psutil.virtual_memory().available, "disk_bytes": disk, "cuda": False}

@@ -93,7 +93,7 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
     """Load, prune and train one model by a recipe; return (plain model in eval mode, processor, costs).
 
     source: folder of the unpruned model. folder: where checkpoints go, so that a killed training goes on from the last
-    one. costs: trainable_params, train_s, train_peak_bytes, loss (of the last step) and steps.
+    one. costs: trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
     """
     model, processor = load(source, device, dtype, bits=config.base_bits)
     prune.apply_plan(model, plan)
@@ -109,7 +109,7 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
                 loss = stack.enter_context(distillation(model, teacher))
             curve = finetune.train(model, processor, items, folder, config, steps, label=label or recipe, loss=loss)
     costs = {"trainable_params": n_trainable, "train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"],
-             "loss": curve[-1]["loss"], "steps": steps}  # fmt: skip
+             "loss": curve[-1]["loss"], "steps": steps, "curve": curve}  # fmt: skip
     # QLoRA's adapters, and a projector trained before NF4 blocks, go into the 16-bit model
     whole = prune.apply_plan(load(source, dtype=dtype)[0], plan) if config.base_bits == 4 else None
     return finetune.merge(model, whole), processor, costs

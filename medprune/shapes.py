@@ -34,6 +34,21 @@ _TEXT_DEFAULTS = {
         "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8},
     }.items()
 }
+# The LLaVAs that `model.prepare_base` assembles; here, so that they can be counted without loading torch.
+ASSEMBLED = {
+    "tiny": {
+        "text_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
+                        "num_key_value_heads": 2, "vocab_size": 1024},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "image_size": 32, "patch_size": 16},
+    },
+    "smollm2": {
+        "text_config": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                        "num_key_value_heads": 3, "vocab_size": 49216},
+        "vision_config": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
+                          "image_size": 96, "patch_size": 16},
+    },
+}  # fmt: skip
 
 
 def named_config(name_or_path: str | Path) -> dict:

@@ -118,9 +118,23 @@ def test_perplexity_by_row_equals_each_pruned_models_loss(tiny, rows, tmp_path):
         apply_plan(pruned, make_plan(pruned.config, [b], "", protect=()))
         for i, row in enumerate(rows[:3]):
             alone = teacher_batch(processor, [row], [said[i]], torch.float32)
-            labels = alone.pop("labels")
+            labels, _ = alone.pop("labels"), alone.pop("owner")
             expected = answer_loss(pruned(**alone), labels).item()
             assert table[(table.block == b) & (table.row == i)].score.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_questions_of_one_image_share_it_and_score_as_if_each_were_alone(tiny, rows, tmp_path):
+    model, processor = tiny
+    said = ["This is rosacea.", "Use emollients and a mild topical steroid.", "A plaque.", "Lichen planus."]
+    together = teacher_batches(processor, rows[:4], said, torch.float32, 9)
+    alone = [teacher_batch(processor, [row], [answer], torch.float32) for row, answer in zip(rows, said, strict=False)]
+    assert [len(b["input_ids"]) for b in together] == [2], "two images, of three questions and of one"
+    scores = [perplexity(model, b, [1, 2], Units(tmp_path / f"{len(b)}.jsonl", "x")) for b in (together, alone)]
+    by_block = [t.sort_values(["block", "row"]).score.tolist() for t in scores]
+    assert by_block[0] == pytest.approx(by_block[1], rel=1e-4)
+    kinds = [block_influence(model, b).sort_values(["block", "row"]) for b in (together, alone)]
+    for column in ("score", "image_tokens", "text_tokens"):
+        assert kinds[0][column].tolist() == pytest.approx(kinds[1][column].tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_logit_divergence_is_zero_for_a_block_that_does_nothing(tiny, rows, tmp_path):

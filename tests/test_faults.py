@@ -127,14 +127,36 @@ def test_an_error_in_a_notebook_is_one_sentence_too(tmp_path):
 
 def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, monkeypatch):
     from medprune.model import GGUF, prepare_base, wheel_folder
-    from medprune.shapes import named_config
+    from medprune.shapes import ASSEMBLED, named_config
 
     monkeypatch.setenv("MEDPRUNE_CACHE", str(tmp_path))
-    built = named_config(prepare_base(resolve("smoke")))["text_config"]
-    assert {k: built[k] for k in pipeline.ASSEMBLED["tiny"]} == pipeline.ASSEMBLED["tiny"]
+    built = named_config(prepare_base(resolve("smoke")))
+    for part, sizes in ASSEMBLED["tiny"].items():
+        assert {k: built[part][k] for k in sizes} == sizes
     from gguf import GGUFReader
 
     fields = GGUFReader(wheel_folder(GGUF[0]) / GGUF[1]).fields
     names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "attention.head_count_kv")
-    assert [fields[f"llama.{n}"].contents() for n in names] == list(pipeline.ASSEMBLED["smollm2"].values())
+    *sizes, vocabulary = ASSEMBLED["smollm2"]["text_config"].values()
+    assert [fields[f"llama.{n}"].contents() for n in names] == sizes
+    n_tokens = len(fields["tokenizer.ggml.tokens"].contents()) + 1  # and <image>
+    assert vocabulary == n_tokens + -n_tokens % 64
     assert len(synthetic.CONDITIONS) == N_CONDITIONS
+
+
+def test_other_conditions_than_the_eight_come_from_their_facts_file(tmp_path):
+    from medprune.conversations import load_conditions
+
+    facts = load_conditions()
+    ours = {name: facts[old] for name, old in (("tinea corporis", "psoriasis"), ("vitiligo", "rosacea"))}
+    write_json(tmp_path / "facts.json", ours)
+    for condition in ours:
+        (tmp_path / "photos" / condition).mkdir(parents=True)
+        for n in range(3):
+            synthetic.draw("rosacea", n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
+    images, facts_file = str(tmp_path / "photos"), str(tmp_path / "facts.json")
+    with pytest.raises(ValueError, match="condition"):
+        pipeline.check_run(resolve("smoke", images=images))
+    pipeline.check_run(resolve("smoke", {"conditions": facts_file}, images=images))
+    with pytest.raises(ValueError, match="needs images of them"):
+        resolve("smoke", conditions=facts_file)

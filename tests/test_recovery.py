@@ -1,0 +1,177 @@
+"""Ways back after pruning: what each recipe trains and on which loss, held-out loss, early stop."""
+
+import copy
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from medprune import recovery
+from medprune.config import RECIPES, resolve
+from medprune.figures import figure_recipes
+from medprune.finetune import IGNORED, add_lora, answer_loss, collator, encode_conversation, train
+from medprune.generate import encode, prompt_text
+from medprune.model import load, parts, prepare_base
+from medprune.prune import apply_plan, make_plan
+
+
+def conversation(answer="Psoriasis, with silvery scale."):
+    text = {"type": "text", "text": "What is the name of this disease?"}
+    return [{"role": "user", "content": [{"type": "image"}, text]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield prepare_base(resolve("smoke"))
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for n, colour in enumerate(("red", "navy", "tan", "gray")):
+        Image.new("RGB", (40, 48), colour).save(folder / f"{n}.png")
+    return [(str(folder / f"{n}.png"), conversation()) for n in range(4)] * 2
+
+
+@pytest.fixture
+def batch(base, items):
+    processor = load(base, dtype=torch.float32)[1]
+    rows = [encode_conversation(processor, said) for _, said in items[:2]]
+    for row, (path, _) in zip(rows, items, strict=False):
+        row["pixel_values"] = encode(processor, [prompt_text(processor, "")], [Image.open(path)], torch.float32)["pixel_values"][0]
+    return collator(processor.tokenizer.pad_token_id)(rows)
+
+
+def changed(model, before):
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, base, items, tmp_path):
+    config = resolve("smoke", learning_rate=1e-1)
+    plan = make_plan(load(base)[0].config, [3], "")
+    pruned = apply_plan(load(base)[0], plan)
+    before = {n: p.detach().clone() for n, p in pruned.named_parameters()}
+    model, _, costs = recovery.recover(base, plan, recipe, items, tmp_path, config, 2, "cpu", torch.bfloat16)
+    found = changed(model, before)
+    projector = {n for n in before if "projector" in n}
+    linears = {n for n in before if "language_model.layers" in n and n.endswith("_proj.weight")}
+    last = {n for n in before if any(f"language_model.layers.{b}." in n for b in (2, 3, 4))} | {"model.language_model.norm.weight"}
+    may = {"lora": projector | linears, "distill": projector | linears, "projector": projector, "last_blocks": last}[recipe]
+    assert found and found <= may, "and the embeddings, which the tied head is, among what stays"
+    assert len(found) > 0.8 * len(may)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in model.parameters())
+    counted = sum(before[n].numel() for n in may) if recipe in ("projector", "last_blocks") else None
+    assert costs["trainable_params"] == (counted or costs["trainable_params"]) > 0
+    assert costs["steps"] == 2 and costs["train_s"] > 0 and costs["loss"] > 0
+
+
+def test_last_blocks_train_an_untied_head(base):
+    model = load(base)[0]
+    model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    recovery.trainable(model, "last_blocks", resolve("smoke"))
+    assert model.lm_head.weight.requires_grad and not parts(model).text_model.embed_tokens.weight.requires_grad
+
+
+def test_recipes_that_cannot_be_are_refused_in_a_sentence(base):
+    with pytest.raises(ValueError, match="choose lora, projector, last_blocks or distill"):
+        recovery.trainable(load(base)[0], "lorra", resolve("smoke"))
+    with pytest.raises(ValueError, match="base_bits"):
+        recovery.trainable(load(base, bits=4)[0], "last_blocks", resolve("smoke"))
+    with pytest.raises(ValueError, match="base_bits=4"):
+        resolve("smoke", base_bits=4)
+    with pytest.raises(ValueError, match="data_fractions"):
+        resolve("smoke", data_fractions=[0.0])
+    with pytest.raises(ValueError, match="patience needs n_held_out"):
+        resolve("local", {"patience": 2, "n_held_out": 0})
+
+
+def test_distillation_adds_the_distance_to_the_teacher_where_answers_are_predicted(base, batch):
+    teacher = load(base, dtype=torch.float32)[0]
+    student = copy.deepcopy(teacher)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    n_hooks = len(student._forward_pre_hooks)
+    with torch.no_grad(), recovery.distillation(student, teacher) as loss:
+        same = loss(student(**inputs), batch["labels"])
+        assert same == pytest.approx(answer_loss(student(**inputs), batch["labels"]))
+        parts(student).text_model.norm.weight *= 3  # hidden states three times as long: |3h - h|^2 / |h|^2 = 4
+        out = student(**inputs)
+        assert loss(out, batch["labels"]) - answer_loss(out, batch["labels"]) == pytest.approx(4, rel=1e-3)
+    assert len(student._forward_pre_hooks) == n_hooks and (batch["labels"] != IGNORED).any()
+
+
+def test_training_items_are_a_balanced_share_of_the_images(base):
+    from medprune.conversations import load_conditions, load_questions
+    from medprune.data import Record
+
+    names = list(load_conditions())
+    records = [Record(f"{c}{i}", f"/{c}/{i}.png", c, "train", None, None) for c in names for i in range(10)]
+    found = recovery.training_items(records, 0.2, 100, load_conditions(), load_questions(), 0)
+    paths = {path for path, _ in found}
+    assert len(found) >= 100 and len(paths) == 16
+    assert {sum(p.startswith(f"/{c}/") for p in paths) for c in names} == {2}
+
+
+def test_held_out_loss_is_measured_and_ends_training_early(base, items, tmp_path):
+    config = resolve("smoke", {"learning_rate": 1e-2, "save_every": 2, "n_held_out": 2, "patience": 0})
+    model, processor = load(base)
+    curve = train(add_lora(model, 4, 8), processor, items, tmp_path / "a", config, 4, held_out=items[:2])
+    assert [c["step"] for c in curve if "held_out_loss" in c] == [2, 4] and len(curve) == 4
+    hopeless = resolve("smoke", {"learning_rate": 3.0, "save_every": 1, "n_held_out": 2, "patience": 2})
+    other = [(path, conversation("Lichen planus.")) for path, _ in items[:2]]
+    model, processor = load(base)
+    curve = train(add_lora(model, 4, 8), processor, items, tmp_path / "b", hopeless, 30, held_out=other)
+    losses = [c["held_out_loss"] for c in curve]
+    assert len(curve) < 30 and len(losses) - 1 - losses.index(min(losses)) == 2
+
+
+def test_recipes_are_drawn_with_their_shares_and_budgets():
+    table = pd.DataFrame({"recipe": ["lora", "lora", "projector", "projector"], "fraction": [1.0, 0.25, 1.0, 1.0],
+                          "budget": ["steps", "steps", "steps", "time"], "train_s": [30.0, 30, 20, 30], "score": [80.0, 70, 50, 55],
+                          "low": 40.0, "high": 90.0, "score_before": 45.0})  # fmt: skip
+    ax = figure_recipes(table).axes[0]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["lora, same steps", "projector, same steps", "projector, same time"]
+    with pytest.raises(ValueError, match="lacks the columns"):
+        figure_recipes(table.drop(columns="budget"))
+
+
+def test_two_processes_learn_what_one_does(base, items, tmp_path):
+    from safetensors.torch import load_file
+
+    from medprune.tune import launch, write_job
+
+    config = resolve("smoke", {"batch_size": 2, "learning_rate": 1e-2, "save_every": 2})
+    found = {}
+    for n in (1, 2):
+        job = write_job(tmp_path / f"job{n}.json", base, items, config, 3, tmp_path / f"checkpoints{n}", tmp_path / f"out{n}")
+        found[n] = [c["loss"] for c in launch(job, n)]
+    assert found[1] == pytest.approx(found[2], rel=1e-2) and found[1][-1] < found[1][0]
+    one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
+    before = load_file(next(Path(base).glob("*.safetensors")))
+    moved = sum((one[k] - before[k]).float().norm() ** 2 for k in before) ** 0.5
+    apart = sum((one[k] - two[k]).float().norm() ** 2 for k in before) ** 0.5
+    assert apart < 0.1 * moved
+
+
+def test_a_merged_model_says_what_the_adapted_one_did(base, items):
+    from medprune.finetune import merge
+    from medprune.generate import answer
+
+    model, processor = load(base, dtype=torch.float32)
+    adapted = add_lora(model, 4, 8)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    rows = [{"path": path, "question": "What is it?"} for path, _ in items[:4]]
+    plain = answer(load(base, dtype=torch.float32)[0], processor, rows, 12)
+    before = answer(adapted.eval(), processor, rows, 12)
+    assert before != plain, "the adapters do something"
+    assert answer(merge(adapted), processor, rows, 12) == before
