@@ -57,6 +57,13 @@ def save_quantized(model, folder: str | Path, method: str, info: dict, base: str
     return folder
 
 
+def add_scores(folder: str | Path, scores: str) -> None:
+    """Put the scores, once there are some, into a folder's model card, in place of those that it had."""
+    file = Path(folder) / "README.md"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    write_text(file, "\n".join(f"- Scores: {scores}" if line.startswith("- Scores: ") else line for line in lines) + "\n")
+
+
 def load_quantized(folder: str | Path, device: str = "cpu"):
     """Load a folder that `save_quantized` wrote, in eval mode, each tensor in the dtype that it was saved in.
 

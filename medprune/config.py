@@ -13,7 +13,9 @@ from typing import get_args
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = ("awq", "bnb", "hqq", "rtn")
+SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers' get_scheduler
 RECIPES = ("lora", "projector", "last_blocks", "distill")
 CRITERIA = (
     "output_similarity",
@@ -46,10 +48,14 @@ class Profile:
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
     lora_r: int = 16
     lora_alpha: int = 8
+    lora_targets: tuple[str, ...] = TARGETS
     learning_rate: float = 3e-3  # of the adapters; the projector's is a tenth
+    schedule: str = "linear"  # of the rate, by transformers' names: linear, cosine, constant_with_warmup, ...
     multi_turn: bool = False  # True: later questions see earlier answers, as in the paper
     batch_size: int = 4  # conversations per optimizer step
     sft_steps: int = 80
+    epochs: float | None = None  # passes over the training images instead of sft_steps
+    processes: int = 1  # that fine-tune together through accelerate, a GPU each
     recovery_steps: int = 40
     save_every: int = 20  # steps between checkpoints, and between measurements of the held-out loss
     n_held_out: int = 0  # training images kept back to measure it
@@ -184,7 +190,7 @@ def _check(c: Profile) -> None:
     if c.judge == "server" and not (c.judge_url and c.judge_model):
         raise ValueError('judge="server" needs judge_url and judge_model.')
     named = (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA), ("recipe", (c.recipe,), RECIPES),
-             ("recipes", c.recipes, RECIPES))  # fmt: skip
+             ("recipes", c.recipes, RECIPES), ("lora_targets", c.lora_targets, TARGETS), ("schedule", (c.schedule,), SCHEDULES))  # fmt: skip
     for name, chosen, choices in named:
         for value in chosen:
             if value not in choices:
@@ -193,6 +199,10 @@ def _check(c: Profile) -> None:
         raise ValueError("criteria must hold output_similarity, whose order notebook 03 prunes by.")
     if "awq" not in c.methods:
         raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if c.epochs is not None and c.epochs <= 0:
+        raise ValueError(f"epochs={c.epochs} must be greater than 0, or None for sft_steps.")
+    if c.processes < 1 or c.batch_size % c.processes:
+        raise ValueError(f"processes={c.processes} must be 1 or more, and divide batch_size={c.batch_size}.")
     if not c.data_fractions or any(not 0 < f <= 1 for f in c.data_fractions):
         raise ValueError(f"data_fractions={list(c.data_fractions)} must be shares of the training images, above 0 and up to 1.")
     if c.n_held_out < 0 or c.patience < 0 or (c.patience and not c.n_held_out):

@@ -24,13 +24,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_utils import get_last_checkpoint
 
 from medprune.artifacts import write_folder
+from medprune.config import TARGETS
 from medprune.data import open_image
 from medprune.generate import encode, prompt_text
 from medprune.model import parts
 from medprune.progress import progress
 
 IGNORED = -100  # label of a token that carries no loss
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def encode_conversation(processor, messages: list[dict]) -> dict:
@@ -164,11 +164,11 @@ def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
     return loss / (num_items_in_batch if num_items_in_batch is not None else chosen.sum())
 
 
-def add_lora(model, r: int, alpha: int) -> PeftModel:
-    """Wrap a model in LoRA on every linear of the language model's blocks, with the projector trained in full."""
+def add_lora(model, r: int, alpha: int, targets=TARGETS) -> PeftModel:
+    """Wrap a model in LoRA on linears of the language model's blocks, all by default, the projector trained in full."""
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's to turn on
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=rf".*language_model.*\.({'|'.join(targets)})", modules_to_save=["multi_modal_projector"])
     # On a GPU the adapters train in float32 under autocast; on CPU everything stays in the model's bfloat16.
     on_gpu = next(model.parameters()).device.type == "cuda"
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
@@ -199,7 +199,7 @@ def train(model, processor, items, folder: Path, config, steps: int, callbacks=(
     stopping = bool(held_out and config.patience)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20),
+        learning_rate=config.learning_rate, lr_scheduler_type=config.schedule, warmup_steps=max(1, steps // 20),
         max_grad_norm=1.0, save_steps=config.save_every, save_total_limit=1, logging_steps=1,
         report_to=[], remove_unused_columns=False, label_names=["labels"], seed=config.seed, data_seed=config.seed,
         use_cpu=not cuda, fp16=cuda and computed_in == torch.float16,

@@ -38,7 +38,7 @@ def trainable(model, recipe: str, config):
     unknown recipe, and for one that would train weights which are in 4 bits.
     """
     if recipe in ("lora", "distill"):
-        return finetune.add_lora(model, config.lora_r, config.lora_alpha)
+        return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
     inner = parts(model)
     if recipe == "projector":
         chosen = [inner.projector]
@@ -89,10 +89,11 @@ def distillation(student, teacher):
             hook.remove()
 
 
-def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps: int, device: str, dtype, label=None):
+def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps: int, device: str, dtype, label=None,
+            **more):  # fmt: skip
     """Load, prune and train one model by a recipe; return (plain model in eval mode, processor, costs).
 
-    source: folder of the unpruned model. folder: where checkpoints go, so that a killed training goes on from the last
+    source: folder of the unpruned model. more: as `finetune.train` takes it (held_out, callbacks). folder: where checkpoints go, so that a killed training goes on from the last
     one. costs: trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
     """
     model, processor = load(source, device, dtype, bits=config.base_bits)
@@ -107,7 +108,7 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
             if recipe == "distill":
                 teacher = load(source, device, dtype, bits=config.base_bits)[0]
                 loss = stack.enter_context(distillation(model, teacher))
-            curve = finetune.train(model, processor, items, folder, config, steps, label=label or recipe, loss=loss)
+            curve = finetune.train(model, processor, items, folder, config, steps, label=label or recipe, loss=loss, **more)
     costs = {"trainable_params": n_trainable, "train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"],
              "loss": curve[-1]["loss"], "steps": steps, "curve": curve}  # fmt: skip
     # QLoRA's adapters, and a projector trained before NF4 blocks, go into the 16-bit model

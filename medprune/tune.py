@@ -21,11 +21,12 @@ from medprune.config import resolve
 from medprune.model import choose_dtype
 
 
-def write_job(path: Path, source, items, config, steps: int, folder, out, plan=None, recipe: str = "lora") -> Path:
+def write_job(path: Path, source, items, config, steps: int, folder, out, plan=None, recipe: str = "lora",
+              held_out=()) -> Path:  # fmt: skip
     """Write a job: source, folder of the model; items, (image path, messages); folder, for checkpoints; out, of the
     merged model; plan, path of a pruning plan, or None for every block."""
     chosen = {k: v for k, v in settings(config).items() if k != "name" and v is not None}
-    write_json(path, {"source": str(source), "plan": plan and str(plan), "recipe": recipe, "items": items, "steps": steps,
+    write_json(path, {"source": str(source), "plan": plan and str(plan), "recipe": recipe, "items": items, "steps": steps, "held_out": list(held_out),
                       "folder": str(folder), "out": str(out), "profile": config.name, "settings": chosen})  # fmt: skip
     return path
 
@@ -55,6 +56,7 @@ def main(path: str) -> None:
     model, processor, costs = recovery.recover(
         Path(job["source"]), plan, job["recipe"], job["items"], Path(job["folder"]),
         replace(config, batch_size=each), job["steps"], device, choose_dtype(device.split(":")[0]),
+        held_out=job["held_out"],
     )  # fmt: skip
     if state.is_main_process:
         finetune.save(model, processor, Path(job["out"]))

@@ -72,6 +72,20 @@ def test_each_method_answers_saves_and_reloads_to_the_same_logits(tmp_path, meth
     assert (info.get("calibration", "none")) in card
 
 
+def test_scores_come_into_the_model_card_when_there_are_some(tmp_path):
+    from medprune.checkpoint import add_scores
+
+    model, info = quantized("rtn")
+    save_quantized(model, tmp_path / "q", "rtn", info, base="tiny", plan="blocks removed: 3", licence="Apache-2.0")
+    before = (tmp_path / "q" / "README.md").read_text()
+    add_scores(tmp_path / "q", "80.0% [70.0, 90.0]")
+    add_scores(tmp_path / "q", "81.0% [71.0, 91.0]")
+    after = (tmp_path / "q" / "README.md").read_text()
+    assert after == before.replace("- Scores: not evaluated", "- Scores: 81.0% [71.0, 91.0]") != before
+    for said in ("Base: tiny", "blocks removed: 3", "Licence: Apache-2.0", "bits 4", "Not for clinical use", "How to load"):
+        assert said in after
+
+
 def test_a_fresh_process_reloads_awq(tmp_path):
     model, info = quantized("awq", torch.bfloat16)
     folder = save_quantized(model, tmp_path / "q", "awq", info)
