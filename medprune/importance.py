@@ -31,6 +31,19 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
     left out in chunks of batch_rows / 2 images x blocks, at least one block. A chunk is the unit of work that a kill
     can cost: its answers are written to `units` when it is done, one line per block, and never asked again.
     """
+    leave_one_out(model, processor, rows, blocks, units, max_new_tokens, batch_rows)
+    original = embed([a["text"] for a in units["original"]])
+    table = []
+    for b in blocks:
+        said = [Answer(**a) for a in units[f"block {b}"]]
+        cosines = cosine(original, embed([a.text for a in said]))
+        table.append({"block": b, "importance_score": 1 - float(cosines.mean()), "mean_cosine": float(cosines.mean()),
+                      "cosines": cosines.tolist(), "answers": [a.text for a in said]})  # fmt: skip
+    return pd.DataFrame(table)
+
+
+def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: int, batch_rows: int) -> None:
+    """Write the answers with all blocks, and without each, to `units`, where they are not there yet."""
     if "original" not in units:
         said = answer(model, processor, rows, max_new_tokens, batch_rows, label="answers with all blocks")
         units.add("original", [vars(a) for a in said])
@@ -45,14 +58,6 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
         )  # fmt: skip
         for k, b in enumerate(chunk):
             units.add(f"block {b}", [vars(a) for a in said[k * len(rows) : (k + 1) * len(rows)]])
-    original = embed([a["text"] for a in units["original"]])
-    table = []
-    for b in blocks:
-        said = [Answer(**a) for a in units[f"block {b}"]]
-        cosines = cosine(original, embed([a.text for a in said]))
-        table.append({"block": b, "importance_score": 1 - float(cosines.mean()), "mean_cosine": float(cosines.mean()),
-                      "cosines": cosines.tolist(), "answers": [a.text for a in said]})  # fmt: skip
-    return pd.DataFrame(table)
 
 
 def similarity_rows(similarity: pd.DataFrame) -> pd.DataFrame:

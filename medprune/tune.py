@@ -32,14 +32,18 @@ def write_job(path: Path, source, items, config, steps: int, folder, out, plan=N
 
 
 def launch(job: Path, processes: int) -> list[dict]:
-    """Run a job in so many processes of this machine, a GPU each where there are GPUs; return its loss curve."""
-    kind = "--multi_gpu" if torch.cuda.is_available() else "--cpu"
-    words = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    words += [kind] if processes > 1 else []
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "medprune.tune", str(job)])
-    if done.returncode:
-        raise RuntimeError(f"fine-tuning {job} in {processes} processes ended with status {done.returncode}: see above.")
+    """Run a job in so many processes; return its loss curve."""
+    run_processes("medprune.tune", job, processes)
     return read_json(Path(read_json(job)["out"]) / "training.json")["curve"]
+
+
+def run_processes(module: str, job: Path, processes: int) -> None:
+    """Run a module on a job file in processes of this machine, a GPU each where there are GPUs, through accelerate."""
+    words = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun; without a GPU it is gloo's
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words, "-m", module, str(job)])
+    if done.returncode:
+        raise RuntimeError(f"{module} on {job} in {processes} processes ended with status {done.returncode}: see above.")
 
 
 def main(path: str) -> None:

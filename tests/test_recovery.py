@@ -145,6 +145,7 @@ def test_recipes_are_drawn_with_their_shares_and_budgets():
 def test_two_processes_learn_what_one_does(base, items, tmp_path):
     from safetensors.torch import load_file
 
+    from medprune.artifacts import read_json
     from medprune.tune import launch, write_job
 
     config = resolve("smoke", {"batch_size": 2, "learning_rate": 1e-2, "save_every": 2})
@@ -152,6 +153,7 @@ def test_two_processes_learn_what_one_does(base, items, tmp_path):
     for n in (1, 2):
         job = write_job(tmp_path / f"job{n}.json", base, items, config, 3, tmp_path / f"checkpoints{n}", tmp_path / f"out{n}")
         found[n] = [c["loss"] for c in launch(job, n)]
+        assert read_json(tmp_path / f"out{n}" / "training.json")["processes"] == n
     assert found[1] == pytest.approx(found[2], rel=1e-2) and found[1][-1] < found[1][0]
     one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
     before = load_file(next(Path(base).glob("*.safetensors")))
@@ -175,3 +177,27 @@ def test_a_merged_model_says_what_the_adapted_one_did(base, items):
     before = answer(adapted.eval(), processor, rows, 12)
     assert before != plain, "the adapters do something"
     assert answer(merge(adapted), processor, rows, 12) == before
+
+
+def test_two_processes_answer_and_score_what_one_does(base, items, tmp_path, monkeypatch):
+    from medprune import importance, spread
+    from medprune.artifacts import Units
+    from medprune.generate import answer_rows
+
+    config = resolve("smoke", {"processes": 2, "max_new_tokens": 6, "calibration_tokens": 6})
+    rows = [{"id": f"{path} {k}", "path": path, "question": q} for path, _ in items[:4] for k, q in enumerate("ab")]
+    model, processor = load(base)
+    alone, together = (Units(tmp_path / name / "units.jsonl", "x") for name in ("one", "two"))
+    importance.leave_one_out(model, processor, rows, [1, 2, 3, 4], alone, 6, config.batch_rows)
+    answer_rows(model, processor, rows, "whole", alone, config)
+    spread.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
+    spread.fill(together, "answers", base, rows, config, label="whole")
+    assert len(together) == len(alone) == 1 + 4 + len(rows)
+    assert all(together[key] == alone[key] for key in [f"block {b}" for b in (1, 2, 3, 4)] + ["original"])
+    assert all(together[f"whole {r['id']}"] == alone[f"whole {r['id']}"] for r in rows)
+    for part in (0, 1):
+        assert len(Units(tmp_path / "two" / "units-parts" / f"{part}.jsonl", "x")) == 1 + 2 + len(rows) // 2
+    monkeypatch.setattr(spread, "run_processes", lambda *_: pytest.fail("nothing was left to do"))
+    spread.fill(together, "answers", base, rows, config, label="whole")
+    with pytest.raises(ValueError, match="leave_one_out, answers"):
+        spread.fill(together, "answer", base, rows, config)
