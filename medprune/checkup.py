@@ -11,7 +11,7 @@ from medprune.config import Profile, settings
 from medprune.conversations import load_conditions
 from medprune.data import class_counts, load_images
 from medprune.preflight import preflight, this_device
-from medprune.shapes import ASSEMBLED
+from medprune.shapes import ASSEMBLED, shape_of
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "autoawq", "hqq", "sentence-transformers")
 
@@ -33,6 +33,8 @@ def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bo
     lines += [data_line, weights_line]
     if shape is None:
         return [*lines, "its size is only known after a download: no stage can be predicted."], False
+    # Counts that the base has not got are notebook 03's to refuse; its parameters are not known here.
+    chosen["recover"] = [n for n in chosen["recover"] if n < shape_of(shape).blocks] or [1]
     table = preflight(chosen, device, shape)
     rates = durations.probe("cuda" if device["cuda"] else "cpu")
     lines.append(f"measured: {rates['flops_per_s'] / 1e12:.2f} TFLOP/s in 16 bits, {rates['bytes_per_s'] / 1e9:.0f} GB/s")

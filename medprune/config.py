@@ -101,7 +101,7 @@ PROFILES = {
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
         sft_steps=434, recovery_steps=217, save_every=50, max_new_tokens=200, batch_rows=6, n_calibration=27,
         calibration_tokens=64, blocks_removed=(0, 2, 4, 7, 8, 9, 10), recover=(7, 9), awq_rows=32,
-        recipes=("lora", "projector", "distill"), methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
+        recipes=("lora", "distill"), methods=("awq", "bnb", "hqq", "rtn"), judge="Qwen/Qwen2.5-32B-Instruct", judge_bits=4,
     ),
 }  # fmt: skip
 
@@ -207,8 +207,9 @@ def _check(c: Profile) -> None:
         raise ValueError(f"data_fractions={list(c.data_fractions)} must be shares of the training images, above 0 and up to 1.")
     if c.n_held_out < 0 or c.patience < 0 or (c.patience and not c.n_held_out):
         raise ValueError(f"n_held_out={c.n_held_out} and patience={c.patience} must be 0 or more, and patience needs n_held_out.")
-    if c.base_bits == 4 and "last_blocks" in (c.recipe, *c.recipes):
-        raise ValueError("recipe last_blocks trains whole weights, which base_bits=4 has not: leave it out or set base_bits=16.")
+    for name in (c.recipe, *c.recipes):
+        if c.base_bits == 4 and name in ("projector", "last_blocks"):
+            raise ValueError(f"recipe {name} trains whole weights, which base_bits=4 does not allow: leave it out or set base_bits=16.")
     if c.awq_rows < 4:
         raise ValueError(f"awq_rows={c.awq_rows} must be 4 or more.")
     for n in (*c.blocks_removed, *c.recover):

@@ -243,20 +243,15 @@ def merge(model: PeftModel, into=None):
     into: the 16-bit model of the same blocks. Adapters trained over an NF4 base need it (QLoRA, Dettmers 2023): folded
     into the 4-bit weights they would be rounded away with them. Of a model trained without adapters, the weights.
     """
-    adapted = hasattr(model, "merge_and_unload")
     if getattr(model, "is_loaded_in_4bit", False):
         if into is None:
             raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
-        if adapted:
-            trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-            model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
-            left = set_peft_model_state_dict(model, trained).unexpected_keys
-            if left:
-                raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
-        else:  # the projector, which no quantizer touches
-            parts(into).projector.load_state_dict(parts(model).projector.state_dict())
-            model = into
-    merged = model.merge_and_unload() if adapted else model
+        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
+        model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
+        left = set_peft_model_state_dict(model, trained).unexpected_keys
+        if left:
+            raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
+    merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     left = [n for n, _ in merged.named_parameters() if re.search(r"lora_|modules_to_save|original_module", n)]
     if left:
         raise ValueError(f"merging left adapters behind: {', '.join(left[:3])}.")

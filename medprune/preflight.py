@@ -6,6 +6,7 @@ terms stand in the docstrings, so that a measured peak can be held against each.
 
 import math
 import re
+from pathlib import Path
 
 import pandas as pd
 
@@ -103,15 +104,18 @@ def predict_awq_bytes(config, rows: int, context: int, whole_model: bool = True)
 def judge_bytes(settings: dict) -> float:
     """Return a judge's memory: 0 for a server, the embedder's for `reference`, NaN if no size can be told.
 
-    A chat model's billions of parameters are read from its name ("Qwen2.5-32B") and taken at `judge_bits`
-    (NF4's 4.5 at 4), and 1 GiB for its cache and activations.
+    A chat model's billions of parameters are read from its name ("Qwen2.5-32B"), or from its folder's 16-bit files, and
+    taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB for its cache and activations.
     """
     if settings["judge"] == "server":
         return 0
     if settings["judge"] == "reference":
         return EMBEDDER_BYTES
-    found = re.search(r"(\d+(?:\.\d+)?)[Bb]\b", str(settings.get("judge_model") or settings["judge"]))
+    name = str(settings.get("judge_model") or settings["judge"])
     bits = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"]
+    if files := list(Path(name).glob("*.safetensors")):
+        return sum(f.stat().st_size for f in files) * bits / 16 + GIB
+    found = re.search(r"(\d+(?:\.\d+)?)[Bb]\b", name)
     return float(found[1]) * 1e9 * bits / 8 + GIB if found else math.nan
 
 

@@ -40,11 +40,11 @@ def trainable(model, recipe: str, config):
     if recipe in ("lora", "distill"):
         return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
     inner = parts(model)
+    if recipe in ("projector", "last_blocks") and getattr(model, "is_loaded_in_4bit", False):
+        raise ValueError(f"recipe {recipe} trains whole weights, which the Trainer refuses over a 4-bit base: use base_bits 16.")
     if recipe == "projector":
         chosen = [inner.projector]
     elif recipe == "last_blocks":
-        if getattr(model, "is_loaded_in_4bit", False):
-            raise ValueError("recipe last_blocks trains whole weights, which a 4-bit base has not: use base_bits 16.")
         chosen = [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
         if not model.config.text_config.tie_word_embeddings:
             chosen.append(inner.head)
@@ -93,8 +93,8 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
             **more):  # fmt: skip
     """Load, prune and train one model by a recipe; return (plain model in eval mode, processor, costs).
 
-    source: folder of the unpruned model. more: as `finetune.train` takes it (held_out, callbacks). folder: where checkpoints go, so that a killed training goes on from the last
-    one. costs: trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
+    source: folder of the unpruned model. folder: where checkpoints go, so that a killed training goes on from the last
+    one. more: as `finetune.train` takes it (held_out, callbacks). costs: trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
     """
     model, processor = load(source, device, dtype, bits=config.base_bits)
     prune.apply_plan(model, plan)
@@ -111,6 +111,6 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
             curve = finetune.train(model, processor, items, folder, config, steps, label=label or recipe, loss=loss, **more)
     costs = {"trainable_params": n_trainable, "train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"],
              "loss": curve[-1]["loss"], "steps": steps, "curve": curve}  # fmt: skip
-    # QLoRA's adapters, and a projector trained before NF4 blocks, go into the 16-bit model
+    # QLoRA's adapters go into the 16-bit model
     whole = prune.apply_plan(load(source, dtype=dtype)[0], plan) if config.base_bits == 4 else None
     return finetune.merge(model, whole), processor, costs
