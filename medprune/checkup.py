@@ -11,15 +11,13 @@ from medprune.config import Profile, settings
 from medprune.conversations import load_conditions
 from medprune.data import class_counts, load_images
 from medprune.preflight import preflight, this_device
-from medprune.shapes import ASSEMBLED, shape_of
+from medprune.shapes import ASSEMBLED, base_config, shape_of
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "autoawq", "hqq", "sentence-transformers")
 
 
 def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bool]:
     """Return (lines to print, whether everything is there and fits). Probes the machine for about a second."""
-    from medprune.pipeline import base_config
-
     chosen = settings(config)
     home = Path(runs_dir or os.environ.get("MEDPRUNE_RUNS") or REPO / "runs")
     device = this_device(next(p for p in (home, *home.absolute().parents) if p.exists()))

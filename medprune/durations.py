@@ -8,7 +8,7 @@ import math
 import time
 
 from medprune.accounting import account
-from medprune.preflight import QUESTION_TOKENS, judge_bytes
+from medprune.preflight import QUESTION_TOKENS, judge_params
 from medprune.shapes import shape_of
 
 REACHED = 0.5  # share of the probe's rates; a run of `local` on two cores came to between 0.4 and 0.6 of them
@@ -73,7 +73,7 @@ def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointi
     awq = n_awq * AWQ_PASSES * 2 * n * settings["awq_rows"] * min(conversation, settings["awq_tokens"]) / flops
     answers = 3 * n_test * (len(settings["blocks_removed"]) + n_counts + 2 + n_models)
     judge = settings["judge"]
-    judge_s = 0 if judge in ("server", "reference") else 2 * _judge_params(settings) * JUDGE_TOKENS * answers / flops
+    judge_s = 0 if judge in ("server", "reference") else 2 * judge_params(settings) * JUDGE_TOKENS * answers / flops
     seconds = {
         "01_finetune": training(settings["sft_steps"]) + test,
         "02_layer_importance": answering(rows * (removable + 1), settings["calibration_tokens"]) + 2 * teacher + greedy,
@@ -83,11 +83,6 @@ def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointi
         "06_judge_eval": judge_s,
     }
     return {stage: START_S + s for stage, s in seconds.items()}
-
-
-def _judge_params(settings: dict) -> float:
-    bits = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"]
-    return (judge_bytes(settings) - 2**30) * 8 / bits
 
 
 def in_words(seconds: float) -> str:

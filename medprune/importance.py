@@ -139,8 +139,8 @@ def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dic
     `owner` (images, seq) names each token's row, SHARED for the image's part, -1 for padding.
     """
     items, owners = [], []
-    for path, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
-        numbers, messages = list(group), []
+    for path, numbers in _by_image(rows):
+        messages = []
         for i in numbers:
             messages += [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows[i]["question"]}]},
                          {"role": "assistant", "content": [{"type": "text", "text": answers[i]}]}]  # fmt: skip
@@ -153,6 +153,12 @@ def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dic
     return collator(processor.tokenizer.pad_token_id)(items) | {"owner": owner}
 
 
+def _by_image(rows: list[dict]):
+    """Yield (image path, numbers of the rows about it) for neighbouring rows of one image."""
+    for path, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
+        yield path, list(group)
+
+
 def _n_rows(batch: dict) -> int:
     return int(batch["owner"].max()) + 1
 
@@ -160,8 +166,7 @@ def _n_rows(batch: dict) -> int:
 def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[dict]:
     """Return `teacher_batch`es of at most batch_rows rows, or one image, each, in the order of the rows."""
     chunks = [[]]
-    for _, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
-        numbers = list(group)
+    for _, numbers in _by_image(rows):
         if chunks[-1] and len(chunks[-1]) + len(numbers) > batch_rows:
             chunks.append([])
         chunks[-1] += numbers

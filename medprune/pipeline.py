@@ -20,7 +20,7 @@ from medprune.conversations import load_conditions
 from medprune.data import load_images
 from medprune.images import open_image
 from medprune.preflight import preflight, this_device
-from medprune.shapes import ASSEMBLED, NAMED_SHAPES, named_config, shape_of
+from medprune.shapes import ASSEMBLED, base_config, shape_of
 
 NOTEBOOKS = REPO / "notebooks"
 
@@ -57,18 +57,6 @@ def check_run(config: Profile) -> None:
         table = preflight(settings(config), this_device(REPO), base)
         for row in table[~table["fits"]].itertuples():
             raise ValueError(f"{row.stage} does not fit this machine: {row.change} (`medprune preflight` shows every stage).")
-
-
-def base_config(base: str) -> dict | None:
-    """Return a base's configuration; None for a hub id whose sizes only a download tells."""
-    if base in ASSEMBLED:
-        return ASSEMBLED[base] | {"model_type": "llava", "tie_word_embeddings": True}
-    organisation, slash, name = base.partition("/")
-    on_hub = slash and organisation.strip(".") and "/" not in name
-    if not on_hub and not Path(base).exists():
-        raise ValueError(f"base {base!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
-    sized = Path(base).exists() or name.lower().removesuffix("-hf") in NAMED_SHAPES
-    return named_config(base) if sized else None
 
 
 def _check_images(source: str, conditions: dict) -> None:

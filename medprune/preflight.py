@@ -104,19 +104,24 @@ def predict_awq_bytes(config, rows: int, context: int, whole_model: bool = True)
 def judge_bytes(settings: dict) -> float:
     """Return a judge's memory: 0 for a server, the embedder's for `reference`, NaN if no size can be told.
 
-    A chat model's billions of parameters are read from its name ("Qwen2.5-32B"), or from its folder's 16-bit files, and
-    taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB for its cache and activations.
+    A chat model's parameters (`judge_params`) are taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB is added for its
+    cache and activations.
     """
     if settings["judge"] == "server":
         return 0
     if settings["judge"] == "reference":
         return EMBEDDER_BYTES
-    name = str(settings.get("judge_model") or settings["judge"])
     bits = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"]
+    return judge_params(settings) * bits / 8 + GIB
+
+
+def judge_params(settings: dict) -> float:
+    """Return a chat judge's parameters: its folder's 16-bit files, or its name ("Qwen2.5-32B"); NaN if neither tells."""
+    name = str(settings.get("judge_model") or settings["judge"])
     if files := list(Path(name).glob("*.safetensors")):
-        return sum(f.stat().st_size for f in files) * bits / 16 + GIB
+        return sum(f.stat().st_size for f in files) / 2
     found = re.search(r"(\d+(?:\.\d+)?)[Bb]\b", name)
-    return float(found[1]) * 1e9 * bits / 8 + GIB if found else math.nan
+    return float(found[1]) * 1e9 if found else math.nan
 
 
 def preflight(settings: dict, device: dict, config) -> pd.DataFrame:

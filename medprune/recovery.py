@@ -26,9 +26,13 @@ def training_items(records, fraction: float, n: int, conditions, questions, seed
     chosen = records
     if fraction < 1:
         chosen = data.sample_balanced(records, max(1, round(fraction * len(records))), seed)
-    rng = random.Random(seed + 1)
-    epochs = -(-n // len(chosen))
-    return [(r.path, conversations.conversation(r, conditions, questions, rng)) for r in chosen * epochs]
+    return conversation_items(chosen, n, conditions, questions, random.Random(seed + 1))
+
+
+def conversation_items(records, n: int, conditions, questions, rng) -> list[tuple[str, list[dict]]]:
+    """Return (image path, conversation) items, all records as often as it takes for at least n; [] without records."""
+    rounds = -(-n // len(records)) if records else 0
+    return [(r.path, conversations.conversation(r, conditions, questions, rng)) for r in records * rounds]
 
 
 def trainable(model, recipe: str, config):
@@ -93,11 +97,11 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
             **more):  # fmt: skip
     """Load, prune and train one model by a recipe; return (plain model in eval mode, processor, costs).
 
-    source: folder of the unpruned model. folder: where checkpoints go, so that a killed training goes on from the last
-    one. more: as `finetune.train` takes it (held_out, callbacks). costs: trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
+    source: folder of the unpruned model. plan: None for every block. folder: where checkpoints go, so that a killed
+    training goes on from the last one. more: as `finetune.train` takes it (held_out, callbacks). costs:
+    trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
     """
-    model, processor = load(source, device, dtype, bits=config.base_bits)
-    prune.apply_plan(model, plan)
+    model, processor = _pruned(source, plan, device, dtype, config.base_bits)
     torch.manual_seed(config.seed)
     started = time.perf_counter()
     with generate.peak_memory(model) as peak:
@@ -112,5 +116,10 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
     costs = {"trainable_params": n_trainable, "train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"],
              "loss": curve[-1]["loss"], "steps": steps, "curve": curve}  # fmt: skip
     # QLoRA's adapters go into the 16-bit model
-    whole = prune.apply_plan(load(source, dtype=dtype)[0], plan) if config.base_bits == 4 else None
+    whole = _pruned(source, plan, "cpu", dtype)[0] if config.base_bits == 4 else None
     return finetune.merge(model, whole), processor, costs
+
+
+def _pruned(source: Path, plan, device: str, dtype, bits: int = 16):
+    model, processor = load(source, device, dtype, bits=bits)
+    return prune.apply_plan(model, plan) if plan else model, processor

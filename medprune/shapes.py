@@ -75,6 +75,18 @@ def named_config(name_or_path: str | Path) -> dict:
     return _llava_15(*NAMED_SHAPES[name])
 
 
+def base_config(base: str) -> dict | None:
+    """Return a base's configuration; None for a hub id whose sizes only a download tells."""
+    if base in ASSEMBLED:
+        return ASSEMBLED[base] | {"model_type": "llava", "tie_word_embeddings": True}
+    organisation, slash, name = base.partition("/")
+    on_hub = slash and organisation.strip(".") and "/" not in name
+    if not on_hub and not Path(base).exists():
+        raise ValueError(f"base {base!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
+    sized = Path(base).exists() or name.lower().removesuffix("-hf") in NAMED_SHAPES
+    return named_config(base) if sized else None
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a LLaVA that decide its bytes; `linears` are a block's (name, inputs, outputs)."""

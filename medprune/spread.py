@@ -7,14 +7,10 @@ accelerate launch --num_processes 2 -m medprune.spread JOB.json      (what `fill
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from medprune import generate, importance, prune
-from medprune.artifacts import Units, read_json, settings, write_json
-from medprune.config import resolve
-from medprune.model import choose_dtype, load
-from medprune.tune import run_processes
+from medprune.artifacts import Units, read_json, write_json
+from medprune.model import load
+from medprune.tune import job_settings, run_processes, this_process
 
 WORK = ("leave_one_out", "answers")
 
@@ -35,11 +31,10 @@ def fill(units: Units, work: str, source: Path, rows: list[dict], config, label:
     rows = [r for r in rows if f"{label} {r['id']}" in missing] if work == "answers" else rows
     folder = units.path.parent / f"{units.path.stem}-parts"
     folder.mkdir(exist_ok=True)
-    chosen = {k: v for k, v in settings(config).items() if k != "name" and v is not None}
     job = folder / "job.json"
     write_json(job, {"work": work, "source": str(source), "rows": rows, "label": label, "context": units.context,
                      "blocks": [b for b in blocks if f"block {b}" in missing], "removed": list(removed),
-                     "parts": str(folder), "profile": config.name, "settings": chosen})  # fmt: skip
+                     "parts": str(folder)} | job_settings(config))  # fmt: skip
     try:
         run_processes("medprune.spread", job, config.processes)
     finally:
@@ -51,10 +46,10 @@ def fill(units: Units, work: str, source: Path, rows: list[dict], config, label:
 
 def main(path: str) -> None:
     """Do one process's share of a job: every n-th block, or the questions about every n-th image."""
-    job, state = read_json(Path(path)), PartialState(cpu=not torch.cuda.is_available())
-    config, rank, n = resolve(job["profile"], job["settings"]), state.process_index, state.num_processes
-    device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
-    model, processor = load(job["source"], device, choose_dtype(device.split(":")[0]))
+    job = read_json(Path(path))
+    config, state, device, dtype = this_process(job)
+    rank, n = state.process_index, state.num_processes
+    model, processor = load(job["source"], device, dtype)
     if job["removed"]:
         prune.apply_plan(model, prune.make_plan(model.config, job["removed"], "", ()))
     units, rows = Units(Path(job["parts"]) / f"{rank}.jsonl", job["context"]), job["rows"]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig
 
 from medprune import finetune, prune, recovery
 from medprune.artifacts import read_json, settings, write_json
@@ -25,10 +24,23 @@ def write_job(path: Path, source, items, config, steps: int, folder, out, plan=N
               held_out=()) -> Path:  # fmt: skip
     """Write a job: source, folder of the model; items, (image path, messages); folder, for checkpoints; out, of the
     merged model; plan, path of a pruning plan, or None for every block."""
-    chosen = {k: v for k, v in settings(config).items() if k != "name" and v is not None}
-    write_json(path, {"source": str(source), "plan": plan and str(plan), "recipe": recipe, "items": items, "steps": steps, "held_out": list(held_out),
-                      "folder": str(folder), "out": str(out), "profile": config.name, "settings": chosen})  # fmt: skip
+    write_json(path, {"source": str(source), "plan": plan and str(plan), "recipe": recipe, "items": items,
+                      "steps": steps, "held_out": list(held_out), "folder": str(folder), "out": str(out)}
+               | job_settings(config))  # fmt: skip
     return path
+
+
+def job_settings(config) -> dict:
+    """Return what a job file says of the profile, for `this_process` to read."""
+    chosen = {k: v for k, v in settings(config).items() if k != "name" and v is not None}
+    return {"profile": config.name, "settings": chosen}
+
+
+def this_process(job: dict):
+    """Return (profile, accelerate's state, device, dtype) of a process that accelerate started on a job."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
+    return resolve(job["profile"], job["settings"]), state, device, choose_dtype(device.split(":")[0])
 
 
 def launch(job: Path, processes: int) -> list[dict]:
@@ -48,19 +60,15 @@ def run_processes(module: str, job: Path, processes: int) -> None:
 
 def main(path: str) -> None:
     """Run a job as one of the processes that accelerate started."""
-    job, state = read_json(Path(path)), PartialState(cpu=not torch.cuda.is_available())
-    config = resolve(job["profile"], job["settings"])
+    job = read_json(Path(path))
+    config, state, device, dtype = this_process(job)
     each, left = divmod(config.batch_size, state.num_processes)
     if left or not each:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {state.num_processes} processes.")
     plan = prune.load_plan(Path(job["plan"])) if job["plan"] else None
-    if plan is None:
-        plan = prune.make_plan(AutoConfig.from_pretrained(job["source"]), [], "", ())
-    device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
     model, processor, costs = recovery.recover(
         Path(job["source"]), plan, job["recipe"], job["items"], Path(job["folder"]),
-        replace(config, batch_size=each), job["steps"], device, choose_dtype(device.split(":")[0]),
-        held_out=job["held_out"],
+        replace(config, batch_size=each), job["steps"], device, dtype, held_out=job["held_out"],
     )  # fmt: skip
     if state.is_main_process:
         finetune.save(model, processor, Path(job["out"]))

@@ -8,8 +8,8 @@ from medprune import cli, durations
 from medprune.artifacts import STAGES
 from medprune.checkup import checkup
 from medprune.config import resolve, settings
-from medprune.pipeline import base_config, check_run
-from medprune.shapes import named_config
+from medprune.pipeline import check_run
+from medprune.shapes import base_config, named_config
 
 RATES = {"flops_per_s": 3e11, "bytes_per_s": 1e10}
 

@@ -24,17 +24,8 @@ from medprune.importance import (
     teacher_batch,
     teacher_batches,
 )
-from medprune.model import load, parts, prepare_base
+from medprune.model import load, parts
 from medprune.prune import apply_plan, check_kept, load_plan, load_pruned, make_plan
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    folder = prepare_base(resolve("smoke"))
-    yield folder
-    patch.undo()
 
 
 @pytest.fixture

@@ -7,16 +7,7 @@ import torch
 
 from medprune import figures, ranking, stats
 from medprune.artifacts import Units
-from medprune.config import resolve
-from medprune.model import load, parts, prepare_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield prepare_base(resolve("smoke"))
-    patch.undo()
+from medprune.model import load, parts
 
 
 def rows_table(scores: dict[int, list[float]]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from medprune.config import RECIPES, resolve
 from medprune.figures import figure_recipes
 from medprune.finetune import IGNORED, add_lora, answer_loss, collator, encode_conversation, train
 from medprune.generate import encode, prompt_text
-from medprune.model import load, parts, prepare_base
+from medprune.model import load, parts
 from medprune.prune import apply_plan, make_plan
 
 
@@ -21,14 +21,6 @@ def conversation(answer="Psoriasis, with silvery scale."):
     text = {"type": "text", "text": "What is the name of this disease?"}
     return [{"role": "user", "content": [{"type": "image"}, text]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield prepare_base(resolve("smoke"))
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

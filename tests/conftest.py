@@ -1,0 +1,14 @@
+"""Fixtures that several test modules share."""
+
+import pytest
+
+from medprune.config import resolve
+from medprune.model import prepare_base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Return the folder of the tiny base, made for this session of tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return prepare_base(resolve("smoke"))
