@@ -1,10 +1,11 @@
-"""Linear layers stored in 3, 4 or 8 bits: integer codes, fp16 scales, integer zero points, and torch's int4 CPU kernel.
+"""Linear layers stored in 3, 4 or 8 bits: integer codes, fp16 scales, integer zero points, and kernels.
 
 A weight is `w ~ (q - zero_point) * scale`, a scale and a zero point for each group of inputs of each output (AWQ,
 arXiv:2306.00978, the quantizer under its equation 1). Nothing is rounded that stays stored in floats.
 """
 
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 # Up to this many rows the int4 kernel beats unpacking once to bf16 and an ordinary matmul, on one AVX512-BF16 core.
 MAX_KERNEL_ROWS = 128
+MAX_GPU_ROWS = 16
 SLICE_WEIGHTS = 2**22  # weights unpacked at once, so that a large layer needs no second copy of itself
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 neighbouring outputs stands in nibble i of an AWQ word
 
@@ -74,6 +76,16 @@ def kernel_width() -> int | None:
     return fits[0] if fits else None
 
 
+@lru_cache(maxsize=8)
+def gpu_kernel(device: torch.device, dtype: torch.dtype):
+    """Return `gemv.gemv` where a GPU runs it and gives what unpacking gives, else None."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from medprune import gemv
+
+    return gemv.gemv if gemv.works(device, dtype) else None
+
+
 def _from_kernel(packed: Tensor, out_features: int, in_features: int, width: int) -> Tensor:
     """Read codes (out, in) back from the kernel's layout: blocks of `width` outputs, then the rest in pairs."""
     flat = packed.reshape(-1)
@@ -91,7 +103,8 @@ class PackedLinear(nn.Module):
     (groups, out), always fp16: bits + (16 + bits) / group_size bits a weight. On CPU, the first forward in bfloat16 of
     a 4-bit layer turns it into the running form of torch's int4 kernel: the same codes in the kernel's order, its
     bf16 tables, and 4 bits that lead back to the exact fp16 scale: 4 + 36 / group_size bits. Only one form is ever
-    held; saving and moving return to the stored one. Elsewhere the weight is unpacked for each call.
+    held; saving and moving return to the stored one. On a GPU a Triton kernel (`gemv`) reads the stored form for up to
+    16 rows. Elsewhere the weight is unpacked for each call.
     """
 
     def __init__(self, in_features: int, out_features: int, bits: int = 4, group_size: int = 64,
@@ -161,19 +174,20 @@ class PackedLinear(nn.Module):
         return [(i, min(i + step, self.out_features)) for i in range(0, self.out_features, step)]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        differentiate = torch.is_grad_enabled() and x.requires_grad
-        fits = self.bits == 4 and x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.out_features % 16 == 0
-        if not fits or differentiate or not 0 < rows <= MAX_KERNEL_ROWS or kernel_width() is None:
-            weights = (self.fake_quantized_weight(x.dtype, *rows) for rows in self._slices())
-            y = torch.cat([F.linear(x, weight) for weight in weights], -1)
-            return y if self.bias is None else y + self.bias.to(x.dtype)
-        if self.tables is None:
-            self._run()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.reshape(rows, self.in_features).contiguous(), self.qweight, self.group_size, self.tables
-        ).view(*x.shape[:-1], self.out_features)
+        y = self._product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x (rows, in) times the transposed weight, by a kernel that reads the codes where there is one."""
+        packed = self.bits == 4 and len(x) and not (torch.is_grad_enabled() and x.requires_grad)
+        if packed and len(x) <= MAX_GPU_ROWS and (gemv := gpu_kernel(x.device, x.dtype)):
+            return gemv(x, self.qweight, self.scale, self.zero_point, self.group_size)
+        fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.out_features % 16 == 0
+        if packed and fits and len(x) <= MAX_KERNEL_ROWS and kernel_width() is not None:
+            if self.tables is None:
+                self._run()
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.qweight, self.group_size, self.tables)
+        return torch.cat([F.linear(x, self.fake_quantized_weight(x.dtype, *outs)) for outs in self._slices()], -1)
 
     @torch.no_grad()
     def _run(self) -> None:

@@ -2,6 +2,9 @@
 
 import copy
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,3 +158,40 @@ def test_awq_layout_is_autoawqs_own():
 def test_impossible_layers_are_refused(shape, bits, group_size, sentence):
     with pytest.raises(ValueError, match=sentence):
         PackedLinear(*shape, bits, group_size)
+
+
+GPU_KERNEL = """
+import torch
+from medprune import gemv, packed
+from medprune.packed import PackedLinear, rtn_codes
+
+for group_size in (32, 64, 128):
+    for rows, out_features, dtype in ((1, 8, torch.float32), (2, 40, torch.float16), (5, 72, torch.bfloat16), (16, 16, torch.float32)):
+        torch.manual_seed(rows)
+        codes = rtn_codes(torch.randn(out_features, 11 * group_size), 4, group_size)  # 11 groups: the last 5 of 16 are masked
+        layer, x = PackedLinear.from_codes(*codes, 4, torch.randn(out_features)), torch.randn(rows, 11 * group_size).to(dtype)
+        wanted = (x.float() @ layer.fake_quantized_weight().t() + layer.bias).to(dtype).float()
+        packed.gpu_kernel = lambda device, dtype: gemv.gemv
+        found = layer(x[None])[0].float()
+        error = float((found - wanted).abs().max() / wanted.abs().max())
+        assert found.shape == wanted.shape and error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], error
+        assert layer.tables is None, "the stored form is read, and no other made"
+assert gemv.works(torch.device("cpu"), torch.float16)
+real, gemv.gemv = gemv.gemv, lambda *a: real(*a) * 1.1
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert not gemv.works(torch.device("cpu"), torch.float16)
+assert "off by" in str(said[0].message), said
+print("equal")
+"""
+
+
+def test_the_gpu_kernel_gives_what_unpacking_gives_and_a_wrong_one_is_not_used():
+    # Triton's interpreter runs the kernel on a CPU; it has to be asked for before Triton is imported.
+    done = subprocess.run([sys.executable, "-c", GPU_KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
+
+
+def test_without_a_gpu_no_gpu_kernel_is_looked_for():
+    assert packed.gpu_kernel(torch.device("cpu"), torch.float16) is None
