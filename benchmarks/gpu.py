@@ -21,6 +21,7 @@ import argparse
 import gc
 import re
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -35,20 +36,19 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 sys.path.insert(0, str(Path(__file__).parent))
-from seven_b import TEXT_TOKENS, build, read_bandwidth_gb_s, shape
+from seven_b import GROUP_SIZE, TEXT_TOKENS, build, read_bandwidth_gb_s, shape
 
 from medprune import finetune, generate, importance
 from medprune.accounting import GIB, account
 from medprune.artifacts import Units, describe_machine, write_json
 from medprune.config import resolve
-from medprune.model import choose_device, choose_dtype, load_processor, parts, prepare_base, weight_bytes
-from medprune.packed import PackedLinear, gpu_kernel
+from medprune.model import choose_device, choose_dtype, load_processor, parts, prepare_base
+from medprune.packed import gpu_kernel
 from medprune.preflight import predict_awq_bytes, predict_training_bytes
 from medprune.prune import apply_plan, make_plan
-from medprune.quantize import nf4, quantize
+from medprune.quantize import nf4, packed_bytes, quantize
 
 RESULTS = Path(__file__).parent / "results"
-GROUP_SIZE = 64
 REMOVED = (0, 4, 7, 10)
 FORMS = {"16 bits": (16, "rtn"), "NF4": (4, "bnb"), "AWQ-packed": (4, "awq")}  # (bits, as `account` counts it)
 MODES = ("growing cache", "static cache", "CUDA graph")
@@ -88,9 +88,7 @@ def missing(package: str) -> str:
 
 def build_form(form: str, config: dict, dtype, device: str):
     """Build the model with its blocks stored as a form says."""
-    if form == "NF4":
-        return build(config, 4, dtype, device, nf4)[0]
-    return build(config, FORMS[form][0], dtype, device, partial(PackedLinear.from_linear, bits=4, group_size=GROUP_SIZE))[0]
+    return build(config, FORMS[form][0], dtype, device, nf4 if form == "NF4" else None)[0]
 
 
 def remove(model, blocks: list[int]) -> None:
@@ -173,7 +171,7 @@ def answer_rows(model, form: str, full: dict, removed: int, bandwidth: float, dt
     for batch in BATCHES:
         context = full["image_seq_length"] + TEXT_TOKENS + new_tokens
         plan = account(full, removed, bits, GROUP_SIZE, context, batch, method=method)
-        row = {"form": form, "removed": removed, "batch": batch, "held_bytes": weight_bytes(model),
+        row = {"form": form, "removed": removed, "batch": batch, "held_bytes": packed_bytes(model)["total"],
                "plan_held_bytes": plan.weights_bytes, "plan_total_bytes": plan.total_bytes,
                "floor_ms_per_token": plan.floor_ms_per_token(bandwidth)}  # fmt: skip
         for mode in MODES:
@@ -182,7 +180,7 @@ def answer_rows(model, form: str, full: dict, removed: int, bandwidth: float, dt
             elif left_s() < 0:
                 rows.append(row | {"mode": mode, "note": "not measured: the time was up"})
             else:
-                rows.append(attempt(lambda m=mode: decode(model, full, batch, m, dtype, new_tokens), **row, mode=mode))
+                rows.append(attempt(partial(decode, model, full, batch, mode, dtype, new_tokens), **row, mode=mode))
     return rows
 
 
@@ -292,6 +290,8 @@ def measure(tiny: bool, limit_s: float, folder: Path) -> dict:
 
     result = {"machine": describe_machine(), "model": "tiny" if tiny else "llava-1.5-7b, random weights", "dtype": str(dtype),
               "bandwidth_gb_s": bandwidth, "kernel_of_packed": "Triton" if gpu_kernel(torch.device(device), dtype) else "none"}  # fmt: skip
+    small_card = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 40 * GIB
+    scored = "NF4" if small_card and not missing("bitsandbytes") else "16 bits"
     answers = []
     for form in FORMS:
         say(f"{form}: answers")
@@ -311,10 +311,10 @@ def measure(tiny: bool, limit_s: float, folder: Path) -> dict:
             answers.append(loaded)
             continue
         model, gone = made.pop("model"), 0
-        if form == "16 bits":
+        if form == scored:
             say("leave-one-out")
-            size = (6, 4) if tiny else (64, 48 if memory_bytes() > 40 * GIB else 12)
-            result["leave_one_out"] = attempt(lambda m=model, s=size: scoring(m, full, *s, folder))
+            size = (6, 4) if tiny else (64, 12 if small_card else 48)
+            result["leave_one_out"] = attempt(partial(scoring, model, full, *size, folder), form=form)
         for n in counts:
             remove(model, list(range(2, 2 + n - gone)))
             gone = n
@@ -324,7 +324,7 @@ def measure(tiny: bool, limit_s: float, folder: Path) -> dict:
             say(f"AWQ of {AWQ_BLOCKS} blocks")
             size = (4, full["image_seq_length"] + TEXT_TOKENS + 4) if tiny else (resolve("t4").awq_rows, 840)
             note = missing("awq")
-            result["awq"] = {"note": note} if note else attempt(lambda m=model, s=size: awq(m, full, *s, dtype))
+            result["awq"] = {"note": note} if note else attempt(partial(awq, model, full, *size, dtype))
         del model
         free()
     say("tuning")
@@ -334,10 +334,6 @@ def measure(tiny: bool, limit_s: float, folder: Path) -> dict:
         if dense and "ms_per_token" in a:
             a["speedup"] = dense["ms_per_token"] / a["ms_per_token"] * a["batch"]  # in tokens a second
     return result | {"answers": answers, "seconds": time.monotonic() - began}
-
-
-def memory_bytes() -> int:
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def say(text: str) -> None:
@@ -368,8 +364,6 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.tiny or torch.cuda.is_available()):
         parser.error("no CUDA GPU is here: --tiny tests the script on a CPU")
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.tiny, args.limit_s, Path(folder))
     name = re.sub(r"[^a-z0-9]+", "-", (result["machine"]["gpu"] or "cpu").lower()).strip("-")

@@ -48,7 +48,7 @@ def build_by_copying(folder: Path, block: int) -> LlavaForConditionalGeneration:
     source = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
     config = copy.deepcopy(source.config)
     config.text_config.num_hidden_layers -= 1
-    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model = LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)  # .to() would round the rotary table
     weights = source.state_dict()
     for name, target in model.state_dict().items():
         head, found, tail = name.partition("language_model.layers.")

@@ -52,8 +52,12 @@ def shape(tiny: bool) -> dict:
     return config
 
 
-def build(config: dict, bits: int, dtype: torch.dtype, device: str):
-    """Return (model in eval mode, bytes of the block linears as stored), never holding more than the model itself."""
+def build(config: dict, bits: int, dtype: torch.dtype, device: str, pack=None):
+    """Return (model in eval mode, bytes of the block linears as stored), never holding more than the model itself.
+
+    pack: what makes a packed layer of a Linear; the default rounds to nearest.
+    """
+    pack = pack or (lambda linear: PackedLinear.from_linear(linear, bits, GROUP_SIZE))
     with init_empty_weights(include_buffers=False):
         model = LlavaForConditionalGeneration(LlavaConfig(**config))
     stored = 0
@@ -61,7 +65,7 @@ def build(config: dict, bits: int, dtype: torch.dtype, device: str):
         for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
             fill(linear, dtype, device)
             if bits != 16:
-                packed = PackedLinear.from_linear(linear, bits, GROUP_SIZE)
+                packed = pack(linear)
                 stored += sum(b.nbytes for b in packed.buffers())
                 with torch.no_grad():  # one row turns it into its running form while the rest is not there yet
                     packed(torch.zeros(1, linear.in_features, dtype=dtype, device=device))

@@ -66,6 +66,26 @@ def open_run(run_name: str, stage: str, config: Profile, needs=(), runs_dir: str
     return run
 
 
+def bring_run(folder: str | Path, run_name: str = "demo", runs_dir: str | None = None) -> Path:
+    """Copy an earlier session's run, such as a Kaggle dataset's or a Drive folder's, to where notebooks go on with it.
+
+    folder: the run's own, which holds 01_finetune. Keep runs_dir the same from session to session, for the run names its
+    images by their full paths. Returns the new folder. Raises ValueError where there is no run, or one is here already.
+    """
+    source = Path(folder)
+    target = open_run(run_name, STAGES[0], None, runs_dir=runs_dir).root
+    if not (source / STAGES[0]).is_dir():
+        raise ValueError(f"{source} holds no {STAGES[0]}: give the folder of a run.")
+    if any(f.is_file() for f in target.rglob("*")):
+        raise ValueError(f"{target} holds a run already: give another run_name, or remove it.")
+    with write_folder(target) as temporary:
+        for file in (f for f in source.rglob("*") if f.is_file()):
+            copy = temporary / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # without its mode: a dataset's files cannot be written
+    return target
+
+
 def finish(run: Run, config: Profile, metrics: dict, inputs: dict | None = None) -> None:
     """Write metrics.json and, last of all, manifest.json, whose presence says that the stage is finished."""
     write_json(run.dir / "metrics.json", metrics)

@@ -43,7 +43,7 @@ def quantize(model, method: str, bits: int | list[int] = 4, group_size: int = 64
             if method == "rtn":
                 packed = PackedLinear.from_linear(linear, layer_bits, group_size)
             elif method == "bnb":
-                packed = _nf4(linear)
+                packed = nf4(linear)
             else:
                 packed = _hqq(linear, layer_bits, group_size)
             model.set_submodule(name, packed)
@@ -161,7 +161,7 @@ def _tensor_bytes(module: nn.Module, seen: set) -> int:
     return total
 
 
-def _nf4(linear: nn.Linear) -> nn.Module:
+def nf4(linear: nn.Linear) -> nn.Module:
     """Pack a Linear as bitsandbytes NF4, blocks of 64 weights with a float32 absmax each (arXiv:2305.14314)."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 

@@ -18,6 +18,7 @@ from medprune.quantize import quantize
 
 
 def script(name):
+    """Return a benchmark as a module; those beside it can be imported, as when it is run."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", REPO / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -118,3 +119,43 @@ def test_an_awq_folder_of_the_text_model_is_put_back_whole(run, tmp_path):
     save_file(text | {"model.layers.0.odd": torch.zeros(1)}, tmp_path / "text" / "model.safetensors")
     with pytest.raises(ValueError, match="layers.0.odd, which the LLaVA"):
         quantize_script.put_back(model.load(run / "model")[0], tmp_path / "text")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is not measured without a GPU is asserted")
+def test_gpu_measures_every_part_and_says_what_it_could_not(monkeypatch, tmp_path, base):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "prepare_base", lambda _: base)
+    result = gpu.measure(tiny=True, limit_s=200, folder=tmp_path)
+    answers = result["answers"]
+    assert {a["form"] for a in answers} == set(gpu.FORMS) and {a["removed"] for a in answers} == {0, 4}
+    for a in answers:
+        if a["mode"] == "CUDA graph":
+            assert a["note"] == "not measured: no GPU"
+            continue
+        assert a["finite"] and a["ms_per_token"] > 0 and a["steps"] >= 1 and a["floor_ms_per_token"] > 0, a
+        # on a CPU packed layers run in another form than is stored
+        assert a["form"] == "AWQ-packed" or abs(a["held_bytes"] / a["plan_held_bytes"] - 1) < 0.02, a
+    fewer = [next(a["held_bytes"] for a in answers if a["form"] == "NF4" and a["removed"] == n) for n in (0, 4)]
+    assert fewer[1] < fewer[0]
+    dense = next(a for a in answers if a["form"] == "16 bits" and a["batch"] == 1 and a["mode"] == "growing cache")
+    assert dense["speedup"] == 1
+    tuning = result["tuning"]
+    assert tuning["base"] == "NF4" and tuning["loss"] > 0 and tuning["step_s"] > 0 and not tuning["refused_rows"], tuning
+    assert result["leave_one_out"]["leave_one_out_s_per_answer"] > 0 and result["leave_one_out"]["ratio"] > 0
+    assert result["awq"]["s_per_block"] > 0 and result["awq"]["all_blocks_s"] == 3 * result["awq"]["s_per_block"] * 4
+    assert "leave_one_out: new_tokens 6" in gpu.report(result) and json.dumps(result)
+
+
+def test_gpu_writes_down_what_does_not_fit_and_stops_without_a_gpu(monkeypatch, capsys):
+    gpu = script("gpu")
+
+    def too_much():
+        raise torch.OutOfMemoryError
+
+    assert gpu.attempt(too_much, form="NF4") == {"form": "NF4", "note": "does not fit"}
+    assert gpu.attempt(lambda: {"ms": 1}, form="NF4") == {"form": "NF4", "ms": 1}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no CUDA GPU is here" in capsys.readouterr().err
