@@ -133,8 +133,8 @@ def test_gpu_measures_every_part_and_says_what_it_could_not(monkeypatch, tmp_pat
             assert a["note"] == "not measured: no GPU"
             continue
         assert a["finite"] and a["ms_per_token"] > 0 and a["steps"] >= 1 and a["floor_ms_per_token"] > 0, a
-        # on a CPU packed layers run in another form than is stored
-        assert a["form"] == "AWQ-packed" or abs(a["held_bytes"] / a["plan_held_bytes"] - 1) < 0.02, a
+        # on a CPU packed layers, and bitsandbytes's too, run in another form than is stored
+        assert abs(a["held_bytes"] / a["plan_held_bytes"] - 1) < (0.001 if a["form"] == "16 bits" else 0.06), a
     fewer = [next(a["held_bytes"] for a in answers if a["form"] == "NF4" and a["removed"] == n) for n in (0, 4)]
     assert fewer[1] < fewer[0]
     dense = next(a for a in answers if a["form"] == "16 bits" and a["batch"] == 1 and a["mode"] == "growing cache")
