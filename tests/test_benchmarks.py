@@ -143,7 +143,7 @@ def test_gpu_measures_every_part_and_says_what_it_could_not(monkeypatch, tmp_pat
     assert tuning["base"] == "NF4" and tuning["loss"] > 0 and tuning["step_s"] > 0 and not tuning["refused_rows"], tuning
     assert result["leave_one_out"]["leave_one_out_s_per_answer"] > 0 and result["leave_one_out"]["ratio"] > 0
     assert result["awq"]["s_per_block"] > 0 and result["awq"]["all_blocks_s"] == 3 * result["awq"]["s_per_block"] * 4
-    assert "leave_one_out: new_tokens 6" in gpu.report(result) and json.dumps(result)
+    assert "leave_one_out: form 16 bits, new_tokens 6" in gpu.report(result) and json.dumps(result)
 
 
 def test_gpu_writes_down_what_does_not_fit_and_stops_without_a_gpu(monkeypatch, capsys):
