@@ -42,6 +42,13 @@ def test_pins_agree():
     assert environment["channels"] == ["conda-forge"] and "python=3.11" in environment["dependencies"]
 
 
+def test_kaggle_s_pins_are_ours_and_leave_torch_alone():
+    lines = (REPO / "requirements-kaggle.txt").read_text(encoding="utf-8").splitlines()
+    ours = pins([line for line in lines if not line.startswith("#")])
+    assert ours.items() <= pins(PROJECT["dependencies"]).items() and "transformers" in ours
+    assert not ours.keys() & {"torch", "torchvision", "numpy", "pandas", "scipy"}
+
+
 def test_weights_are_installed_without_what_they_declare():
     pinned = [f"{name}=={version}" for name, version in WEIGHTS.items()]
     for file in ("Makefile", "environment.yml"):
