@@ -348,7 +348,7 @@ def report(result: dict) -> str:
     table = table.rename(columns={c: c.removesuffix("_bytes") + "_gib" for c in gib}).drop(columns="finite", errors="ignore")
     lines = [f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['dtype']}, reads {result['bandwidth_gb_s']:.0f} GB/s; "
              f"{result['model']}; speedup: tokens a second against 16 bits, all blocks, growing cache, batch 1 (the paper: 4.2)",
-             table.round(2).fillna("").to_string(index=False)]  # fmt: skip
+             table.round(2).astype(object).fillna("").to_string(index=False)]  # fmt: skip
     for part in ("tuning", "leave_one_out", "awq"):
         said = {k: round(v / GIB, 3) if k.endswith("_bytes") else round(v, 4) if isinstance(v, float) else v
                 for k, v in result.get(part, {}).items()}  # fmt: skip
