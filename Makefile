@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo lab
+.PHONY: test lint setup demo study lab
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -21,6 +21,11 @@ test: $(READY)
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo
+
+# What the committed notebooks show: demo, and in 04 every way back, on three shares of the images, in lora's time too.
+study: $(READY)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name study \
+	-p recipes '["lora","projector","last_blocks","distill"]' -p data_fractions '[0.05,0.25,1.0]' -p equal_time true
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -2,8 +2,8 @@
 
 python benchmarks/seven_b.py [--tiny] [--out FILE]
 
-Each configuration runs in a process of its own: 16-bit dense with every block, and 4-bit RTN (groups of 64) with 0,
-7, 8 and 10 blocks removed. A Linear is made, packed and freed before the next one is, and the 16-bit parts that stay
+Each configuration runs in a process of its own: 16-bit dense with every block, 4-bit RTN (groups of 64) with 0, 7, 8 and
+10 blocks removed, and with 0 and 4 where the head and the vision tower are packed too. A Linear is made, packed and freed before the next one is, and the 16-bit parts that stay
 come last, so that building never holds more than the finished model. Random weights take the time and the memory of
 real ones; what they answer means nothing. Memory is the process's resident set, and what it held before the model was
 built (Python, torch, transformers) stands apart as overhead_bytes. On CUDA it is the allocator's, without overhead.
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,17 +24,18 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.accounting import GIB, account
 from medprune.artifacts import describe_machine, write_json
-from medprune.model import GROUPED, choose_device, choose_dtype, parts
+from medprune.generate import roomy_cache
+from medprune.model import choose_device, choose_dtype, parts, ready, weight_bytes
 from medprune.packed import PackedLinear
-from medprune.quantize import _peak_bytes, _reset_peak, packed_bytes
+from medprune.quantize import _peak_bytes, _reset_peak, packed_bytes, target_linears
 from medprune.shapes import named_config
 
 GROUP_SIZE = 64
-CASES = ((0, 16), (0, 4), (7, 4), (8, 4), (10, 4))  # (blocks removed, bits)
+CASES = ((0, 16), (0, 4), (7, 4), (8, 4), (10, 4), (0, 4, "whole"), (4, 4, "whole"))  # (blocks removed, bits, of which parts)
 RESULTS = Path(__file__).parent / "results" / "seven_b.json"
 TEXT_TOKENS = 64  # the question and its chat template
 # Freed memory goes back at once, so that the resident set is what is held, and not what was.
@@ -52,34 +54,29 @@ def shape(tiny: bool) -> dict:
     return config
 
 
-def build(config: dict, bits: int, dtype: torch.dtype, device: str, pack=None):
-    """Return (model in eval mode, bytes of the block linears as stored), never holding more than the model itself.
+def build(config: dict, bits: int, dtype: torch.dtype, device: str, pack=None, whole: bool = False):
+    """Return (model in eval mode, bytes by which a folder is smaller), never holding more than the model itself.
 
-    pack: what makes a packed layer of a Linear; the default rounds to nearest.
+    pack: what makes a packed layer of a Linear; the default rounds to nearest. whole: head and vision tower too. A folder
+    is smaller where packed layers are held in the form that the int4 kernel runs.
     """
     pack = pack or (lambda linear: PackedLinear.from_linear(linear, bits, GROUP_SIZE))
     with init_empty_weights(include_buffers=False):
         model = LlavaForConditionalGeneration(LlavaConfig(**config))
-    stored = 0
-    for block in parts(model).blocks:
-        for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
-            fill(linear, dtype, device)
-            if bits != 16:
-                packed = pack(linear)
-                stored += sum(b.nbytes for b in packed.buffers())
-                with torch.no_grad():  # one row turns it into its running form while the rest is not there yet
-                    packed(torch.zeros(1, linear.in_features, dtype=dtype, device=device))
-                block.set_submodule(name, packed)
-            else:
-                stored += linear.weight.nbytes
-            del linear
+    smaller = 0
+    for name in target_linears(model, bits, whole, whole):
+        linear = model.get_submodule(name)
+        fill(linear, dtype, device)
+        packed = pack(linear)
+        stored = weight_bytes(packed)
+        with torch.no_grad():  # one row turns it into its running form while the rest is not there yet
+            packed(torch.zeros(1, linear.in_features, dtype=dtype, device=device))
+        smaller += weight_bytes(packed) - stored
+        model.set_submodule(name, packed)
+        del linear
     for module in model.modules():
         fill(module, dtype, device)
-    if device == "cpu":
-        model.set_attn_implementation({"text_config": GROUPED})
-    # The last row, cut out of a prompt's, is not contiguous: torch would copy the whole head to multiply by it.
-    parts(model).head.register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
-    return model.eval(), stored
+    return ready(model, device), smaller
 
 
 def fill(module: nn.Module, dtype: torch.dtype, device: str) -> None:
@@ -105,7 +102,7 @@ def ask(model, config: dict, dtype: torch.dtype, new_tokens: int) -> dict:
     ids = torch.randint(3, 900, (1, image_tokens + TEXT_TOKENS), device=device)
     ids[:, 8 : 8 + image_tokens] = config["image_token_index"]
     pixels = torch.randn(1, 3, side, side, device=device).to(dtype)
-    cache = DynamicCache(config=model.config.text_config)
+    cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)
     seconds, extra = [], {"pixel_values": pixels}
     for _ in range(new_tokens + 1):  # the prefill gives the first token
         started = time.perf_counter()
@@ -119,7 +116,7 @@ def ask(model, config: dict, dtype: torch.dtype, new_tokens: int) -> dict:
             "kv_cache_bytes": kv_cache_bytes, "finite": bool(torch.isfinite(logits).all())}  # fmt: skip
 
 
-def run_case(removed: int, bits: int, tiny: bool, new_tokens: int) -> dict:
+def run_case(removed: int, bits: int, tiny: bool, new_tokens: int, whole: bool = False) -> dict:
     """Build one configuration and ask it; return everything measured and predicted. Runs in its own process."""
     device = choose_device()
     dtype = choose_dtype(device)
@@ -131,31 +128,31 @@ def run_case(removed: int, bits: int, tiny: bool, new_tokens: int) -> dict:
     overhead = psutil.Process().memory_info().rss if device == "cpu" else 0
     _reset_peak(torch.device(device))
     started = time.perf_counter()
-    model, stored = build(config, bits, dtype, device)
+    model, smaller = build(config, bits, dtype, device, whole=whole)
     build_s = time.perf_counter() - started
     built_peak = _peak_bytes(torch.device(device))
     _reset_peak(torch.device(device))
     said = ask(model, config, dtype, new_tokens)
     answer_peak = _peak_bytes(torch.device(device))
     measured = packed_bytes(model)
-    weights, linears = measured["total"], measured["block_linears"]
-
+    weights = measured["total"]
     context = said["prompt_tokens"] + new_tokens
-    plan = account(full, removed, bits, GROUP_SIZE, context)
+    count = partial(account, full, removed, bits, GROUP_SIZE, context, quantize_head=whole, quantize_vision=whole)
+    plan = count()
     # The int4 kernel's bf16 tables and the way back to the exact scales: 36 bits a group where a folder has 20.
     running = device == "cpu" and bits == 4
-    held = account(full, removed, bits, GROUP_SIZE, context, scale_bits=32) if running else plan
+    held = count(scale_bits=32) if running else plan
     # A folder's bits that lead back to the exact scales are not read while decoding.
-    read = account(full, removed, bits, GROUP_SIZE, context, scale_bits=32, zero_point_bits=0) if running else plan
+    read = count(scale_bits=32, zero_point_bits=0) if running else plan
     peak = max(built_peak, answer_peak)
     return {
-        "name": f"{'dense 16-bit' if bits == 16 else f'{bits}-bit RTN'}, {removed} blocks removed",
-        "blocks_removed": removed, "bits": bits, "params_b": plan.params_b, "build_s": build_s, **said,
+        "name": f"{'dense 16-bit' if bits == 16 else f'{bits}-bit RTN'}{', head and tower too' if whole else ''}, {removed} removed",
+        "blocks_removed": removed, "bits": bits, "head_and_tower": whole, "params_b": plan.params_b, "build_s": build_s, **said,
         "peak_bytes": peak, "overhead_bytes": overhead, "peak_without_overhead_bytes": peak - overhead,
         "build_peak_without_overhead_bytes": built_peak - overhead,
-        "held_bytes": measured, "stored_bytes": weights - linears + stored,
+        "held_bytes": measured, "stored_bytes": weights - smaller,
         "plan_bytes": plan.weights_bytes, "plan_held_bytes": held.weights_bytes, "plan_total_bytes": held.total_bytes,
-        "stored_against_plan_frac": (weights - linears + stored) / plan.weights_bytes - 1,
+        "stored_against_plan_frac": (weights - smaller) / plan.weights_bytes - 1,
         "held_against_plan_frac": weights / held.weights_bytes - 1,
         "peak_against_plan_frac": (peak - overhead) / held.total_bytes - 1,
         "decode_read_bytes": read.decode_read_bytes,
@@ -182,12 +179,12 @@ def in_own_process(*words: str) -> dict:
 
 def report(result: dict) -> str:
     """Return the result as a table for reading."""
-    head = (f"{'configuration':28s} {'peak GiB':>9s} {'weights':>8s} {'plan':>7s} {'differ':>7s} {'peak/plan':>9s}"
+    head = (f"{'configuration':36s} {'peak GiB':>9s} {'weights':>8s} {'plan':>7s} {'differ':>7s} {'peak/plan':>9s}"
             f" {'prefill s':>9s} {'ms/token':>9s} {'floor':>7s}")  # fmt: skip
     lines = [head]
     for case in result["cases"]:
         lines.append(
-            f"{case['name']:28s} {case['peak_without_overhead_bytes'] / GIB:9.2f}"
+            f"{case['name']:36s} {case['peak_without_overhead_bytes'] / GIB:9.2f}"
             f" {case['held_bytes']['total'] / GIB:8.3f} {case['plan_held_bytes'] / GIB:7.3f}"
             f" {case['held_against_plan_frac']:+7.2%} {case['peak_against_plan_frac']:+9.2%}"
             f" {case['prefill_s']:9.1f} {case['ms_per_token']:9.1f} {case['floor_ms_per_token']:7.1f}"
@@ -204,11 +201,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of megabytes, to test the script")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--case", nargs=2, type=int, metavar=("REMOVED", "BITS"), help="one configuration, as JSON")
+    parser.add_argument("--case", nargs="+", metavar="WORD", help="one configuration, blocks removed and bits and perhaps whole, as JSON")
     parser.add_argument("--bandwidth", action="store_true", help="the read bandwidth alone, as JSON")
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(*args.case, args.tiny, args.new_tokens)))
+        removed, bits, *whole = args.case
+        print(json.dumps(run_case(int(removed), int(bits), args.tiny, args.new_tokens, bool(whole))))
         return
     if args.bandwidth:
         print(json.dumps(read_bandwidth_gb_s(GIB // 64 if args.tiny else GIB)))
@@ -216,14 +214,14 @@ def main() -> None:
     passed = ["--new-tokens", str(args.new_tokens), *(["--tiny"] if args.tiny else [])]
     load_before = os.getloadavg()[0]
     bandwidth, cases = in_own_process("--bandwidth", *passed), []
-    for removed, bits in CASES:
-        case = in_own_process("--case", str(removed), str(bits), *passed)
+    for words in CASES:
+        case = in_own_process("--case", *map(str, words), *passed)
         case["floor_ms_per_token"] = case["decode_read_bytes"] / bandwidth / 1e6
         case["times_floor"] = case["ms_per_token"] / case["floor_ms_per_token"]
         print(f"{case['name']}: built in {case['build_s']:.0f} s", file=sys.stderr)
         cases.append(case)
     dense = next(c for c in cases if c["bits"] == 16)
-    packed = next(c for c in cases if c["bits"] == 4 and c["blocks_removed"] == 7)
+    packed = next(c for c in cases if c["bits"] == 4 and c["blocks_removed"] == 7 and not c["head_and_tower"])
     result = {
         "machine": describe_machine() | {"memory_bytes": psutil.virtual_memory().total, "load_before": load_before},
         "model": "tiny" if args.tiny else "llava-1.5-7b, random weights", "group_size": GROUP_SIZE,

@@ -29,19 +29,19 @@ def check_quantizable(config, group_size: int | None, bits: float) -> None:
     """
     if bits not in BITS_CHOICES:
         raise ValueError(f"bits must be one of {BITS_CHOICES}, not {bits}.")
-    _check_groups(shape_of(config), group_size)
+    _check_groups(shape_of(config).linears, group_size)
 
 
-def _check_groups(shape: Shape, group_size: int | None) -> None:
+def _check_groups(linears, group_size: int | None, where: str = "model.language_model.layers.0") -> None:
     if group_size is None:
         return
     if group_size not in GROUP_SIZE_CHOICES:
         raise ValueError(f"group_size must be one of {GROUP_SIZE_CHOICES} or None, not {group_size}.")
-    for name, n_in, _ in shape.linears:
+    for name, n_in, _ in linears:
         if n_in % group_size:
-            fits = [g for g in GROUP_SIZE_CHOICES if all(i % g == 0 for _, i, _ in shape.linears)]
+            fits = [g for g in GROUP_SIZE_CHOICES if all(i % g == 0 for _, i, _ in linears)]
             raise ValueError(
-                f"model.language_model.layers.0.{name} has {n_in} inputs, not a multiple of group_size "
+                f"{where}.{name} has {n_in} inputs, not a multiple of group_size "
                 f"{group_size}; of {GROUP_SIZE_CHOICES} these fit: {fits}."
             )
 
@@ -112,11 +112,12 @@ class Account:
 
 def account(config, blocks_removed: int = 0, bits: float | Sequence[float] = 16, group_size: int | None = 64,
             context: int = 840, batch: int = 1, scale_bits: int = 16, zero_point_bits: int | None = None,
-            method: str = "rtn") -> Account:  # fmt: skip
+            method: str = "rtn", quantize_head: bool = False, quantize_vision: bool = False) -> Account:  # fmt: skip
     """Count a LLaVA less `blocks_removed` blocks, with its block linears stored in `bits` by `method`.
 
     `bits`: one number (16, or 2 to 8; a fraction stands for an average) or one for each block that is kept.
-    Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows too: tokens x 2 x blocks
+    `quantize_head` and `quantize_vision` (rtn, hqq) store the head, of which a tied one becomes a copy, and the
+    linears of the vision tower in the fewest of them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows too: tokens x 2 x blocks
     x key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
     """
     shape = shape_of(config)
@@ -129,6 +130,8 @@ def account(config, blocks_removed: int = 0, bits: float | Sequence[float] = 16,
     if len(block_bits) != kept:
         raise ValueError(f"bits lists {len(block_bits)} blocks; {kept} are kept.")
     _check_storage(shape, set(block_bits), group_size, method)
+    if quantize_head or quantize_vision:
+        _check_others(shape, min(block_bits), group_size, method, quantize_vision)
     storage = (group_size, method, scale_bits, zero_point_bits)
     sizes = {b: _block_bytes(shape, b, *storage) for b in set(block_bits)}
     codes, scales, zeros = (sum(sizes[b][part] for b in block_bits) for part in range(3))
@@ -140,9 +143,16 @@ def account(config, blocks_removed: int = 0, bits: float | Sequence[float] = 16,
     }  # fmt: skip
     part_bytes = {part: 2 * n for part, n in params.items()}
     part_bytes |= {"block_weights": codes, "block_scales": scales, "block_zero_points": zeros}
+    head_bytes = 2 * table
+    if quantize_head:
+        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, min(block_bits), *storage))
+    if quantize_vision:
+        packed = sum(sum(linear_bytes(i, o, min(block_bits), *storage)) for _, i, o in shape.vision_linears)
+        dense = sum(2 * i * o for _, i, o in shape.vision_linears)
+        part_bytes["vision_tower"] += shape.vision_layers * (packed - dense)
     kv_cache_bytes = context * batch * 2 * kept * shape.kv_width * 2
     blocks_bytes = codes + scales + zeros + part_bytes["block_norms"]
-    read = blocks_bytes + part_bytes["final_norm"] + 2 * table + kv_cache_bytes
+    read = blocks_bytes + part_bytes["final_norm"] + head_bytes + kv_cache_bytes
     return Account(params, part_bytes, kv_cache_bytes, read)
 
 
@@ -162,19 +172,26 @@ def _check_storage(shape: Shape, bits: set[float], group_size: int | None, metho
     if method in ("awq", "bnb", "bnb-double") and (wrong := sorted(bits - {4, 16})):
         raise ValueError(f"{method} stores 4 bits, not {wrong[0]}; rtn and hqq store other numbers.")
     if not method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
-        _check_groups(shape, group_size)
+        _check_groups(shape.linears, group_size)
     elif group_size != BNB_BLOCK_SIZE:
         raise ValueError(f"{method} has groups of {BNB_BLOCK_SIZE} weights only, not {group_size}.")
 
 
+def _check_others(shape: Shape, bits: float, group_size: int | None, method: str, vision: bool) -> None:
+    if method not in ("rtn", "hqq") or bits == 16:
+        raise ValueError(f"head and vision tower are quantized by rtn or hqq in fewer than 16 bits, not by {method} in {bits}.")
+    if vision:
+        _check_groups(shape.vision_linears, group_size, "model.vision_tower.encoder.layers.0")
+
+
 def plan_table(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
                context: int = 840, batch: int = 1, bandwidth: float = 320,
-               method: str = "rtn") -> pd.DataFrame:  # fmt: skip
+               method: str = "rtn", **also) -> pd.DataFrame:  # fmt: skip
     """Return one row for each number of `removes`: parameters, bytes by part, and the floor in ms a token.
 
     `bits` is as in `account`; a list of one for each block fits the one count of `removes` that leaves as many.
     `bandwidth` is in GB/s (320: a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row
-    or `name_or_path` is another model. Raises ValueError as `account` does.
+    or `name_or_path` is another model. also: quantize_head and quantize_vision. Raises ValueError as `account` does.
     """
     if not removes:
         raise ValueError("removes is empty: give at least one number of blocks to remove, 0 for none.")
@@ -182,7 +199,7 @@ def plan_table(name_or_path, removes: Sequence[int], bits: float | Sequence[floa
     paper = _paper_params_b(config)
     rows = []
     for removed in removes:
-        a = account(config, removed, bits, group_size, context, batch, method=method)
+        a = account(config, removed, bits, group_size, context, batch, method=method, **also)
         row = {"blocks_removed": removed, "blocks_kept": shape_of(config).blocks - removed}
         row |= {"params": a.total_params, "params_b": a.params_b}
         row["paper_params_b"] = paper.get(removed, math.nan)
@@ -219,9 +236,9 @@ def plan_notes(name_or_path) -> list[str]:
 
 def plan_text(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
               context: int = 840, batch: int = 1, bandwidth: float = 320,
-              method: str = "rtn") -> str:  # fmt: skip
+              method: str = "rtn", **also) -> str:  # fmt: skip
     """Return `plan_table` for reading: a column for each number of blocks removed, bytes in GiB."""
-    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method)
+    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
     lines = {"parameters (B)": table["params_b"].map("{:.3f}".format)}
     if table["paper_params_b"].notna().any():
         printed = table["paper_params_b"].map("{:.3f}".format)
@@ -235,17 +252,18 @@ def plan_text(name_or_path, removes: Sequence[int], bits: float | Sequence[float
     if bits != 16:
         widths = f"{bits:g}" if not isinstance(bits, Sequence) else " + ".join(
             f"{list(bits).count(b)} x {b:g}" for b in sorted(set(bits), reverse=True))  # fmt: skip
-        stored = f"blocks {widths} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
+        named = [name.removeprefix("quantize_") for name, wanted in also.items() if wanted]
+        stored = f"{' and '.join(['blocks', *named])} {widths} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
     head = f"{name_or_path}: {stored}; KV cache of {context} tokens x {batch}; floor at {bandwidth} GB/s"
     return "\n".join([head, "", shown.to_string(), "", *plan_notes(name_or_path)]).rstrip() + "\n"
 
 
 def plan_json(name_or_path, removes: Sequence[int], bits: float | Sequence[float] = 16, group_size: int | None = 64,
               context: int = 840, batch: int = 1, bandwidth: float = 320,
-              method: str = "rtn") -> str:  # fmt: skip
+              method: str = "rtn", **also) -> str:  # fmt: skip
     """Return `plan_table` as JSON: the settings, `rows` with the table's columns, and `notes`."""
-    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method)
-    settings = {"model": str(name_or_path), "bits": bits, "group_size": group_size, "method": method}
+    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
+    settings = {"model": str(name_or_path), "bits": bits, "group_size": group_size, "method": method, **also}
     settings |= {"context": context, "batch": batch, "bandwidth_gb_s": bandwidth}
     rows = json.loads(table.to_json(orient="records", double_precision=15))
     return json.dumps({**settings, "rows": rows, "notes": plan_notes(name_or_path)}, indent=2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.artifacts import read_json, write_folder, write_text
-from medprune.model import GROUPED, SKIP_QUANTIZATION, check_loading
+from medprune.model import SKIP_QUANTIZATION, check_loading, ready
 from medprune.packed import PackedLinear, from_awq, to_awq
 from medprune.quantize import is_quantized, target_linears
 
@@ -18,7 +18,8 @@ _NAMES = (
     ("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head."),
     ("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
 )  # fmt: skip
-_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head, HQQ: no standard layout holds them
+_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
+_OPTIONS = ("quantize_head", "quantize_vision")
 
 
 def save_quantized(model, folder: str | Path, method: str, info: dict, base: str | None = None,
@@ -27,7 +28,7 @@ def save_quantized(model, folder: str | Path, method: str, info: dict, base: str
     """Write a model that `quantize` returned, its configuration and a model card, the folder as a whole or not at all.
 
     4-bit rtn and awq are written in AWQ's GEMM layout, bnb as transformers writes it; both load in plain transformers
-    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head and hqq are loaded by `load_quantized` only.
+    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head or tower and hqq are loaded by `load_quantized` only.
     `info` is what `quantize` returned beside the model; base, plan, scores and licence are sentences for the card.
     Raises ValueError where the model is not quantized or was quantized by another method.
     """
@@ -81,12 +82,12 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True
         )
         check_loading(report, folder)
-        return _ready(model, device)
+        return ready(model, device)
     if config["quant_method"] not in ("awq", _FORMAT):
         raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
     tensors = {_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
     model = _skeleton(LlavaConfig.from_dict(settings))
-    targets = target_linears(model, config["bits"], config.get("quantize_head", False))
+    targets = target_linears(model, config["bits"], *(config.get(option, False) for option in _OPTIONS))
     hqq_layers = {}
     for name, bits in targets.items():
         linear = model.get_submodule(name)
@@ -103,14 +104,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
     _fill(model, tensors, folder)
     for name, layer in hqq_layers.items():
         model.set_submodule(name, layer)
-    return _ready(model.to(device), device)
-
-
-def _ready(model, device: str):
-    """Return the model in eval mode, with the attention that `model.load` gives it on this device."""
-    if device == "cpu":
-        model.set_attn_implementation({"text_config": GROUPED})
-    return model.eval()
+    return ready(model.to(device), device)
 
 
 def _restore_nf4(model) -> None:
@@ -180,11 +174,11 @@ def _quantization_config(model, info: dict) -> dict:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype,
             llm_int8_skip_modules=SKIP_QUANTIZATION,
         ).to_dict()  # fmt: skip
-    if method in ("rtn", "awq") and not info["quantize_head"] and set([bits] if isinstance(bits, int) else bits) == {4}:
+    options = {option: info[option] for option in _OPTIONS}
+    if method in ("rtn", "awq") and not any(options.values()) and set([bits] if isinstance(bits, int) else bits) == {4}:
         return {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": True,
                 "modules_to_not_convert": SKIP_QUANTIZATION}  # fmt: skip
-    return {"quant_method": _FORMAT, "method": method, "bits": bits, "group_size": group_size,
-            "quantize_head": info["quantize_head"]}  # fmt: skip
+    return {"quant_method": _FORMAT, "method": method, "bits": bits, "group_size": group_size, **options}
 
 
 def _awq_state(model, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +205,9 @@ def _card(info, config, base, plan, scores, licence, folder_bytes: int) -> str:
         "bitsandbytes": f"Plain transformers, with bitsandbytes installed:\n\n```python\n{plain}(folder)\n```",
         _FORMAT: "No standard layout holds this method or these bits; plain transformers refuses the folder.",
     }[config["quant_method"]]  # fmt: skip
-    kept = "vision tower, projector, embeddings and norms" + ("" if info["quantize_head"] else ", head")
+    kept = "projector, embeddings and norms" + "".join(
+        f", {part}" for option, part in zip(_OPTIONS, ("head", "vision tower"), strict=True) if not info[option]
+    )
     return f"""# A quantized LLaVA
 
 Not for clinical use: a research artefact, evaluated on teaching images only.

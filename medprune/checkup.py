@@ -30,7 +30,7 @@ def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bo
     shape = base_config(config.base)
     lines += [data_line, weights_line]
     if shape is None:
-        return [*lines, "its size is only known after a download: no stage can be predicted."], False
+        return [*lines, f"the config.json of {config.base} cannot be had from the hub (its name, the network, or a login?): no stage can be predicted."], False
     # Counts that the base has not got are notebook 03's to refuse; its parameters are not known here.
     chosen["recover"] = [n for n in chosen["recover"] if n < shape_of(shape).blocks] or [1]
     table = preflight(chosen, device, shape)

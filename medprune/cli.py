@@ -1,4 +1,4 @@
-"""`medprune run / plan / preflight / compare / publish`. Every error a user can cause is one sentence and exit status 2."""
+"""`medprune run / plan / preflight / quantize / compare / publish / address`. Every error a user can cause is one sentence and exit status 2."""
 
 import json
 import sys
@@ -77,6 +77,8 @@ def plan(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
     context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
+    quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower's linears too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print parameters, bytes, KV cache and the floor in ms/token, from a configuration, without weights."""
@@ -90,7 +92,8 @@ def plan(
     one = len(widths) == 1
     default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
     write, stored = plan_json if as_json else plan_text, widths[0] if one else widths
-    typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth))
+    also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth, **also))
 
 
 @app.command()
@@ -109,6 +112,37 @@ def preflight(
     lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
     typer.echo("\n".join(lines))
     raise SystemExit(0 if fits else 1)
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="a LLaVA in 16 bits: a folder, or a hub name")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    method: Annotated[str, typer.Option(help="awq, bnb, hqq or rtn")] = "awq",
+    bits: Annotated[int, typer.Option(help="4; for hqq and rtn 3 or 8 too")] = 4,
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
+    plan: Annotated[Path | None, typer.Option(help="a plan of notebook 03, to remove its blocks first")] = None,
+    images: Annotated[str | None, typer.Option(help="folder or table of photographs that awq is calibrated on")] = None,
+    conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions than data/conditions.json")] = None,
+    rows: Annotated[int, typer.Option(help="calibration conversations, an image each")] = 32,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too (hqq, rtn)")] = False,
+    quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower too (hqq, rtn)")] = False,
+) -> None:
+    """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
+    from medprune.study import quantize_folder
+
+    info, size = quantize_folder(str(model), out, method, bits, group_size, plan, images, conditions, rows,
+                                 quantize_head, quantize_vision)  # fmt: skip
+    typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {(info['peak_bytes'] or 0) / 2**20:.0f} MiB")
+
+
+@app.command()
+def address(repository: Annotated[str, typer.Argument(help="OWNER/NAME on GitHub")]) -> None:
+    """Write where this repository is published into the notebooks' first cells and the README's badges."""
+    from medprune.hosted import write_address
+
+    for file in write_address(repository):
+        typer.echo(file)
 
 
 @app.command()

@@ -81,7 +81,8 @@ class Profile:
     awq_rows: int = 8  # calibration conversations
     awq_tokens: int = 1024  # of each, at most
     # judge
-    judge: str = "reference"  # "reference", a chat model's name, or "server"
+    judge: str = "reference"  # "reference", a chat model's name, "server", or several with + between
+    judges_combined: str = "median"  # or "mean": of several judges' scores
     judge_model: str | None = None
     judge_url: str | None = None
     judge_bits: int = 16
@@ -95,7 +96,8 @@ PROFILES = {
         blocks_removed=(0, 1, 2), recover=(1, 2), awq_rows=4, n_held_out=2, data_fractions=(0.5, 1.0), equal_time=True,
     ),
     "local": Profile(name="local", n_train=240, n_test=24, vision_steps=240, batch_size=2, learning_rate=2e-3,
-                     sft_steps=90, save_every=30, n_held_out=8, recovery_steps=20, recipes=("lora", "last_blocks"), awq_rows=4, awq_tokens=96),
+                     sft_steps=90, save_every=30, n_held_out=8, recovery_steps=20, recipes=("lora", "last_blocks"), awq_rows=4, awq_tokens=96,
+                     methods=("awq", "bnb", "hqq", "rtn")),
     "t4": Profile(
         name="t4", images="/kaggle/input/dermnet", n_train=1737, n_test=39, base="llava-hf/llava-1.5-7b-hf",
         base_bits=4, embedding="sentence-transformers/all-MiniLM-L6-v2", learning_rate=5e-4, multi_turn=True, batch_size=8,
@@ -135,6 +137,11 @@ def resolve(profile: str = "auto", others: dict | None = None, **overrides) -> P
     config = replace(PROFILES[profile], **values)
     _check(config)
     return config
+
+
+def judge_names(judge: str) -> tuple[str, ...]:
+    """Return the judges that the setting `judge` names, such as "reference+server"; a folder's name may hold a +."""
+    return (judge,) if Path(judge).exists() else tuple(name.strip() for name in judge.split("+"))
 
 
 def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -187,10 +194,14 @@ def _check(c: Profile) -> None:
         raise ValueError(f"base_bits={c.base_bits} must be 4 (QLoRA) or 16.")
     if c.judge_bits not in (4, 16):
         raise ValueError(f"judge_bits={c.judge_bits} must be 4 or 16.")
-    if c.judge == "server" and not (c.judge_url and c.judge_model):
+    judges = judge_names(c.judge)
+    if "" in judges or len(set(judges)) < len(judges):
+        raise ValueError(f"judge={c.judge!r} must name one judge, or several different ones with + between.")
+    if "server" in judges and not (c.judge_url and c.judge_model):
         raise ValueError('judge="server" needs judge_url and judge_model.')
     named = (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA), ("recipe", (c.recipe,), RECIPES),
-             ("recipes", c.recipes, RECIPES), ("lora_targets", c.lora_targets, TARGETS), ("schedule", (c.schedule,), SCHEDULES))  # fmt: skip
+             ("recipes", c.recipes, RECIPES), ("lora_targets", c.lora_targets, TARGETS), ("schedule", (c.schedule,), SCHEDULES),
+             ("judges_combined", (c.judges_combined,), ("median", "mean")))  # fmt: skip
     for name, chosen, choices in named:
         for value in chosen:
             if value not in choices:

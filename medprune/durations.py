@@ -4,10 +4,12 @@ A stage's time is its floating-point operations over the measured rate of a 16-b
 bytes over the measured bandwidth if that takes longer, divided by the share of those rates that runs reach.
 """
 
+import json
 import math
 import time
 
 from medprune.accounting import account
+from medprune.config import judge_names
 from medprune.preflight import QUESTION_TOKENS, judge_params
 from medprune.shapes import shape_of
 
@@ -72,8 +74,8 @@ def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointi
     n_awq = 4 + n_counts
     awq = n_awq * AWQ_PASSES * 2 * n * settings["awq_rows"] * min(conversation, settings["awq_tokens"]) / flops
     answers = 3 * n_test * (len(settings["blocks_removed"]) + n_counts + 2 + n_models)
-    judge = settings["judge"]
-    judge_s = 0 if judge in ("server", "reference") else 2 * judge_params(settings) * JUDGE_TOKENS * answers / flops
+    judges = [judge_params(name) for name in judge_names(settings["judge"]) if name not in ("server", "reference")]
+    judge_s = 2 * sum(judges) * JUDGE_TOKENS * answers / flops
     seconds = {
         "01_finetune": training(settings["sft_steps"]) + test,
         "02_layer_importance": answering(rows * (removable + 1), settings["calibration_tokens"]) + 2 * teacher + greedy,
@@ -92,3 +94,15 @@ def in_words(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Print this machine's rates as JSON."""
+    from medprune.model import choose_device
+
+    device = choose_device()
+    print(json.dumps(probe(device) | {"device": device}))
+
+
+if __name__ == "__main__":
+    main()

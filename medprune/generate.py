@@ -143,16 +143,18 @@ def _forward(model, ids, cache, pixel_values=None):
     return out.logits[:, -1], cache
 
 
-class _Roomy(DynamicLayer):
-    """A layer of the cache with room for more tokens, so that a step writes its token and copies no other."""
+class Roomy(DynamicLayer):
+    """A layer of the cache with room for so many tokens, so that a step writes its token and copies no other."""
 
-    def __init__(self, keys, values, room: int):
+    def __init__(self, room: int):
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self._held = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
-        self.keys, self.values = (x[:, :, : keys.shape[2]] for x in self._held)
+        self._room, self._held = room, None
 
     def update(self, key_states, value_states, *_, **__):
+        if self._held is None:
+            self.lazy_initialization(key_states, value_states)
+            self._held = [x.new_empty(*x.shape[:2], self._room, x.shape[3]) for x in (key_states, value_states)]
+            self.keys, self.values = (x[:, :, :0] for x in self._held)
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         for held, new in zip(self._held, (key_states, value_states), strict=True):
             held[:, :, start:end] = new
@@ -164,12 +166,19 @@ class _Roomy(DynamicLayer):
         self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self._held)
 
 
+def roomy_cache(n_layers: int, room: int) -> DynamicCache:
+    """Return a cache whose layers hold up to `room` tokens a row without growing."""
+    cache = DynamicCache()
+    cache.layers = [Roomy(room) for _ in range(n_layers)]
+    return cache
+
+
 def _select(cache, which, room: int):
     """Return a new cache whose rows are copies of the given rows, with room for more tokens."""
     index = torch.tensor(which)
-    copy = DynamicCache()
-    copy.layers = [_Roomy(layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)], room)
-                   for layer in cache.layers]  # fmt: skip
+    copy = roomy_cache(len(cache.layers), cache.get_seq_length() + room)
+    for new, old in zip(copy.layers, cache.layers, strict=True):
+        new.update(old.keys[index.to(old.keys.device)], old.values[index.to(old.values.device)])
     return copy
 
 

@@ -2,6 +2,7 @@
 
 import random
 import string
+from itertools import combinations
 from math import nan
 
 import numpy as np
@@ -120,6 +121,17 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
         found.append({"aspect": aspect, "kappa": kappa, "mean_difference": (x - y).mean(), "n": len(read),
                       "n_unparsed": len(both) - len(read)})  # fmt: skip
     return pd.DataFrame(found)
+
+
+def agreements(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return `agreement` of every two judges whose own scores stand in the table of `study.judged`; empty for one judge."""
+    names = [c.partition("@")[2] for c in scores if c.startswith(f"{ASPECTS[0]}@")]
+    tables = {}
+    for name in names:
+        own = scores[[f"{aspect}@{name}" for aspect in ASPECTS]].set_axis(list(ASPECTS), axis=1)
+        tables[name] = own.assign(id=range(len(own)), parsed=own.notna().all(axis=1))
+    found = [agreement(tables[a], tables[b]).assign(judges=f"{a} - {b}") for a, b in combinations(names, 2)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def _closed(text: str) -> str:

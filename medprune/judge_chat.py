@@ -7,7 +7,6 @@ and hallucination, each out of 5, the more the better. PROMPT_VERSION is part of
 import functools
 import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -16,6 +15,7 @@ from math import isfinite
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from medprune.hosted import secret
 from medprune.judge import ASPECTS, Judge, Judgement, unparsed
 
 PROMPT_VERSION = "1"
@@ -203,8 +203,8 @@ def server_judge(
 ) -> Judge:
     """Make a judge of a model behind an OpenAI-compatible server (vLLM, Ollama, llama.cpp, Groq, OpenAI).
 
-    The key is read from the environment variable named `api_key_env` and is never stored; servers that want none
-    need none. The client retries 429, 5xx, timeouts and lost connections with back-off and jitter, and waits as
+    The key is read from the environment variable named `api_key_env`, or the Kaggle or Colab secret of that name, and is
+    never stored; servers that want none need none. The client retries 429, 5xx, timeouts and lost connections with back-off and jitter, and waits as
     Retry-After says (up to two minutes). Replies follow a JSON schema where the server accepts one. Raises ValueError
     for an address that is none, RuntimeError in one sentence when the server gives up; what was judged is yielded
     (and stored) first.
@@ -223,7 +223,7 @@ def server_judge(
     def score(rows):
         import openai
 
-        key = os.environ.get(api_key_env) or ""
+        key = secret(api_key_env)
         client = openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout_s, max_retries=max_retries)
         no_schema = threading.Event()  # set once the server has refused the JSON schema
         stop = threading.Event()

@@ -78,10 +78,23 @@ def n_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes that a module's parameters and buffers occupy, shared storage counted once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
+def weight_bytes(module: nn.Module, seen: set | None = None) -> int:
+    """Return the bytes that a module's tensors occupy, shared storage counted once, packed layers' scales included.
+
+    seen: addresses counted already, to which this module's are added.
+    """
+    total, seen = 0, set() if seen is None else seen
+    for m in module.modules():
+        tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
+        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales outside the buffers
+            tensors += [t for t in m.meta.values() if isinstance(t, torch.Tensor)]
+        state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
+        tensors += [] if state is None else [state.absmax, state.code]
+        for t in tensors:
+            if t.data_ptr() not in seen:
+                seen.add(t.data_ptr())
+                total += t.numel() * t.element_size()
+    return total
 
 
 def choose_device() -> str:
@@ -141,10 +154,19 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
         **extra,
     )  # fmt: skip
     check_loading(info, folder)
+    return ready(model, device), load_processor(folder)
+
+
+def ready(model, device: str):
+    """Return a model in eval mode, on a CPU with what makes it fast there.
+
+    Besides `grouped_attention`, a single row that is cut out of a prompt's reaches the head as a tensor of its own: torch
+    would copy the whole head before it multiplies by a view of such strides.
+    """
     if device == "cpu":
         model.set_attn_implementation({"text_config": GROUPED})
-    processor = load_processor(folder)
-    return model.eval(), processor
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(memory_format=torch.contiguous_format),))
+    return model.eval()
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **arguments):

@@ -1,7 +1,9 @@
 """The series under papermill: order, what is done already, resume, and publishing executed notebooks."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ from medprune.artifacts import STAGES, fingerprint, open_run, read_json, write_j
 from medprune.config import REPO, Profile, protected_numbers, resolve, settings
 from medprune.conversations import load_conditions
 from medprune.data import load_images
+from medprune.durations import in_words, predict_seconds
 from medprune.images import open_image
 from medprune.preflight import preflight, this_device
 from medprune.shapes import ASSEMBLED, base_config, shape_of
@@ -92,6 +95,7 @@ def run_series(run_name: str, profile: str = "auto", start: str | None = None, p
     first = STAGES.index(start) if start else 0
     root = open_run(run_name, STAGES[first], config, needs=STAGES[:first], runs_dir=runs_dir).root
     seen = fingerprint(settings(resolve(config.name)))  # parameters count from the first stage that takes them
+    expected = None
     for number, stage in enumerate(STAGES):
         source = NOTEBOOKS / f"{stage}.ipynb"
         takes = papermill.inspect_notebook(str(source))
@@ -103,13 +107,28 @@ def run_series(run_name: str, profile: str = "auto", start: str | None = None, p
             say(f"{stage}: done")
             continue
         record.unlink(missing_ok=True)  # a kill from here on leaves the stage undone
-        took = _execute(source, root / stage / f"{stage}.ipynb", values, root, say)
+        if expected is None:
+            expected = expected_seconds(config)
+        took = _execute(source, root / stage / f"{stage}.ipynb", values, root, say, expected.get(stage))
         write_json(record, {"key": seen, "seconds": round(took, 1)})
     return root
 
 
-def _execute(source: Path, target: Path, values: dict, root: Path, say) -> float:
-    say(f"{source.stem}: running")
+def expected_seconds(config: Profile) -> dict[str, float]:
+    """Return the time that each stage will take; nothing where a download must tell the base's size.
+
+    The machine is probed in a process of its own, so that the series holds no memory of a GPU beside its notebooks.
+    """
+    base = base_config(config.base)
+    if base is None:
+        return {}
+    probed = subprocess.run([sys.executable, "-m", "medprune.durations"], check=True, stdout=subprocess.PIPE, text=True)
+    rates = json.loads(probed.stdout)
+    return predict_seconds(settings(config), base, rates, checkpointing=rates["device"] == "cuda")
+
+
+def _execute(source: Path, target: Path, values: dict, root: Path, say, expected: float | None) -> float:
+    say(f"{source.stem}: running" + ("" if expected is None else f", about {in_words(expected)} as predicted"))
     target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from medprune.accounting import BNB_BLOCK_SIZE, GIB, Account, account
+from medprune.config import judge_names
 from medprune.shapes import shape_of
 
 RUNTIME_BYTES = int(0.6 * GIB)  # CUDA context and cuBLAS workspaces: not a model's, yet in its memory
@@ -102,22 +103,22 @@ def predict_awq_bytes(config, rows: int, context: int, whole_model: bool = True)
 
 
 def judge_bytes(settings: dict) -> float:
-    """Return a judge's memory: 0 for a server, the embedder's for `reference`, NaN if no size can be told.
+    """Return the judges' memory together: 0 for a server, the embedder's for `reference`, NaN if no size can be told.
 
     A chat model's parameters (`judge_params`) are taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB is added for its
     cache and activations.
     """
-    if settings["judge"] == "server":
-        return 0
-    if settings["judge"] == "reference":
-        return EMBEDDER_BYTES
-    bits = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"]
-    return judge_params(settings) * bits / 8 + GIB
+    bits, total = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"], 0
+    for name in judge_names(settings["judge"]):
+        if name == "reference":
+            total += EMBEDDER_BYTES
+        elif name != "server":
+            total += judge_params(name) * bits / 8 + GIB
+    return total
 
 
-def judge_params(settings: dict) -> float:
+def judge_params(name: str) -> float:
     """Return a chat judge's parameters: its folder's 16-bit files, or its name ("Qwen2.5-32B"); NaN if neither tells."""
-    name = str(settings.get("judge_model") or settings["judge"])
     if files := list(Path(name).glob("*.safetensors")):
         return sum(f.stat().st_size for f in files) / 2
     found = re.search(r"(\d+(?:\.\d+)?)[Bb]\b", name)

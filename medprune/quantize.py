@@ -3,10 +3,11 @@
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from medprune.model import parts
+from medprune.model import parts, weight_bytes
 from medprune.packed import GROUP_SIZES, PackedLinear
 
 METHODS = ("rtn", "awq", "bnb", "hqq")
@@ -15,20 +16,23 @@ MIN_CALIBRATION_ROWS = 4
 
 
 def quantize(model, method: str, bits: int | list[int] = 4, group_size: int = 64,
-             calibration: dict[str, Tensor] | None = None, quantize_head: bool = False):  # fmt: skip
+             calibration: dict[str, Tensor] | None = None, quantize_head: bool = False,
+             quantize_vision: bool = False):  # fmt: skip
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
-    Vision tower, projector, embeddings and norms stay as they are; so does the head, but for `quantize_head` (rtn and
-    hqq; a tied head becomes a copy). `bits` is one number or, for rtn and hqq, one for each block (16: left alone).
+    Vision tower, projector, embeddings, norms and head stay as they are, but for `quantize_head` and `quantize_vision`
+    (rtn and hqq; a tied head becomes a copy; of the tower its layers' linears). `bits` is one number or, for rtn and
+    hqq, one for each block (16: left alone); head and tower take the fewest among them.
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
     calibration, without them text-only.
 
-    info: method, bits, group_size, seconds, peak_bytes (of this process, or of the GPU, while quantizing; None where it
-    cannot be measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    info: method, bits, group_size, seconds, peak_bytes (the most that was held while quantizing: of the GPU's allocator,
+    or the model's weights and what this process grew by; None where it cannot be measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
-    targets = check_request(model, method, bits, group_size, calibration, quantize_head)
+    targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
     started, extra = time.perf_counter(), {}
+    not_the_model = 0 if model.device.type == "cuda" else psutil.Process().memory_info().rss - weight_bytes(model)
     _reset_peak(model.device)
     if method == "awq":
         from medprune.awq import quantize_awq
@@ -51,13 +55,15 @@ def quantize(model, method: str, bits: int | list[int] = 4, group_size: int = 64
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if "lm_head" not in k}
     model.eval()
+    seconds, peak = time.perf_counter() - started, _peak_bytes(model.device)
     info = {"method": method, "bits": bits, "group_size": group_size, "quantize_head": quantize_head,
-            "seconds": time.perf_counter() - started, "peak_bytes": _peak_bytes(model.device),
-            "packed_bytes": packed_bytes(model), **extra}  # fmt: skip
+            "quantize_vision": quantize_vision, "seconds": seconds,
+            "peak_bytes": None if peak is None else peak - not_the_model, "packed_bytes": packed_bytes(model), **extra}  # fmt: skip
     return model, info
 
 
-def target_linears(model, bits: int | list[int], quantize_head: bool = False) -> dict[str, int]:
+def target_linears(model, bits: int | list[int], quantize_head: bool = False,
+                   quantize_vision: bool = False) -> dict[str, int]:  # fmt: skip
     """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out."""
     found = parts(model)
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
@@ -67,12 +73,13 @@ def target_linears(model, bits: int | list[int], quantize_head: bool = False) ->
         for block, b in zip(found.blocks, block_bits, strict=True) if b != 16
         for layer in block.modules() if isinstance(layer, nn.Linear)
     }  # fmt: skip
-    if quantize_head:
-        targets[names[id(found.head)]] = min(b for b in block_bits if b != 16)
-    return targets
+    others = [found.head] if quantize_head else []
+    others += [m for m in found.vision_tower.modules() if isinstance(m, nn.Linear)] if quantize_vision else []
+    return targets | {names[id(layer)]: min(block_bits) for layer in others}
 
 
-def check_request(model, method, bits, group_size, calibration=None, quantize_head=False) -> dict[str, int]:
+def check_request(model, method, bits, group_size, calibration=None, quantize_head=False,
+                  quantize_vision=False) -> dict[str, int]:  # fmt: skip
     """Return `target_linears`, or raise ValueError with one sentence on what cannot be done."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
@@ -92,9 +99,10 @@ def check_request(model, method, bits, group_size, calibration=None, quantize_he
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
     if method == "bnb" and group_size != 64:
         raise ValueError(f"bnb has groups of 64 weights only, not {group_size}.")
-    if quantize_head and method not in ("rtn", "hqq"):
-        raise ValueError(f"quantize_head works with rtn and hqq, not with {method}.")
-    targets = target_linears(model, bits, quantize_head)
+    for option, wanted in (("quantize_head", quantize_head), ("quantize_vision", quantize_vision)):
+        if wanted and method not in ("rtn", "hqq"):
+            raise ValueError(f"{option} works with rtn and hqq, not with {method}.")
+    targets = target_linears(model, bits, quantize_head, quantize_vision)
     for name in targets:
         linear = model.get_submodule(name)
         if linear.in_features % group_size:
@@ -142,23 +150,8 @@ def packed_bytes(model) -> dict[str, int]:
         "embeddings": [found.text_model.embed_tokens], "block_linears": linears, "block_norms": list(found.blocks),
         "final_norm": [found.text_model], "head": [found.head],
     }  # fmt: skip
-    sizes = {part: sum(_tensor_bytes(m, seen) for m in modules) for part, modules in groups.items()}
+    sizes = {part: sum(weight_bytes(m, seen) for m in modules) for part, modules in groups.items()}
     return sizes | {"total": sum(sizes.values())}
-
-
-def _tensor_bytes(module: nn.Module, seen: set) -> int:
-    total = 0
-    for m in module.modules():
-        tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
-        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales outside the buffers
-            tensors += [t for t in m.meta.values() if isinstance(t, Tensor)]
-        state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
-        tensors += [] if state is None else [state.absmax, state.code]
-        for t in tensors:
-            if t.data_ptr() not in seen:
-                seen.add(t.data_ptr())
-                total += t.numel() * t.element_size()
-    return total
 
 
 def nf4(linear: nn.Linear) -> nn.Module:

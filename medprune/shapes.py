@@ -76,15 +76,21 @@ def named_config(name_or_path: str | Path) -> dict:
 
 
 def base_config(base: str) -> dict | None:
-    """Return a base's configuration; None for a hub id whose sizes only a download tells."""
+    """Return a base's configuration; None for a hub id whose config.json is neither cached nor to be had."""
     if base in ASSEMBLED:
         return ASSEMBLED[base] | {"model_type": "llava", "tie_word_embeddings": True}
     organisation, slash, name = base.partition("/")
     on_hub = slash and organisation.strip(".") and "/" not in name
     if not on_hub and not Path(base).exists():
         raise ValueError(f"base {base!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
-    sized = Path(base).exists() or name.lower().removesuffix("-hf") in NAMED_SHAPES
-    return named_config(base) if sized else None
+    if Path(base).exists() or name.lower().removesuffix("-hf") in NAMED_SHAPES:
+        return named_config(base)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return named_config(hf_hub_download(base, "config.json"))
+    except (OSError, RuntimeError):  # offline, no such model, one that wants a login
+        return None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Shape:
     linears: tuple[tuple[str, int, int], ...]
     block_extras: int  # parameters of a block outside its linears' weights: two norms, and biases if any
     vision_params: int
+    vision_linears: tuple[tuple[str, int, int], ...]  # those of one of its layers
     projector_params: int
     vision_tokens: int  # patches and the class token
     vision_hidden: int
@@ -132,6 +139,8 @@ def shape_of(config) -> Shape:
     tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
     patch_embedding = wide * vision.get("num_channels", 3) * vision["patch_size"] ** 2
     layer = 4 * (wide * wide + wide) + 2 * wide * v_inter + v_inter + wide + 4 * wide
+    vision_linears = tuple((f"self_attn.{n}_proj", wide, wide) for n in ("q", "k", "v", "out"))
+    vision_linears += (("mlp.fc1", wide, v_inter), ("mlp.fc2", v_inter, wide))
     layers_read = config.get("vision_feature_layer", -2)
     projector_in = wide * (1 if isinstance(layers_read, int) else len(layers_read))
     projector_biases = 2 * hidden * bool(config.get("multimodal_projector_bias", True))
@@ -143,6 +152,6 @@ def shape_of(config) -> Shape:
         2 * hidden + biases,
         # class token, patches, positions, the norms before and after, the layers
         wide + patch_embedding + tokens * wide + 4 * wide + vision["num_hidden_layers"] * layer,
-        projector_in * hidden + hidden * hidden + projector_biases, tokens, wide, v_inter,
+        vision_linears, projector_in * hidden + hidden * hidden + projector_biases, tokens, wide, v_inter,
         vision["num_hidden_layers"],
     )  # fmt: skip

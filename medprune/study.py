@@ -9,9 +9,24 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from medprune import conversations, data, finetune, generate, judge, judge_chat, model, synthetic, vision
+from medprune import (
+    checkpoint,
+    conversations,
+    data,
+    finetune,
+    generate,
+    judge,
+    judge_chat,
+    model,
+    prune,
+    quantize,
+    synthetic,
+    vision,
+)
+from medprune.accounting import account
 from medprune.artifacts import Run, Units, fingerprint, read_json, write_json
-from medprune.config import Profile, settings
+from medprune.config import Profile, judge_names, settings
+from medprune.shapes import base_config
 
 
 def gather_images(config: Profile, run: Run, conditions: dict):
@@ -54,13 +69,17 @@ def prepare_tuned_tower(config: Profile, run: Run, records, conditions: dict) ->
     return str(folder)
 
 
-def make_judge(config: Profile, conditions: dict) -> judge.Judge:
-    """Return the judge that the profile names: the offline reference, a server, or a chat model in process."""
-    if config.judge == "reference":
-        return judge.reference_judge(conditions, model.load_embedder(config))
-    if config.judge == "server":
-        return judge_chat.server_judge(config.judge_url, config.judge_model)
-    return judge_chat.chat_judge(config.judge, quantize_4bit=config.judge_bits == 4)
+def make_judges(config: Profile, conditions: dict) -> list[judge.Judge]:
+    """Return the judges that the profile names: the offline reference, a server, or a chat model in process."""
+    found = []
+    for name in judge_names(config.judge):
+        if name == "reference":
+            found.append(judge.reference_judge(conditions, model.load_embedder(config)))
+        elif name == "server":
+            found.append(judge_chat.server_judge(config.judge_url, config.judge_model))
+        else:
+            found.append(judge_chat.chat_judge(name, quantize_4bit=config.judge_bits == 4))
+    return found
 
 
 def evaluate(llava, processor, label: str, questions: list[dict], units: Units, config: Profile):
@@ -73,15 +92,23 @@ def evaluate(llava, processor, label: str, questions: list[dict], units: Units, 
     return rows, units[key]
 
 
-def judged(rows: list[dict], chosen: judge.Judge, run: Run) -> pd.DataFrame:
-    """Return the rows as a table with judge scores; `cluster` is the image, which three questions share."""
-    scores = judge.judge_answers(rows, chosen, run.root / "judgements.jsonl", progress=False)
-    if unread := scores.attrs["n_unparsed"]:
-        print(f"{unread} of {len(scores)} replies of the judge {chosen.name} could not be read: no score for those")
-    if unread == len(scores):
-        raise ValueError(f"the judge {chosen.name} gave no score in {unread} replies: choose another chat model.")
+def judged(rows: list[dict], judges: list[judge.Judge], run: Run, combined: str = "median") -> pd.DataFrame:
+    """Return the rows as a table with judge scores; `cluster` is the image, which three questions share.
+
+    Of several judges the scores are combined (median or mean), and each one's are kept as `truthfulness@<judge>`, ...
+    """
+    named, tables = [r | {"id": f"{r['method']} {r['id']}"} for r in rows], []
+    for one in judges:
+        scores = judge.judge_answers(named, one, run.root / "judgements.jsonl", progress=False)
+        if unread := scores.attrs["n_unparsed"]:
+            print(f"{unread} of {len(scores)} replies of the judge {one.name} could not be read: no score for those")
+        if unread == len(scores):
+            raise ValueError(f"the judge {one.name} gave no score in {unread} replies: choose another chat model.")
+        tables.append(scores)
     table = pd.DataFrame(rows).drop(columns=["path"])
-    table = pd.concat([table, scores.drop(columns=["id"])], axis=1)
+    scores = tables[0] if len(tables) == 1 else judge.combine_judges(tables, combined)
+    own = [t[list(judge.ASPECTS)].add_suffix(f"@{one.name}") for t, one in zip(tables, judges, strict=True)]
+    table = pd.concat([table, scores.drop(columns=["id"]), *(own if len(own) > 1 else [])], axis=1)
     return table.assign(cluster=table["key"])
 
 
@@ -132,3 +159,36 @@ def quantization_batch(processor, records, conditions: dict, questions: dict, dt
     pixels = generate.encode(processor, [generate.prompt_text(processor, "")] * len(images), images, dtype)
     shortest = min(most, *map(len, ids))
     return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
+
+
+def quantize_folder(source: str, out: Path, method: str, bits: int = 4, group_size: int = 64, plan: Path | None = None,
+                    images: str | None = None, facts: Path | None = None, rows: int = 32, quantize_head: bool = False,
+                    quantize_vision: bool = False) -> tuple[dict, int]:  # fmt: skip
+    """Prune and quantize a 16-bit LLaVA and write it to `out`; return (`quantize`'s info, bytes of the folder).
+
+    source: folder or hub name. plan: of notebook 03. images, facts, rows: what awq is calibrated on. Raises ValueError
+    for what cannot be done, most of it before the model is loaded.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out} is there already: name a new folder.")
+    if method == "awq" and images is None:
+        raise ValueError("awq needs images to be calibrated on: give a folder or table of them, or take hqq or rtn.")
+    chosen = prune.load_plan(plan) if plan else None
+    if shape := base_config(source):
+        account(shape, 0, bits, group_size, method=method, quantize_head=quantize_head, quantize_vision=quantize_vision)
+    conditions, records = conversations.load_conditions(facts), []
+    if images is not None:
+        records = data.load_images(images, conditions)[0]
+        records = data.sample_balanced(records, min(rows, len(records)), seed=0)
+    device = model.choose_device()
+    dtype = model.choose_dtype(device)
+    llava, processor = model.load(source, device, dtype)
+    if chosen:
+        prune.apply_plan(llava, chosen)
+    calibration = None
+    if method == "awq":
+        calibration = quantization_batch(processor, records, conditions, conversations.load_questions(), dtype, seed=0)
+    llava, info = quantize.quantize(llava, method, bits, group_size, calibration, quantize_head, quantize_vision)
+    without = f"blocks {', '.join(map(str, chosen.removed))} removed by {chosen.criterion}" if chosen else None
+    checkpoint.save_quantized(llava, out, method, info, base=source, plan=without, processor=processor)
+    return info, sum(f.stat().st_size for f in Path(out).iterdir())

@@ -1,11 +1,17 @@
-"""`medprune compare`: paired differences of two methods, or of two runs."""
+"""`medprune compare`, `plan`, `quantize` and `address`, as they are typed."""
 
 import sys
 
 import pandas as pd
 import pytest
+import torch
 
-from medprune import cli
+from medprune import cli, model, synthetic
+from medprune.accounting import account
+from medprune.checkpoint import load_quantized
+from medprune.config import resolve
+from medprune.finetune import save
+from medprune.prune import make_plan
 
 
 @pytest.fixture
@@ -47,3 +53,59 @@ def test_compare_refuses_in_one_sentence(runs, monkeypatch, capsys, words, why):
     assert medprune(monkeypatch, "compare", *words, "--runs-dir", runs) == 2
     said = capsys.readouterr()
     assert why in said.err and len(said.err.splitlines()) == 1
+
+
+def test_plan_counts_head_and_tower_in_four_bits(monkeypatch, capsys):
+    assert medprune(monkeypatch, "plan", "--remove", 4, "--bits", 4, "--quantize-head", "--quantize-vision") == 0
+    said = capsys.readouterr().out
+    assert "blocks and head and vision 4 bits" in said and " 3.691" in said  # GiB in all, with the KV cache
+    assert medprune(monkeypatch, "plan", "--quantize-head") == 2
+    assert "fewer than 16 bits" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """The tiny base as a folder, four pictures, and a plan without its block 2."""
+    home = tmp_path_factory.mktemp("cli")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MEDPRUNE_CACHE", str(home / "cache"))
+    found, processor = model.load(model.prepare_base(resolve("smoke")))
+    save(found, processor, home / "llava")
+    synthetic.write_images(home / "pictures", 1, 32, 0, "train")
+    make_plan(found.config, [2], "any", (), "magnitude").save(home / "plan.json")
+    return home
+
+
+def test_quantize_writes_a_folder_that_answers(llava, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "awq"
+    words = ["--images", llava / "pictures", "--rows", 4, "--plan", llava / "plan.json"]
+    assert medprune(monkeypatch, "quantize", llava / "llava", out, *words) == 0, capsys.readouterr()
+    assert "MiB" in capsys.readouterr().out
+    again = load_quantized(out)
+    assert len(model.parts(again).blocks) == 5
+    with torch.no_grad():
+        assert torch.isfinite(again(input_ids=torch.arange(5, 12)[None]).logits).all()
+    card = (out / "README.md").read_text()
+    assert "blocks 2 removed by magnitude" in card and "image-text, 4 rows" in card
+
+    rtn = tmp_path / "rtn"
+    words = ["--method", "rtn", "--group-size", 32, "--quantize-head", "--quantize-vision"]
+    assert medprune(monkeypatch, "quantize", llava / "llava", rtn, *words) == 0
+    plan = account(load_quantized(rtn).config, 0, 4, 32, quantize_head=True, quantize_vision=True)
+    stored = sum(f.stat().st_size for f in rtn.glob("*.safetensors"))
+    assert stored == pytest.approx(plan.weights_bytes, rel=0.15)  # names and shapes weigh much beside a tiny model
+
+
+@pytest.mark.parametrize("words,why", [
+    (("--method", "awq"), "awq needs images"),
+    (("--method", "bnb", "--bits", "3"), "bnb stores 4 bits, not 3"),
+    (("--method", "rtn", "--group-size", "48"), "group_size must be one of"),
+    (("--method", "rtn", "--quantize-vision"), "vision_tower"),
+])  # fmt: skip
+def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.setattr(model, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    assert medprune(monkeypatch, "quantize", llava / "llava", tmp_path / "q", *words) == 2
+    said = capsys.readouterr().err
+    assert why in said and len(said.splitlines()) == 1 and not (tmp_path / "q").exists()
+    assert medprune(monkeypatch, "quantize", llava / "llava", llava, *words) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from medprune.config import DATA
 from medprune.data import (
     Record,
     class_counts,
@@ -19,6 +20,7 @@ from medprune.data import (
     sample_balanced,
     split_records,
 )
+from medprune.dermnet import dermnet_slug
 
 SHARED = Path(__file__).parents[2] / "shared"
 LISTING = SHARED / "dermnet" / "train_listing.csv"
@@ -175,6 +177,19 @@ def test_dermnet_listing_counts(tmp_path):
     assert max(sizes["train"].values()) - sizes["train"]["psoriasis"] <= 1
     assert not {r.key for r in split["train"]} & {r.key for r in split["test"]}
     assert "Only the train split is given" in notes.notes[0]
+
+
+@pytest.mark.skipif(not LISTING.exists(), reason="the DermNet file listing is not beside the repository")
+def test_the_table_of_slugs_is_what_the_rules_say():
+    """data/dermnet_slugs.csv shows, line by line, what is taken for a condition and what is left out and why."""
+    found = Counter()
+    with LISTING.open() as file:
+        for row in csv.DictReader(file):
+            condition, why = classify_dermnet(row["class_dir"], row["file_name"])
+            found[condition or "", why.split(": ")[0], row["class_dir"], dermnet_slug(row["file_name"])] += 1
+    with (DATA / "dermnet_slugs.csv").open() as file:
+        table = {(r["condition"], r["reason"], r["directory"], r["slug"]): int(r["images"]) for r in csv.DictReader(file)}
+    assert table == {k: n for k, n in found.items() if k[1] != "another disease"}
 
 
 def test_same_name_in_two_directories_and_splits_gives_distinct_keys(tmp_path):

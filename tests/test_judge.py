@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import pandas as pd
 import pytest
 
 from medprune import judge as J
+from medprune import judge_card, study
+from medprune.artifacts import Run
+from medprune.config import resolve
 from medprune.conversations import load_conditions
 from medprune.judge_card import LEVELS, PADDING, graded_answers
 
@@ -299,3 +303,31 @@ def test_combine_refuses_what_does_not_match():
         J.combine_judges([table_of("a", [1.0])], "best")
     with pytest.raises(ValueError, match="same ids"):
         J.combine_judges([table_of("a", [1.0]), table_of("b", [1.0, 2.0])])
+
+
+def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
+    def fixed(name, value):
+        return J.Judge(name, "1", lambda rows: ((i, J.Judgement(value(r), 3.0, 3.0, "", True)) for i, r in enumerate(rows)))
+
+    rows = [{"id": f"q{i}", "key": f"image {i // 2}", "path": "", "method": m, "question": "?", "reference": "r",
+             "answer": f"{m} {i}"} for m in ("a", "b") for i in range(6)]  # fmt: skip
+    number = {r["answer"]: i % 6 for i, r in enumerate(rows)}
+    judges = [fixed("mild", lambda r: min(5, number[r["answer"]] + 1)), fixed("strict", lambda r: number[r["answer"]] % 5),
+              fixed("odd one", lambda r: 5 - number[r["answer"]])]  # fmt: skip
+    run = Run(tmp_path, "01_finetune")
+    table = study.judged(rows, judges, run)
+    three = table[["truthfulness@mild", "truthfulness@strict", "truthfulness@odd one"]]
+    assert table["truthfulness"].tolist() == three.median(axis=1).tolist()
+    assert table["score_percent"].tolist() == [(t + 6) / 15 * 100 for t in table["truthfulness"]]
+    assert table["id"].tolist() == [r["id"] for r in rows] and (table["n_judges"] == 3).all()
+    assert study.judged(rows, judges, run, "mean")["truthfulness"].tolist() == pytest.approx(three.mean(axis=1).tolist())
+    found = judge_card.agreements(pd.read_csv(StringIO(table.to_csv()))).set_index(["judges", "aspect"])
+    assert found.loc[("mild - strict", "truthfulness"), "kappa"] > 0.5 > 0 > found.loc[("mild - odd one", "truthfulness"), "kappa"]
+    alone = study.judged(rows, judges[:1], run)
+    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and judge_card.agreements(alone).empty
+
+
+@pytest.mark.parametrize("named", ["reference+", "reference+reference", "reference+server"])
+def test_judges_that_cannot_be_are_refused(named):
+    with pytest.raises(ValueError, match="judge="):
+        resolve("smoke", judge=named)

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medprune import judge_chat
+from medprune import judge_chat, model
 from medprune.judge import ASPECTS, judge_answers
 from medprune.judge_chat import chat_judge, messages, parse_scores, server_judge
 
@@ -396,27 +397,39 @@ def test_the_default_model_is_pinned():
 
 
 missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+needs_server = pytest.mark.skipif(bool(missing), reason=f"transformers serve needs {' and '.join(missing)}")
 
 
-@pytest.mark.skipif(bool(missing), reason=f"transformers serve needs {' and '.join(missing)}")
-def test_a_real_server_judges_over_http(tiny_chat, tmp_path):
+@contextmanager
+def transformers_serve(folder, log):
+    """Serve a chat model by transformers' own OpenAI-compatible server while the block runs; give its port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    log = open(tmp_path / "serve.log", "w+")  # noqa: SIM115
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(tiny_chat), "--device", "cpu",
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
-                break
-            except OSError:
-                time.sleep(0.1)
-        url, store = f"http://127.0.0.1:{port}/v1", tmp_path / "j.jsonl"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        try:
+            deadline = time.monotonic() + 90
+            while True:
+                assert server.poll() is None and time.monotonic() < deadline, Path(log).read_text()
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield port
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@needs_server
+def test_a_real_server_judges_over_http(tiny_chat, tmp_path):
+    store = tmp_path / "j.jsonl"
+    with transformers_serve(tiny_chat, tmp_path / "serve.log") as port:
+        url = f"http://127.0.0.1:{port}/v1"
         judge = server_judge(url, str(tiny_chat), max_tokens=8, concurrency=2)
         table = judge_answers(rows_of(4), judge, store, progress=False)
         # a random model's words mean nothing; that each row has a reply of its own, stored, does
@@ -426,11 +439,30 @@ def test_a_real_server_judges_over_http(tiny_chat, tmp_path):
         assert table["raw"].tolist() == [j.raw for j in local]  # greedy here and there: the same traffic, word for word
         with pytest.raises(RuntimeError, match="HTTP 400|HTTP 404"):
             server_judge(url, "another-model", max_retries=0)(rows_of(1))
-    finally:
-        server.terminate()
-        server.wait(20)
-        log.close()
     again = judge_answers(rows_of(4), judge, store, progress=False)  # the server is gone, and is not needed
     assert again["raw"].tolist() == table["raw"].tolist()
     with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*0 of 1"):
         judge_answers(rows_of(5), server_judge(url, str(tiny_chat), max_tokens=8, max_retries=0), store, progress=False)
+
+
+@needs_server
+def test_smollm2_judges_behind_a_real_server(tmp_path):
+    """A real chat model with its own template: its scores mean nothing, its replies are stored, read or counted as unread."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = model.wheel_folder(model.GGUF[0])
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=model.GGUF[1])
+    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")})
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(tmp_path / "smollm2")
+    AutoTokenizer.from_pretrained(source, gguf_file=model.GGUF[1]).save_pretrained(tmp_path / "smollm2")
+    del loaded, plain
+    store = tmp_path / "j.jsonl"
+    with transformers_serve(tmp_path / "smollm2", tmp_path / "serve.log") as port:
+        judge = server_judge(f"http://127.0.0.1:{port}/v1", str(tmp_path / "smollm2"), max_tokens=40, concurrency=1)
+        table = judge_answers(rows_of(2), judge, store, progress=False)
+    assert judge.name == "server:smollm2" and table["raw"].str.fullmatch(r"[\x20-\x7e\n]{4,}").all(), table["raw"].tolist()
+    assert table["parsed"].tolist() == [parse_scores(raw) is not None for raw in table["raw"]]
+    assert table.attrs["n_unparsed"] == (~table["parsed"]).sum()
+    assert judge_answers(rows_of(2), judge, store, progress=False)["raw"].tolist() == table["raw"].tolist()

@@ -150,6 +150,7 @@ def test_judges():
 
     assert size(judge="server") == 0 and 0 < size(judge="reference") < GIB
     assert size(judge="Qwen/Qwen2.5-0.5B-Instruct", judge_bits=16) == 1e9 + GIB
+    assert size(judge="Qwen/Qwen2.5-0.5B-Instruct+reference+server", judge_bits=16) == 1e9 + GIB + size(judge="reference")
     unnamed = pf.preflight(settings(resolve("t4", judge="my-judge")), T4, SEVEN).set_index("stage")
     assert "set judge to server" in unnamed.loc["06_judge_eval", "change"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from medprune.accounting import linear_bytes
+from medprune.accounting import account, linear_bytes
 from medprune.checkpoint import load_quantized, save_quantized
 from medprune.packed import PackedLinear
 from medprune.quantize import METHODS, packed_bytes, quantize
@@ -53,7 +53,9 @@ def quantized(method, dtype=torch.float32, model=None, **kwargs):
 
 
 CASES = [("rtn", {}), ("rtn", {"bits": 3}), ("rtn", {"bits": [8, 16, 4], "quantize_head": True}), ("awq", {}),
-         ("bnb", {}), ("hqq", {}), ("hqq", {"bits": [3, 8, 16], "quantize_head": True})]  # fmt: skip
+         ("bnb", {}), ("hqq", {}), ("hqq", {"bits": [3, 8, 16], "quantize_head": True}),
+         ("rtn", {"group_size": 32, "quantize_vision": True}),
+         ("hqq", {"group_size": 32, "quantize_vision": True, "quantize_head": True})]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -147,6 +149,21 @@ def test_bytes_agree_with_the_accounting(tmp_path, method, bits):
     # A tiny model's bookkeeping (quant states, HQQ's settings) weighs something; the tensors are what is planned.
     on_disk = (folder / "model.safetensors").stat().st_size - header
     assert on_disk == pytest.approx(info["packed_bytes"]["total"], rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_vision_tower_weigh_what_the_plan_says(method, tied):
+    dense = tiny(torch.bfloat16, tied=tied)
+    also = {"quantize_head": True, "quantize_vision": True}
+    plan = account(dense.config, 0, 4, 32, method=method, **also).part_bytes
+    found = quantized(method, model=dense, group_size=32, **also)[1]["packed_bytes"]
+    assert {p: plan[p] for p in ("vision_tower", "projector", "embeddings", "head")} == {
+        p: found[p] for p in ("vision_tower", "projector", "embeddings", "head")
+    }
+    assert found["block_linears"] == sum(plan[f"block_{part}"] for part in ("weights", "scales", "zero_points"))
+    least = account(dense.config, 0, 4, 32, method=method).part_bytes
+    assert plan["vision_tower"] < least["vision_tower"] and (least["head"] == 0 if tied else plan["head"] < least["head"])
 
 
 def test_only_block_linears_are_touched():
@@ -321,7 +338,9 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
      ({"method": "awq", "calibration": batch(3)}, "at least 4 calibration rows, not 3"),
      ({"method": "awq", "calibration": batch() | {"attention_mask": torch.zeros(4, 24)}}, "without padding"),
      ({"method": "awq", "calibration": {"input_ids": batch()["input_ids"]}}, "image tokens and pixel_values together"),
-     ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and hqq, not with bnb")],
+     ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and hqq, not with bnb"),
+     ({"method": "awq", "quantize_vision": True, "calibration": batch()}, "quantize_vision works with rtn and hqq"),
+     ({"method": "rtn", "quantize_vision": True}, r"vision_tower.*q_proj has 32 inputs, which groups of 64")],
 )  # fmt: skip
 def test_bad_requests_are_refused_before_any_work(kwargs, sentence):
     model = tiny()
