@@ -34,7 +34,7 @@ def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bo
     # Counts that the base has not got are notebook 03's to refuse; its parameters are not known here.
     chosen["recover"] = [n for n in chosen["recover"] if n < shape_of(shape).blocks] or [1]
     table = preflight(chosen, device, shape)
-    rates = durations.probe("cuda" if device["cuda"] else "cpu")
+    rates = durations.probe("cuda" if device["cuda"] else "cpu", shape_of(shape).hidden, shape_of(shape).intermediate)
     lines.append(f"measured: {rates['flops_per_s'] / 1e12:.2f} TFLOP/s in 16 bits, {rates['bytes_per_s'] / 1e9:.0f} GB/s")
     seconds = durations.predict_seconds(chosen, shape, rates, checkpointing=device["cuda"])
     for row in table.itertuples():

@@ -6,6 +6,7 @@ bytes over the measured bandwidth if that takes longer, divided by the share of 
 
 import json
 import math
+import sys
 import time
 
 from medprune.accounting import account
@@ -20,12 +21,17 @@ CONTROLS = 8  # other removal orders that notebook 03 answers for, besides outpu
 JUDGE_TOKENS = 700  # rubric, question, reference, answer and reply
 
 
-def probe(device: str) -> dict[str, float]:
-    """Measure {"flops_per_s", "bytes_per_s"}: a 16-bit matrix product and a copy, the best of a few, in about a second."""
+def probe(device: str, hidden: int = 2048, intermediate: int = 2048) -> dict[str, float]:
+    """Measure {"flops_per_s", "bytes_per_s"}: a 16-bit matrix product and a copy, the best of a few, in about a second.
+
+    The product is that of some hundred tokens (on a GPU some thousand) with a matrix of hidden x intermediate, a
+    block's largest: a small model's reach a fraction of what a processor can do.
+    """
     import torch
 
-    side, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
-    a = torch.ones(side, side, dtype=torch.float16 if device == "cuda" else torch.bfloat16, device=device)
+    tokens, size = (8192, 2**30) if device == "cuda" else (512, 2**28)
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((tokens, hidden), (hidden, intermediate)))
     held = torch.ones(size, dtype=torch.uint8, device=device)
 
     def best(work):
@@ -41,7 +47,7 @@ def probe(device: str) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return {"flops_per_s": 2 * side**3 / best(lambda: a @ a), "bytes_per_s": 2 * size / best(held.clone)}
+    return {"flops_per_s": 2 * tokens * hidden * intermediate / best(lambda: a @ b), "bytes_per_s": 2 * size / best(held.clone)}
 
 
 def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointing: bool = False) -> dict[str, float]:
@@ -96,13 +102,13 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def main() -> None:
-    """Print this machine's rates as JSON."""
+def main(hidden: str, intermediate: str) -> None:
+    """Print this machine's rates for a model of these sizes as JSON."""
     from medprune.model import choose_device
 
     device = choose_device()
-    print(json.dumps(probe(device) | {"device": device}))
+    print(json.dumps(probe(device, int(hidden), int(intermediate)) | {"device": device}))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

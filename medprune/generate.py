@@ -153,7 +153,8 @@ class Roomy(DynamicLayer):
     def update(self, key_states, value_states, *_, **__):
         if self._held is None:
             self.lazy_initialization(key_states, value_states)
-            self._held = [x.new_empty(*x.shape[:2], self._room, x.shape[3]) for x in (key_states, value_states)]
+            # zeros, for attention on a CPU multiplies what is not written yet by weights of 0
+            self._held = [x.new_zeros(*x.shape[:2], self._room, x.shape[3]) for x in (key_states, value_states)]
             self.keys, self.values = (x[:, :, :0] for x in self._held)
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         for held, new in zip(self._held, (key_states, value_states), strict=True):

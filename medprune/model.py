@@ -86,8 +86,8 @@ def weight_bytes(module: nn.Module, seen: set | None = None) -> int:
     total, seen = 0, set() if seen is None else seen
     for m in module.modules():
         tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
-        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales outside the buffers
-            tensors += [t for t in m.meta.values() if isinstance(t, torch.Tensor)]
+        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales and bias outside the buffers
+            tensors += [t for t in (m.bias, *m.meta.values()) if isinstance(t, torch.Tensor)]
         state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
         tensors += [] if state is None else [state.absmax, state.code]
         for t in tensors:
@@ -178,9 +178,24 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     if query.shape[2] > 1 or attention_mask is not None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **arguments)
     batch, heads, _, width = query.shape
-    scores = query.view(batch, key.shape[1], -1, width) @ key.transpose(-1, -2)
+    seq, key, value = key.shape[2], _with_room(key), _with_room(value)
+    scores = (query.view(batch, key.shape[1], -1, width) @ key.transpose(-1, -2))[..., :seq]
     weights = (scores.float() * (scaling or width**-0.5)).softmax(-1).to(value.dtype)
+    weights = nn.functional.pad(weights, (0, value.shape[2] - seq))
     return (weights @ value).view(batch, 1, heads, width), None
+
+
+def _with_room(states: torch.Tensor) -> torch.Tensor:
+    """Return (batch, heads, room, width) of which `states` (batch, heads, seq, width) are the first, in a roomy cache.
+
+    What is not contiguous torch would copy at every step; the room's values are zero (`generate.Roomy`).
+    """
+    batch, heads, seq, width = states.shape
+    room = states.stride(1) // width
+    strides = (heads * room * width, room * width, width, 1)
+    if room <= seq or states.stride()[1:] != strides[1:] or (batch > 1 and states.stride(0) != strides[0]):
+        return states
+    return states.as_strided((batch, heads, room, width), strides)
 
 
 GROUPED = "medprune_grouped"

@@ -122,7 +122,8 @@ def expected_seconds(config: Profile) -> dict[str, float]:
     base = base_config(config.base)
     if base is None:
         return {}
-    probed = subprocess.run([sys.executable, "-m", "medprune.durations"], check=True, stdout=subprocess.PIPE, text=True)
+    sizes = [str(shape_of(base).hidden), str(shape_of(base).intermediate)]
+    probed = subprocess.run([sys.executable, "-m", "medprune.durations", *sizes], check=True, stdout=subprocess.PIPE, text=True)
     rates = json.loads(probed.stdout)
     return predict_seconds(settings(config), base, rates, checkpointing=rates["device"] == "cuda")
 
