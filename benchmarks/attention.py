@@ -1,4 +1,4 @@
-"""One decode step's attention: torch's SDPA as transformers calls it against `model.grouped_attention`, on CPU.
+"""One decode step's attention: torch's SDPA as transformers calls it against `attention.grouped_attention`, on CPU.
 
 python benchmarks/attention.py [--out FILE]
 
@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from medprune.artifacts import describe_machine, write_json
-from medprune.model import grouped_attention
+from medprune.attention import grouped_attention
 
 ROWS, HEADS, KEY_HEADS, WIDTH = 120, 9, 3, 64
 RESULTS = Path(__file__).parent / "results" / "attention.json"
