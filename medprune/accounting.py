@@ -117,8 +117,9 @@ def account(config, blocks_removed: int = 0, bits: float | Sequence[float] = 16,
 
     `bits`: one number (16, or 2 to 8; a fraction stands for an average) or one for each block that is kept.
     `quantize_head` and `quantize_vision` (rtn, hqq) store the head, of which a tied one becomes a copy, and the
-    linears of the vision tower in the fewest of them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows too: tokens x 2 x blocks
-    x key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
+    linears of the vision tower in the fewest of them. Everything else stays at 16 bits, the KV cache of
+    `context` tokens x `batch` rows too: tokens x 2 x blocks x key-value heads x head size x 2 bytes. Raises
+    ValueError for a value out of its range.
     """
     shape = shape_of(config)
     if not 0 <= blocks_removed < shape.blocks:

@@ -1,4 +1,7 @@
-"""`medprune run / plan / preflight / quantize / compare / publish / address`. Every error a user can cause is one sentence and exit status 2."""
+"""`medprune run / plan / preflight / quantize / compare / publish / address`.
+
+Every error a user can cause is one sentence and exit status 2.
+"""
 
 import json
 import sys
@@ -116,7 +119,7 @@ def preflight(
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="a LLaVA in 16 bits: a folder, or a hub name")],
+    model: Annotated[str, typer.Argument(help="a LLaVA in 16 bits: a folder, or a hub name")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     method: Annotated[str, typer.Option(help="awq, bnb, hqq or rtn")] = "awq",
     bits: Annotated[int, typer.Option(help="4; for hqq and rtn 3 or 8 too")] = 4,
@@ -131,7 +134,7 @@ def quantize(
     """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
     from medprune.study import quantize_folder
 
-    info, size = quantize_folder(str(model), out, method, bits, group_size, plan, images, conditions, rows,
+    info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows,
                                  quantize_head, quantize_vision)  # fmt: skip
     typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {(info['peak_bytes'] or 0) / 2**20:.0f} MiB")
 

@@ -204,10 +204,10 @@ def server_judge(
     """Make a judge of a model behind an OpenAI-compatible server (vLLM, Ollama, llama.cpp, Groq, OpenAI).
 
     The key is read from the environment variable named `api_key_env`, or the Kaggle or Colab secret of that name, and is
-    never stored; servers that want none need none. The client retries 429, 5xx, timeouts and lost connections with back-off and jitter, and waits as
-    Retry-After says (up to two minutes). Replies follow a JSON schema where the server accepts one. Raises ValueError
-    for an address that is none, RuntimeError in one sentence when the server gives up; what was judged is yielded
-    (and stored) first.
+    never stored; servers that want none need none. The client retries 429, 5xx, timeouts and lost connections with
+    back-off and jitter, and waits as Retry-After says (up to two minutes). Replies follow a JSON schema where the server
+    accepts one. Raises ValueError for an address that is none, RuntimeError in one sentence when the server gives up;
+    what was judged is yielded (and stored) first.
     """
     address = urlsplit(base_url)
     if address.username or address.password:

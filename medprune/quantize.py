@@ -26,8 +26,9 @@ def quantize(model, method: str, bits: int | list[int] = 4, group_size: int = 64
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
     calibration, without them text-only.
 
-    info: method, bits, group_size, seconds, peak_bytes (the most that was held while quantizing: of the GPU's allocator,
-    or the model's weights and what this process grew by; None where it cannot be measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
+    quantizing: by the GPU's allocator, or the model's weights and what this process grew by; None where it cannot be
+    measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
     targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)

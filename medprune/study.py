@@ -169,7 +169,7 @@ def quantize_folder(source: str, out: Path, method: str, bits: int = 4, group_si
     source: folder or hub name. plan: of notebook 03. images, facts, rows: what awq is calibrated on. Raises ValueError
     for what cannot be done, most of it before the model is loaded.
     """
-    if Path(out).exists():
+    if out.exists():
         raise ValueError(f"{out} is there already: name a new folder.")
     if method == "awq" and images is None:
         raise ValueError("awq needs images to be calibrated on: give a folder or table of them, or take hqq or rtn.")
@@ -191,4 +191,4 @@ def quantize_folder(source: str, out: Path, method: str, bits: int = 4, group_si
     llava, info = quantize.quantize(llava, method, bits, group_size, calibration, quantize_head, quantize_vision)
     without = f"blocks {', '.join(map(str, chosen.removed))} removed by {chosen.criterion}" if chosen else None
     checkpoint.save_quantized(llava, out, method, info, base=source, plan=without, processor=processor)
-    return info, sum(f.stat().st_size for f in Path(out).iterdir())
+    return info, sum(f.stat().st_size for f in out.iterdir())
