@@ -118,18 +118,16 @@ def recover(source: Path, plan, recipe: str, items, folder: Path, config, steps:
             curve = finetune.train(model, processor, items, folder, config, steps, label=label or recipe, loss=loss, **more)
     costs = {"trainable_params": n_trainable, "train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"],
              "loss": curve[-1]["loss"], "steps": steps, "curve": curve}  # fmt: skip
-    # QLoRA's adapters go into the 16-bit model
-    whole = _pruned(source, plan, "cpu", dtype)[0] if config.base_bits == 4 else None
-    said = answer_log_probs(model, processor, items[0], config) if whole is None else None
-    merged = finetune.merge(model, whole)
-    costs["merge_kl_nats"] = None
-    if whole is None:
-        now = answer_log_probs(merged, processor, items[0], config)
-        costs["merge_kl_nats"] = apart = float((said.exp() * (said - now)).sum(-1).mean())
-        if not apart <= MAX_MERGE_KL:
-            raise ValueError(f"merging changed what the model says by {apart:.2g} nats a token, where rounding changes "
-                             f"less than {MAX_MERGE_KL:g}: an adapter was lost or counted twice.")  # fmt: skip
-    return merged, processor, costs
+    if config.base_bits == 4:  # QLoRA's adapters go into the 16-bit model, beside which there is nothing to compare
+        merged = finetune.merge(model, _pruned(source, plan, "cpu", dtype)[0])
+        return merged, processor, costs | {"merge_kl_nats": None}
+    trained = answer_log_probs(model, processor, items[0], config)
+    merged = finetune.merge(model)
+    apart = float((trained.exp() * (trained - answer_log_probs(merged, processor, items[0], config))).sum(-1).mean())
+    if not apart <= MAX_MERGE_KL:
+        raise ValueError(f"merging changed what the model says by {apart:.2g} nats a token, where rounding changes "
+                         f"less than {MAX_MERGE_KL:g}: an adapter was lost or counted twice.")  # fmt: skip
+    return merged, processor, costs | {"merge_kl_nats": apart}
 
 
 @torch.inference_mode()

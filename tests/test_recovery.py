@@ -171,6 +171,25 @@ def test_a_merged_model_says_what_the_adapted_one_did(base, items):
     assert answer(merge(adapted), processor, rows, 12) == before
 
 
+def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, monkeypatch):
+    from medprune import finetune
+
+    real = finetune.merge
+
+    def lossy(model, into=None):
+        merged = real(model, into)
+        merged.lm_head.weight.data.mul_(-1000)
+        return merged
+
+    def train(folder):
+        return recovery.recover(Path(base), None, "lora", items, tmp_path / folder, resolve("smoke"), 1, "cpu", torch.bfloat16)
+
+    assert 0 <= train("whole")[2]["merge_kl_nats"] < recovery.MAX_MERGE_KL
+    monkeypatch.setattr(finetune, "merge", lossy)
+    with pytest.raises(ValueError, match="merging changed what the model says by"):
+        train("lossy")
+
+
 def test_two_processes_answer_and_score_what_one_does(base, items, tmp_path, monkeypatch):
     from medprune import importance, spread
     from medprune.artifacts import Units
