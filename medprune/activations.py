@@ -7,12 +7,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from scipy.stats import kurtosis
 
 from medprune.model import parts
+from medprune.report import BLUE, RED, legend
 
-OUTLIER_SD = 6  # standard deviations beyond which an entry is an outlier, as in report.figure_activations
+OUTLIER_SD = 6  # standard deviations beyond which an entry is an outlier, as in figure_activations
 
 
 @torch.no_grad()
@@ -93,3 +95,42 @@ def figure_loss_curve(info: dict, block: int | None = None) -> Figure:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", title="linears that share a scale")
     return fig
+
+
+def figure_activations(before: np.ndarray, after: np.ndarray, names=("before", "after")) -> Figure:
+    """Draw the paper's figure 4: |activation| of (tokens, channels) as heat maps, histograms below.
+
+    Outliers, marked in the histograms, exceed OUTLIER_SD standard deviations of `before` in both.
+    """
+    arrays = [np.abs(np.asarray(a, np.float32)) for a in (before, after)]
+    if any(a.ndim != 2 or a.size == 0 for a in arrays):
+        raise ValueError(f"activations of shapes {[a.shape for a in arrays]} must be (tokens, channels).")
+    peak, limit = max(a.max() for a in arrays), OUTLIER_SD * float(np.std(before))
+    fig, ((*maps,), (*counts,)) = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex="row")
+    plt.close(fig)
+    for name, values, heat, ax in zip(names, arrays, maps, counts, strict=True):
+        tokens, channels = values.shape
+        edges = (-0.5, channels - 0.5, tokens - 0.5, -0.5)
+        norm = PowerNorm(0.5, 0, peak)  # a linear scale shows the outliers on black
+        heat.grid(visible=False)
+        drawn = heat.imshow(_pooled(values), cmap="magma", norm=norm, aspect="auto", extent=edges)
+        heat.set(
+            title=f"{name}: peak {values.max():.1f}", xlabel="channel (index)", ylabel="token (position)"
+        )
+        ax.hist(values.ravel(), bins=np.linspace(0, peak, 81), color=BLUE, log=True)
+        outliers = values[values > limit]
+        ax.plot(outliers, np.full(outliers.size, 0.7), "|", color=RED, label=f"{outliers.size:,} outliers")
+        ax.axvline(limit, color=RED, linestyle=":", label=f"{OUTLIER_SD} sd of {names[0]} = {limit:.1f}")
+        ax.set(xlabel="|activation| (no unit)", ylabel="entries (count, log scale)", ylim=(0.5, None))
+        legend(ax)
+    fig.colorbar(drawn, ax=maps, label="|activation| (no unit)")
+    return fig
+
+
+def _pooled(values: np.ndarray, most: int = 128) -> np.ndarray:
+    """Return values with each side cut to `most` by maxima: averaging would hide the outliers."""
+    for axis in (0, 1):
+        size = values.shape[axis]
+        starts = np.linspace(0, size, min(most, size), endpoint=False, dtype=int)
+        values = np.maximum.reduceat(values, starts, axis=axis)
+    return values

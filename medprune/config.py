@@ -26,6 +26,13 @@ CRITERIA = (
     "reverse_order",
     "random",
 )
+# Settings that change no answer of a model, and those that change no training: what they change is not done again.
+JUDGING = ("judge", "judges_combined", "judge_model", "judge_url", "judge_bits", "card_images", "card_judges")
+NOT_TRAINING = (
+    *JUDGING, "embedding", "recipes", "data_fractions", "equal_time", "max_new_tokens", "batch_rows", "criteria",
+    "n_calibration", "calibration_tokens", "protected_blocks", "blocks_removed", "recover", "methods", "bits",
+    "group_size", "awq_rows", "awq_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Profile:
     judge_url: str | None = None
     judge_bits: int = 16
     card_images: int = 8  # test images whose answers the judge card is made of
+    card_judges: tuple[str, ...] = ("cosine",)  # further judges, for the card and for agreement; they score no table
 
 
 PROFILES = {
@@ -152,9 +160,9 @@ def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]
     return tuple(sorted({b % n_blocks for b in blocks}))
 
 
-def settings(config: Profile) -> dict:
-    """Return the settings as JSON-able values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+def settings(config: Profile, without: tuple[str, ...] = ()) -> dict:
+    """Return the settings, but those named in `without`, as JSON-able values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items() if k not in without}
 
 
 def _has_cuda() -> bool:
@@ -197,8 +205,10 @@ def _check(c: Profile) -> None:
     judges = judge_names(c.judge)
     if "" in judges or len(set(judges)) < len(judges):
         raise ValueError(f"judge={c.judge!r} must name one judge, or several different ones with + between.")
-    if "server" in judges and not (c.judge_url and c.judge_model):
-        raise ValueError('judge="server" needs judge_url and judge_model.')
+    if twice := set(c.card_judges) & set(judges):
+        raise ValueError(f"card_judges has {min(twice)!r}, which judge={c.judge!r} names already: leave it out.")
+    if "server" in (*judges, *c.card_judges) and not (c.judge_url and c.judge_model):
+        raise ValueError('the judge "server" needs judge_url and judge_model.')
     named = (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA), ("recipe", (c.recipe,), RECIPES),
              ("recipes", c.recipes, RECIPES), ("lora_targets", c.lora_targets, TARGETS), ("schedule", (c.schedule,), SCHEDULES),
              ("judges_combined", (c.judges_combined,), ("median", "mean")))  # fmt: skip

@@ -80,7 +80,7 @@ def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointi
     n_awq = 4 + n_counts
     awq = n_awq * AWQ_PASSES * 2 * n * settings["awq_rows"] * min(conversation, settings["awq_tokens"]) / flops
     answers = 3 * n_test * (len(settings["blocks_removed"]) + n_counts + 2 + n_models)
-    judges = [judge_params(name) for name in judge_names(settings["judge"]) if name not in ("server", "reference")]
+    judges = [judge_params(name) for name in judge_names(settings["judge"]) if name not in ("server", "reference", "cosine")]
     judge_s = 2 * sum(judges) * JUDGE_TOKENS * answers / flops
     seconds = {
         "01_finetune": training(settings["sft_steps"]) + test,

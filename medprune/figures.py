@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from medprune.report import BLUE, GREY, RED, SCORE
+from medprune.report import BLUE, GREY, RED, SCORE, label_points
 
 CONTROLS = ("random", "reverse_order")
 _UNITS = {"output_similarity": "1 - cosine", "magnitude": "sum |w|", "block_influence": "1 - cosine",
@@ -71,7 +71,8 @@ def figure_stability(ranks: pd.DataFrame, overlaps: pd.DataFrame) -> Figure:
     rows = ranks.sort_values("rank")
     left.vlines(rows["rank"], rows["low"], rows["high"], color=BLUE, linewidth=1.5)
     left.plot(rows["rank"], rows["rank"], "o", color=BLUE, markersize=4)
-    left.set_xticks(rows["rank"], rows["block"], fontsize="small")
+    left.set_xticks(rows["rank"], rows["block"], fontsize="x-small", rotation=90 if len(rows) > 20 else 0)
+    left.grid(axis="x", visible=False)
     left.set(xlabel="decoder block, least important first", ylabel="rank (0 = first to go), 95% of resamples")
     for column, label, color, line in (("overlap", "resampled images against all", BLUE, "o-"),
                                        ("halves", "one half of the images against the other", RED, "s-"),
@@ -138,13 +139,12 @@ def figure_recipes(table: pd.DataFrame) -> Figure:
             part = rows[rows["budget"] == budget]
             label = f"{name.replace('_', ' ')}, same {budget}" if len(part) else None
             ax.scatter(part["train_s"], part["score"], s=20 + 60 * part["fraction"], color=color, marker=marker, label=label)
-        if table["fraction"].nunique() > 1:
-            for r in rows.itertuples():
-                ax.annotate(f"{r.fraction:.0%}", (r.train_s, r.score), xytext=(5, 3), textcoords="offset points", fontsize="x-small")
     ax.axhline(table["score_before"].iloc[0], color=GREY, linestyle="--", linewidth=1)
     ax.annotate("before", (0.01, table["score_before"].iloc[0]), xycoords=("axes fraction", "data"), fontsize="small",
                 color=GREY, xytext=(0, 3), textcoords="offset points")  # fmt: skip
     ax.set(xlabel="training (seconds)", ylabel=SCORE, xlim=(0, None), ylim=(0, 100))
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(frameon=False, fontsize="small", loc="lower left", ncols=2)
     sns.despine(fig=fig)
+    if table["fraction"].nunique() > 1:
+        label_points(ax, table["train_s"], table["score"], [f"{f:.0%}" for f in table["fraction"]], [False] * len(table))
     return fig

@@ -2,15 +2,17 @@
 
 import random
 import string
+from collections.abc import Callable
 from itertools import combinations
 from math import nan
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from medprune.conversations import named_conditions
-from medprune.judge import ASPECTS, Judge
+from medprune.judge import ASPECTS, Judge, Judgement, judge_answers
 
 LEVELS = ("right", "truncated", "wrong disease", "shuffled words", "gibberish")  # must score in this order
 PADDING = "As with every case, much more could be said about it, and a doctor can tell you more."
@@ -123,15 +125,29 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def agreements(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return `agreement` of every two judges whose own scores stand in the table of `study.judged`; empty for one judge."""
-    names = [c.partition("@")[2] for c in scores if c.startswith(f"{ASPECTS[0]}@")]
-    tables = {}
-    for name in names:
-        own = scores[[f"{aspect}@{name}" for aspect in ASPECTS]].set_axis(list(ASPECTS), axis=1)
-        tables[name] = own.assign(id=range(len(own)), parsed=own.notna().all(axis=1))
-    found = [agreement(tables[a], tables[b]).assign(judges=f"{a} - {b}") for a, b in combinations(names, 2)]
+def agreements(rows: list[dict], judges: list[Judge], store: Path | None) -> pd.DataFrame:
+    """Return `agreement` of every two judges on the same rows, with their names; empty for one judge.
+
+    What stands in `store` is not asked again.
+    """
+    tables = {j.name: judge_answers(rows, j, store, progress=False) for j in judges}
+    found = [agreement(tables[a], tables[b]).assign(judges=f"{a} - {b}") for a, b in combinations(tables, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def cosine_judge(embed: Callable[[list[str]], np.ndarray]) -> Judge:
+    """Make a control for the card: the cosine of answer and reference (the paper's eq. 4), times 5, for all three.
+
+    embed returns (n, d) unit-norm sentence embeddings. What output similarity can see of an answer's worth, no more.
+    """
+
+    def score(rows):
+        cosines = np.sum(embed([r["answer"] for r in rows]) * embed([r["reference"] for r in rows]), axis=1)  # (rows,)
+        for i, cosine in enumerate(np.clip(cosines, 0, 1)):
+            value = round(float(5 * cosine), 2)
+            yield i, Judgement(value, value, value, f"cosine {cosine:.3f}", True)
+
+    return Judge("cosine", "1", score, ("answer", "reference"))
 
 
 def _closed(text: str) -> str:

@@ -17,22 +17,31 @@ _PAGE = """<!DOCTYPE html>
 :root{{color-scheme:light dark;--fg:#1c2126;--bg:#fff;--soft:#f3f5f7;--line:#d5dae0;--link:#0b5cad}}
 @media(prefers-color-scheme:dark){{:root{{--fg:#e4e7ea;--bg:#14171a;--soft:#1f2429;
 --line:#3a424a;--link:#7db8f2}}}}
-*{{box-sizing:border-box}}body{{margin:0 auto;padding:1rem;max-width:62rem;background:var(--bg);
+*{{box-sizing:border-box}}body{{margin:0 auto;padding:1rem;max-width:76rem;background:var(--bg);
 color:var(--fg);font:1rem/1.55 system-ui,sans-serif;overflow-wrap:anywhere}}
-h1,h2{{line-height:1.25;overflow-wrap:break-word}}
-h2{{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem}}a{{color:var(--link)}}
-nav{{background:var(--soft);border-radius:6px;padding:.6rem 1rem}}nav ol{{margin:0;padding-left:1.5rem}}
-p{{max-width:46rem}}figure{{margin:1rem 0}}img{{display:block;max-width:100%;height:auto;background:#fff;
-border-radius:4px}}.scroll{{overflow-x:auto;margin:1rem 0;border:1px solid var(--line);border-radius:6px}}
-table{{border-collapse:collapse;font-size:.9rem;width:100%}}th,td{{padding:.35rem .7rem;text-align:left;
-vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:normal}}th{{background:var(--soft)}}
-td{{max-width:30rem}}.num{{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}}
+h1,h2,h3{{line-height:1.25;overflow-wrap:break-word}}h3{{margin-top:2.2rem}}
+h2{{margin-top:3rem;border-top:1px solid var(--line);padding-top:1rem}}a{{color:var(--link)}}
+nav{{background:var(--soft);border-radius:6px;padding:.6rem 1rem}}nav ul{{margin:.2rem 0 .6rem;padding-left:1.5rem}}
+summary{{padding:.15rem 0;cursor:pointer}}p{{max-width:46rem}}.note{{font-size:.9rem;opacity:.8;margin-top:-.5rem}}
+img{{display:block;max-width:100%;height:auto;background:#fff;border-radius:4px}}
+.picture{{width:15rem;margin:1rem 0}}.picture img{{width:100%}}.plot{{display:block;margin:1rem 0}}
+.plot input{{position:absolute;opacity:0}}
+.scroll{{overflow-x:auto;margin:1rem 0;border:1px solid var(--line);border-radius:6px;width:fit-content;max-width:100%}}
+table{{border-collapse:separate;border-spacing:0;font-size:.9rem}}th,td{{padding:.35rem .7rem;text-align:left;
+vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:normal;background:var(--bg)}}
+th{{background:var(--soft);vertical-align:bottom}}td{{max-width:30rem}}td.short{{white-space:nowrap}}
+.num{{text-align:right;font-variant-numeric:tabular-nums}}td.num{{white-space:nowrap}}
 .long{{min-width:14rem;overflow-wrap:anywhere}}tr:last-child td{{border-bottom:0}}
-@media(max-width:40rem){{.plot{{overflow-x:auto}}.plot img{{max-width:none;width:40rem}}}}
+td.short:first-child,td.num:first-child,th.short:first-child,th.num:first-child{{position:sticky;left:0;
+border-right:1px solid var(--line)}}
+@media(max-width:48rem){{.plot{{overflow-x:auto}}.plot::after{{content:"tap to enlarge";font-size:.8rem;opacity:.7}}
+.plot input:checked+img{{max-width:none;width:52rem}}.plot input:focus-visible+img{{outline:2px solid var(--link)}}}}
 </style></head><body><h1>{title}</h1>
-<nav aria-label="Contents"><ol>{contents}</ol></nav>
+<nav aria-label="Contents">{contents}</nav>
 <main>{sections}</main></body></html>
 """
+
+_COUNTS = ("n", "n images", "unmatched", "unparsed")  # columns that say the same in most rows
 
 
 def with_interval(mean: float, low: float, high: float, decimals: int = 1) -> str:
@@ -68,42 +77,59 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def render_page(title: str, sections: list[dict]) -> str:
     """Return the page of `report.html_report`, which says what a section holds; pictures inside as base64."""
-    contents, bodies = [], []
+    bodies, chapters = [], {}
     for i, section in enumerate(sections, 1):
-        unknown = set(section) - {"heading", "text", "table", "figure", "image"}
+        unknown = set(section) - {"chapter", "heading", "text", "table", "figure", "image"}
         if unknown or not section.get("heading"):
             raise ValueError(
-                f"section {i} has the keys {sorted(section)}: heading, text, table, figure and image."
+                f"section {i} has the keys {sorted(section)}: chapter, heading, text, table, figure and image."
             )
-        heading = html.escape(section["heading"])
-        contents.append(f'<li><a href="#section-{i}">{heading}</a></li>')
+        heading, chapter = html.escape(section["heading"]), section.get("chapter") or ""
+        if chapter and chapter not in chapters:
+            bodies.append(f"<h2>{html.escape(chapter)}</h2>")
+        chapters.setdefault(chapter, []).append(f'<li><a href="#section-{i}">{heading}</a></li>')
         parts = [f"<p>{html.escape(p)}</p>" for p in (section.get("text") or "").split("\n\n") if p.strip()]
+        if section.get("image") is not None:
+            parts.append(f'<figure class="picture">{_img(section["image"], heading)}</figure>')
         if section.get("table") is not None:
             parts.append(_html_table(section["table"], heading))
-        # Shrunk to a phone's width a plot's labels could not be read: a plot scrolls in its own box there.
-        for kind, box in (("figure", '<figure class="plot" tabindex="0">'), ("image", "<figure>")):
-            if section.get(kind) is not None:
-                png = base64.b64encode(_png(section[kind])).decode()
-                parts.append(f'{box}<img alt="{heading}" src="data:image/png;base64,{png}"></figure>')
-        bodies.append(f'<section id="section-{i}"><h2>{heading}</h2>{"".join(parts)}</section>')
-    return _PAGE.format(title=html.escape(title), contents="".join(contents), sections="\n".join(bodies))
+        if section.get("figure") is not None:
+            # Shrunk to a phone's width a plot's labels cannot be read: there a tap, or the space bar, enlarges it.
+            box = f'<input type="checkbox" aria-label="Enlarge: {heading}">'
+            parts.append(f'<label class="plot">{box}{_img(section["figure"], heading)}</label>')
+        level = "h3" if chapter else "h2"
+        bodies.append(f'<section id="section-{i}"><{level}>{heading}</{level}>{"".join(parts)}</section>')
+    contents = "".join(
+        f"<details><summary>{html.escape(name)}</summary><ul>{''.join(links)}</ul></details>"
+        if name else f"<ul>{''.join(links)}</ul>" for name, links in chapters.items()
+    )  # fmt: skip
+    return _PAGE.format(title=html.escape(title), contents=contents, sections="\n".join(bodies))
+
+
+def _img(picture, heading: str) -> str:
+    return f'<img alt="{heading}" src="data:image/png;base64,{base64.b64encode(_png(picture)).decode()}">'
 
 
 def _html_table(table: pd.DataFrame, heading: str) -> str:
+    """Return a table without its empty columns; counts that never change stand in a note below it."""
     text = readable(table)
-    numbers = [all(not v or v[0] in "-<0123456789" for v in text[c]) and text[c].any() for c in text]
-    long = [text[c].str.len().max() > 40 for c in text]
-    kinds = [
-        ' class="long"' if w else ' class="num"' if n else "" for n, w in zip(numbers, long, strict=True)
-    ]
+    text = text.loc[:, [text[c].ne("").any() for c in text]]
+    same = [c for c in text.columns[1:] if c in _COUNTS and len(text) > 1 and text[c].nunique() == 1]
+    note = f'<p class="note">In every row: {", ".join(f"{c} {text[c].iloc[0]}" for c in same)}.</p>' if same else ""
+    text = text.drop(columns=same)
+    kinds = []
+    for c in text:
+        number = all(not v or v[0] in "-<0123456789" for v in text[c])
+        kinds.append("long" if text[c].str.len().max() > 40 else "num" if number else "short")
 
     def row(cells, tag):
-        return "".join(f"<{tag}{k}>{html.escape(c)}</{tag}>" for c, k in zip(cells, kinds, strict=True))
+        pairs = zip(cells, kinds, strict=True)
+        return "".join(f'<{tag} class="{kind}">{html.escape(cell)}</{tag}>' for cell, kind in pairs)
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in text.itertuples(index=False))
     # A box that scrolls must be reachable by keyboard.
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {heading}"><table><thead><tr>'
-            f'{row(text.columns, "th")}</tr></thead><tbody>{body}</tbody></table></div>')  # fmt: skip
+            f'{row(text.columns, "th")}</tr></thead><tbody>{body}</tbody></table></div>{note}')  # fmt: skip
 
 
 def _png(picture) -> bytes:

@@ -103,18 +103,16 @@ def predict_awq_bytes(config, rows: int, context: int, whole_model: bool = True)
 
 
 def judge_bytes(settings: dict) -> float:
-    """Return the judges' memory together: 0 for a server, the embedder's for `reference`, NaN if no size can be told.
+    """Return the memory of all judges, the card's too: 0 for a server, the embedder's for those that embed, NaN if unknown.
 
     A chat model's parameters (`judge_params`) are taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB is added for its
     cache and activations.
     """
     bits, total = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"], 0
-    for name in judge_names(settings["judge"]):
-        if name == "reference":
-            total += EMBEDDER_BYTES
-        elif name != "server":
-            total += judge_params(name) * bits / 8 + GIB
-    return total
+    names = {*judge_names(settings["judge"]), *settings.get("card_judges", ())}
+    if names & {"reference", "cosine"}:
+        total += EMBEDDER_BYTES
+    return total + sum(judge_params(name) * bits / 8 + GIB for name in names - {"server", "reference", "cosine"})
 
 
 def judge_params(name: str) -> float:

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
@@ -114,44 +113,23 @@ def figure_sweep(df: pd.DataFrame, x: str = "blocks_removed") -> Figure:
     if x == "blocks_removed":
         ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(min(0, df["low"].min()), max(100, df["high"].max()))
-    _legend(ax)
-    return fig
-
-
-def figure_activations(before: np.ndarray, after: np.ndarray, names=("before", "after")) -> Figure:
-    """Draw the paper's figure 4: |activation| of (tokens, channels) as heat maps, histograms below.
-
-    Outliers, marked in the histograms, exceed 6 standard deviations of `before` in both.
-    """
-    arrays = [np.abs(np.asarray(a, np.float32)) for a in (before, after)]
-    if any(a.ndim != 2 or a.size == 0 for a in arrays):
-        raise ValueError(f"activations of shapes {[a.shape for a in arrays]} must be (tokens, channels).")
-    peak, limit = max(a.max() for a in arrays), 6 * float(np.std(before))
-    fig, ((*maps,), (*counts,)) = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained", sharex="row")
-    plt.close(fig)
-    for name, values, heat, ax in zip(names, arrays, maps, counts, strict=True):
-        tokens, channels = values.shape
-        edges = (-0.5, channels - 0.5, tokens - 0.5, -0.5)
-        norm = PowerNorm(0.5, 0, peak)  # a linear scale shows the outliers on black
-        drawn = heat.imshow(_pooled(values), cmap="magma", norm=norm, aspect="auto", extent=edges)
-        heat.set(
-            title=f"{name}: peak {values.max():.1f}", xlabel="channel (index)", ylabel="token (position)"
-        )
-        ax.hist(values.ravel(), bins=np.linspace(0, peak, 81), color=BLUE, log=True)
-        outliers = values[values > limit]
-        ax.plot(outliers, np.full(outliers.size, 0.7), "|", color=RED, label=f"{outliers.size:,} outliers")
-        ax.axvline(limit, color=RED, linestyle=":", label=f"6 sd of {names[0]} = {limit:.1f}")
-        ax.set(xlabel="|activation| (no unit)", ylabel="entries (count, log scale)", ylim=(0.5, None))
-        _legend(ax)
-    fig.colorbar(drawn, ax=maps, label="|activation| (no unit)")
+    legend(ax)
     return fig
 
 
 def figure_forest(differences: pd.DataFrame) -> Figure:
-    """Draw `stats.compare`'s differences with their intervals; filled where p_holm is below 0.05."""
+    """Draw `stats.compare`'s differences with their intervals; filled where p_holm is below 0.05.
+
+    A method that is in every row on the same side is named once, on the axis.
+    """
     _need(differences, "a", "b", "diff", "low", "high", "p_holm")
     rows = differences.reset_index(drop=True)
-    fig, ax = _axes("difference in judge score, a - b (percentage points)", "", (8, 1.5 + 0.45 * len(rows)))
+    names, what = rows["a"] + "  -  " + rows["b"], "a - b"
+    if len(rows) > 1 and rows["b"].nunique() == 1:
+        names, what = rows["a"], f"method - {rows['b'][0]}"
+    elif len(rows) > 1 and rows["a"].nunique() == 1:
+        names, what = rows["b"], f"{rows['a'][0]} - method"
+    fig, ax = _axes(f"judge score, {what} (percentage points)", "", (8, 1.5 + 0.4 * len(rows)))
     ax.axvline(0, color=GREY, linewidth=1)
     for found, name in ((True, "p (Holm) < 0.05"), (False, "not told from nothing")):
         part = rows[(rows["p_holm"] < 0.05) == found]
@@ -162,8 +140,8 @@ def figure_forest(differences: pd.DataFrame) -> Figure:
     for i, row in rows.iterrows():
         text = with_interval(row["diff"], row["low"], row["high"])
         ax.annotate(text, (1.02, i), xycoords=ax.get_yaxis_transform(), va="center", fontsize="small")
-    ax.set_yticks(rows.index, rows["a"] + "  -  " + rows["b"])
-    ax.set(ylabel="methods, a - b", ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(rows.index, names)
+    ax.set(ylabel="methods, a - b" if what == "a - b" else "method", ylim=(len(rows) - 0.5, -0.5))
     _legend_above(fig)
     return fig
 
@@ -213,15 +191,16 @@ def figure_pareto(df: pd.DataFrame) -> Figure:
     unit, size = byte_unit(df["bytes"])
     fig, ax = _axes(f"model size ({unit})", SCORE, (8, 5))
     families = df.groupby("family", sort=False)
-    for color, (family, part) in zip(sns.color_palette("colorblind", len(families)), families, strict=True):
+    # beyond the palette's ten colours other markers tell families apart
+    for i, (color, (family, part)) in enumerate(zip(sns.color_palette("colorblind", len(families)), families, strict=True)):
         ax.errorbar(part["bytes"] / size, part["score"], _arms(part, "score"), color=color, label=family,
-                    fmt="o", capsize=2, elinewidth=0.8)  # fmt: skip
+                    fmt="os^D"[i // 10 % 4], capsize=2, elinewidth=0.8)  # fmt: skip
     front = df[pareto_front(df["bytes"], df["score"])].sort_values("bytes")
     ax.plot(front["bytes"] / size, front["score"], color=GREY, linestyle="--", zorder=0, label="Pareto front")
     ax.margins(x=0.15)
-    _legend(ax)
+    legend(ax)
     shown = df.dropna(subset=["bytes", "score"])
-    _label_points(ax, shown["bytes"] / size, shown["score"], shown["label"], shown.index.isin(front.index))
+    label_points(ax, shown["bytes"] / size, shown["score"], shown["label"], shown.index.isin(front.index))
     return fig
 
 
@@ -229,8 +208,8 @@ def html_report(path: Path, title: str, sections: list[dict]) -> Path:
     """Write one HTML file that holds everything it shows, atomically, and return its path.
 
     A section has a heading and may have text (blank lines part paragraphs; markup is shown, not obeyed),
-    table (DataFrame), figure (Figure) and image (PIL). Raises ValueError for one without heading or with
-    other keys.
+    image (PIL), table (DataFrame) and figure (Figure or PIL, which a tap enlarges on a phone); sections of the
+    same chapter stand together under its name. Raises ValueError for one without heading or with other keys.
     """
     return write_text(Path(path), render_page(title, sections))
 
@@ -256,7 +235,7 @@ def _arms(rows: pd.DataFrame, middle: str) -> np.ndarray:
     return np.maximum(0, [rows[middle] - rows["low"], rows["high"] - rows[middle]])
 
 
-def _legend(ax) -> None:
+def legend(ax) -> None:
     ax.legend(frameon=False, fontsize="small")
 
 
@@ -264,7 +243,7 @@ def _legend_above(fig) -> None:
     fig.legend(loc="outside upper right", ncols=2, frameon=False, fontsize="small")
 
 
-def _label_points(ax, x, y, labels, bold) -> None:
+def label_points(ax, x, y, labels, bold) -> None:
     """Write each point's label where it covers neither a point nor an earlier label, or nearly so."""
     texts = [ax.annotate(name, at, (0, 0), textcoords="offset points", fontsize="x-small",
                          fontweight="bold" if b else "normal",
@@ -284,15 +263,7 @@ def _label_points(ax, x, y, labels, bold) -> None:
 
 
 def _slant(ax) -> None:
-    ax.tick_params(axis="x", labelrotation=40)
-    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+    if max(len(t.get_text()) for t in ax.get_xticklabels()) > 9:
+        ax.tick_params(axis="x", labelrotation=40)
+        plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     ax.tick_params(axis="y", labelrotation=0)
-
-
-def _pooled(values: np.ndarray, most: int = 128) -> np.ndarray:
-    """Return values with each side cut to `most` by maxima: averaging would hide the outliers."""
-    for axis in (0, 1):
-        size = values.shape[axis]
-        starts = np.linspace(0, size, min(most, size), endpoint=False, dtype=int)
-        values = np.maximum.reduceat(values, starts, axis=axis)
-    return values

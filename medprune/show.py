@@ -7,31 +7,59 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from medprune.artifacts import STAGES, Run, write_csv
+from medprune.artifacts import Run, read_json, write_csv, write_json
 from medprune.conversations import named_conditions
 from medprune.page import readable
 
+CHAPTERS = {
+    "06_judge_eval": "What it cost (notebook 06)",
+    "01_finetune": "Fine-tuning (01)",
+    "02_layer_importance": "Importance of the blocks (02)",
+    "03_prune_sweep": "Pruning (03)",
+    "04_sft_recovery": "Recovery (04)",
+    "05_awq_vs_bnb": "Quantization (05)",
+}  # the results first: stage -> its chapter in the report
+_ENDS = {"table": ".csv", "figure": ".png", "image": ", picture.png"}
+_begun: set[Path] = set()  # folders whose list this process began: a new run of a notebook shows nothing of the last
 
-def keep(run: Run, title: str, shown: pd.DataFrame | Figure):
-    """Write a table (CSV) or figure (PNG) of a stage for the report; return it as a notebook shows it."""
+
+def keep(run: Run, title: str, shown: pd.DataFrame | Figure, caption: str = "", image: Image.Image | None = None):
+    """Write a table (CSV) or figure (PNG) of a stage for the report; return it as a notebook shows it.
+
+    caption: how to read it. image: a picture that stands above it.
+    """
     folder = run.dir / "shown"
+    index = folder / "index.json"
     folder.mkdir(exist_ok=True)
+    for end in _ENDS.values():  # of an earlier run, which may have shown a table where this one shows a figure
+        (folder / f"{title}{end}").unlink(missing_ok=True)
     if isinstance(shown, Figure):
         shown.savefig(folder / f"{title}.png", dpi=110, bbox_inches="tight")
-        return shown
-    write_csv(folder / f"{title}.csv", shown)
-    return readable(shown)
+    else:
+        write_csv(folder / f"{title}.csv", shown)
+    if image is not None:
+        image.save(folder / f"{title}, picture.png")
+    entries = [e for e in (read_json(index) if folder in _begun else []) if e["title"] != title]
+    write_json(index, [*entries, {"title": title, "caption": caption}])
+    _begun.add(folder)
+    return shown if isinstance(shown, Figure) else readable(shown)
 
 
 def report_sections(root: Path) -> list[dict]:
-    """Return what the stages of a run kept as sections of `report.html_report`, by stage, then by title."""
+    """Return what the stages of a run kept, as sections of `report.html_report`, in the order it was shown."""
     sections = []
-    for stage in STAGES:
-        for path in sorted((root / stage / "shown").glob("*.*")):
-            table = pd.read_csv(path) if path.suffix == ".csv" else None
-            picture = Image.open(path) if path.suffix == ".png" else None
-            heading = f"{stage[:2]} · {path.stem}"
-            sections.append({"heading": heading, "text": "", "table": table, "figure": picture, "image": None})
+    for stage, chapter in CHAPTERS.items():
+        folder = root / stage / "shown"
+        if not (folder / "index.json").exists():
+            raise ValueError(f"{folder} has no index.json, which an earlier version did not write: run {stage} again.")
+        for entry in read_json(folder / "index.json"):
+            file = {kind: folder / f"{entry['title']}{end}" for kind, end in _ENDS.items()}
+            sections.append({
+                "chapter": chapter, "heading": entry["title"], "text": entry["caption"],
+                "table": pd.read_csv(file["table"]) if file["table"].exists() else None,
+                "figure": Image.open(file["figure"]) if file["figure"].exists() else None,
+                "image": Image.open(file["image"]) if file["image"].exists() else None,
+            })  # fmt: skip
     return sections
 
 

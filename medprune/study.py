@@ -16,6 +16,7 @@ from medprune import (
     finetune,
     generate,
     judge,
+    judge_card,
     judge_chat,
     model,
     prune,
@@ -25,7 +26,7 @@ from medprune import (
 )
 from medprune.accounting import account
 from medprune.artifacts import Run, Units, fingerprint, read_json, write_json
-from medprune.config import Profile, judge_names, settings
+from medprune.config import Profile, judge_names
 from medprune.shapes import base_config
 
 
@@ -69,12 +70,14 @@ def prepare_tuned_tower(config: Profile, run: Run, records, conditions: dict) ->
     return str(folder)
 
 
-def make_judges(config: Profile, conditions: dict) -> list[judge.Judge]:
-    """Return the judges that the profile names: the offline reference, a server, or a chat model in process."""
+def make_judges(config: Profile, conditions: dict, names: tuple[str, ...] | None = None) -> list[judge.Judge]:
+    """Return the judges named, or the profile's: the offline reference or cosine, a server, a chat model in process."""
     found = []
-    for name in judge_names(config.judge):
+    for name in judge_names(config.judge) if names is None else names:
         if name == "reference":
             found.append(judge.reference_judge(conditions, model.load_embedder(config)))
+        elif name == "cosine":
+            found.append(judge_card.cosine_judge(model.load_embedder(config)))
         elif name == "server":
             found.append(judge_chat.server_judge(config.judge_url, config.judge_model))
         else:
@@ -122,8 +125,7 @@ def read_scores(folder: Path) -> pd.DataFrame:
 def answers_context(config: Profile, model_fingerprint: str, questions: list[dict]) -> str:
     """Return the context of a model's answers: everything that decides them but the label's own changes."""
     asked = [(q["id"], q["question"], q["path"]) for q in questions]
-    chosen = settings(config)
-    return fingerprint(model_fingerprint, asked, chosen["max_new_tokens"])
+    return fingerprint(model_fingerprint, asked, config.max_new_tokens)
 
 
 def figure_images(records, per_condition: int = 6):

@@ -4,7 +4,6 @@ import json
 import random
 from dataclasses import replace
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -321,13 +320,20 @@ def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
     assert table["score_percent"].tolist() == pytest.approx([(t + 6) / 15 * 100 for t in table["truthfulness"]])
     assert table["id"].tolist() == [r["id"] for r in rows] and (table["n_judges"] == 3).all()
     assert study.judged(rows, judges, run, "mean")["truthfulness"].tolist() == pytest.approx(three.mean(axis=1).tolist())
-    found = judge_card.agreements(pd.read_csv(StringIO(table.to_csv()))).set_index(["judges", "aspect"])
+    asked = [r | {"id": f"{r['method']} {r['id']}"} for r in rows]
+    found = judge_card.agreements(asked, judges, run.root / "judgements.jsonl").set_index(["judges", "aspect"])
     assert found.loc[("mild - strict", "truthfulness"), "kappa"] > 0 > found.loc[("mild - odd one", "truthfulness"), "kappa"]
     alone = study.judged(rows, judges[:1], run)
-    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and judge_card.agreements(alone).empty
+    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and judge_card.agreements(asked, judges[:1], None).empty
 
 
-@pytest.mark.parametrize("named", ["reference+", "reference+reference", "reference+server"])
+@pytest.mark.parametrize("named", ["reference+", "reference+reference", "reference+cosine"])
 def test_judges_that_cannot_be_are_refused(named):
     with pytest.raises(ValueError, match="judge="):
         resolve("smoke", judge=named)
+
+
+@pytest.mark.parametrize("settings", [{"judge": "reference+server"}, {"card_judges": ["server"]}])
+def test_a_server_needs_its_address(settings):
+    with pytest.raises(ValueError, match="judge_url and judge_model"):
+        resolve("smoke", settings)

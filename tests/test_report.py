@@ -1,10 +1,13 @@
 """Do the figures draw the numbers they are given, and does one HTML file hold everything?"""
 
 import base64
+import html
 import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
@@ -15,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medprune import page, report
+from medprune import activations, page, report, show
+from medprune.artifacts import STAGES, Run
 
 METHODS = ["original", "prune", "prune + sft"]
 
@@ -182,7 +186,7 @@ def test_figure_activations_shows_a_single_outlier_and_counts_it():
     before = np.random.default_rng(0).normal(0, 1, (300, 500))
     before[123, 457] = -40
     after = np.clip(before, -20, 20)
-    fig = report.figure_activations(before, after)
+    fig = activations.figure_activations(before, after)
     assert labelled(fig)
     heats = [ax.images[0] for ax in fig.axes if ax.images]
     # Pooled to at most 128 a side, and yet the one entry of 150,000 is there at its full height.
@@ -194,7 +198,7 @@ def test_figure_activations_shows_a_single_outlier_and_counts_it():
     assert histogram.lines[0].get_xdata().tolist() == [40]
     assert sum(p.get_height() for p in histogram.patches) == before.size
     with pytest.raises(ValueError, match=r"\(tokens, channels\)"):
-        report.figure_activations(before[0], after[0])
+        activations.figure_activations(before[0], after[0])
 
 
 def test_figure_forest_tells_found_differences_from_the_rest():
@@ -210,11 +214,16 @@ def test_figure_forest_tells_found_differences_from_the_rest():
     assert found.lines[2][0].get_segments()[0][:, 0].tolist() == [5, 13]
     assert [t.get_text() for t in ax.texts] == [
         "9.0 [5.0, 13.0]", "1.0 [-3.0, 5.0]", "2.0 [no interval]"]  # fmt: skip
-    assert [t.get_text() for t in ax.get_yticklabels()] == [
-        "original  -  x",
-        "original  -  y",
-        "original  -  z",
-    ]
+
+
+@pytest.mark.parametrize(("a", "b", "ticks", "axis"), [
+    (["full", "full"], ["x", "y"], ["x", "y"], "full - method"), (["x", "y"], ["full", "full"], ["x", "y"], "method - full"),
+    (["x", "y"], ["v", "w"], ["x  -  v", "y  -  w"], "a - b"), (["x"], ["v"], ["x  -  v"], "a - b"),
+])  # fmt: skip
+def test_figure_forest_names_a_method_of_every_row_once(a, b, ticks, axis):
+    (ax,) = report.figure_forest(pd.DataFrame({"a": a, "b": b, "diff": 1.0, "low": 0.0, "high": 2.0, "p_holm": 0.5})).axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ticks
+    assert ax.get_xlabel() == f"judge score, {axis} (percentage points)"
 
 
 def test_figure_breakdown_shows_means_and_leaves_gaps_blank():
@@ -269,7 +278,7 @@ def test_figures_refuse_a_table_that_lacks_a_column():
 class Outline(HTMLParser):
     """Collects what a browser would see: balanced tags, anchors, cells, pictures, words."""
 
-    VOID = {"meta", "img", "br", "hr", "link"}
+    VOID = {"meta", "img", "input", "br", "hr", "link"}
 
     def __init__(self, text):
         super().__init__()
@@ -318,8 +327,8 @@ def written(tmp_path):
     fig = report.figure_sweep(scores.assign(blocks_removed=[0, 2, 4]))
     sections = [
         {"heading": "Scores", "text": "One.\n\nTwo.", "table": scores, "figure": fig},
-        {"heading": "Scores", "text": evil, "table": pd.DataFrame({"answer": [evil, "x" * 300]})},
-        {"heading": "Case <study>", "text": "", "image": Image.new("RGBA", (1500, 30), "red")},
+        {"chapter": "A & B", "heading": "Scores", "text": evil, "table": pd.DataFrame({"answer": [evil, "x" * 300]})},
+        {"chapter": "A & B", "heading": "Case <study>", "text": "", "image": Image.new("RGBA", (1500, 30), "red")},
     ]
     path = report.html_report(tmp_path / "new" / "report.html", "A <title> & more", sections)
     return path, evil, sections
@@ -359,6 +368,78 @@ def test_html_report_contents_lead_to_unique_sections(written):
     seen = Outline(written[0].read_text(encoding="utf-8"))
     assert seen.links == ["#section-1", "#section-2", "#section-3"]
     assert [f"#{i}" for i in seen.ids] == seen.links
+
+
+def test_html_report_groups_sections_in_chapters(written):
+    text = written[0].read_text(encoding="utf-8")
+    assert text.count("<h2>") == 2 and text.count("<h2>A &amp; B</h2>") == 1 and text.count("<h3>") == 2
+    assert text.count("<details>") == text.count("<summary>A &amp; B</summary>") == 1
+
+
+def test_tables_leave_out_what_says_nothing(tmp_path):
+    table = pd.DataFrame({"method": METHODS, "score": [1.0, 2, 3], "low": math.nan, "high": math.nan, "n": 72,
+                          "n_images": [24, 24, 23], "unparsed": 0, "paper_score": math.nan})  # fmt: skip
+    text = report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table}]).read_text("utf-8")
+    assert re.findall(r"<th [^>]*>([^<]*)</th>", text) == ["method", "score [95% interval]", "n images"]
+    assert "In every row: n 72, unparsed 0." in text
+    one = report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table[:1]}]).read_text("utf-8")
+    assert "In every row" not in one and ">72</td>" in one  # of a single row every column says something
+    assert "<table>" in report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table[:0]}]).read_text("utf-8")
+
+
+def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="run 06_judge_eval again"):
+        show.report_sections(tmp_path)
+    fig = report.figure_sweep(pd.DataFrame({"blocks_removed": [0, 1], "score": 5.0, "low": 4.0, "high": 6.0}))
+    for stage in STAGES:
+        run = Run(tmp_path, stage)
+        run.dir.mkdir()
+        shown = show.keep(run, "z first", pd.DataFrame({"method": ["a"], "size_bytes": [2**30]}), "How to read it.", Image.new("RGB", (9, 9)))
+        assert shown["size (GiB)"].tolist() == ["1.0"]
+        assert show.keep(run, "a second", fig) is fig
+    sections = show.report_sections(tmp_path)
+    assert [s["heading"] for s in sections] == ["z first", "a second"] * len(STAGES)
+    assert sections[0]["chapter"] == show.CHAPTERS["06_judge_eval"] and len({s["chapter"] for s in sections}) == len(STAGES)
+    assert sections[0]["text"] == "How to read it." and sections[0]["image"].size == (9, 9)
+    assert sections[0]["figure"] is None and sections[1]["table"] is None and sections[1]["figure"].size[0] > 100
+    assert sections[0]["table"]["size_bytes"].tolist() == [2**30]
+    show.keep(run, "z first", fig)  # a cell run again shows its own again, at the end
+    assert [s["heading"] for s in show.report_sections(tmp_path)][:2] == ["a second", "z first"]
+    assert show.report_sections(tmp_path)[1]["table"] is None
+    monkeypatch.setattr(show, "_begun", set())  # another run of the notebook begins anew
+    show.keep(run, "only this", fig)
+    assert [s["heading"] for s in show.report_sections(tmp_path)] == ["only this"] + ["z first", "a second"] * (len(STAGES) - 1)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here to open the report in")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_the_report_at_a_phone_s_width_and_a_desk_s(written, tmp_path, width):
+    """The page stands in a frame of that width; a script outside, which the page's policy does not bind, measures it."""
+    wide = pd.DataFrame({f"column_{i}": ["some words"] * 3 for i in range(20)})
+    fig = report.figure_breakdown(pd.DataFrame({"method": METHODS, "condition": METHODS, "score_percent": 5.0}))
+    path = report.html_report(tmp_path / "r.html", "t", [*written[2], {"heading": "Wide", "table": wide, "figure": fig}])
+    frame = tmp_path / "frame.html"
+    frame.write_text(f"""<iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(path.read_text('utf-8'))}"></iframe>
+        <script>addEventListener("load", () => {{
+          const d = document.querySelector("iframe").contentDocument, images = [...d.images], plot = d.querySelector(".plot img");
+          const seen = {{page: d.documentElement.scrollWidth, broken: images.filter(i => !i.naturalWidth).length, images: images.length,
+                        widest: Math.max(...images.map(i => i.getBoundingClientRect().right)), plot: plot.clientWidth,
+                        table: Math.max(...[...d.querySelectorAll(".scroll")].map(t => t.getBoundingClientRect().right))}};
+          d.querySelector(".plot input").click();
+          document.body.textContent = JSON.stringify({{...seen, enlarged: plot.clientWidth, page_then: d.documentElement.scrollWidth}});
+        }})</script>""", encoding="utf-8")  # fmt: skip
+    shown = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
+         "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom", str(frame)],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    seen = json.loads(re.search(r"<body>(\{.*\})", shown)[1])
+    assert seen["images"] == 3 and seen["broken"] == 0
+    assert max(seen["page"], seen["page_then"], seen["widest"], seen["table"]) <= width  # nothing makes the page scroll sideways
+    assert (seen["enlarged"] > width > seen["plot"]) if width == 360 else seen["enlarged"] == seen["plot"]
 
 
 def test_html_report_keeps_the_old_file_if_the_new_one_fails(written):
