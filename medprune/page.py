@@ -35,13 +35,14 @@ th{{background:var(--soft);vertical-align:bottom}}td{{max-width:30rem}}td.short{
 td.short:first-child,td.num:first-child,th.short:first-child,th.num:first-child{{position:sticky;left:0;
 border-right:1px solid var(--line)}}
 @media(max-width:48rem){{.plot{{overflow-x:auto}}.plot::after{{content:"tap to enlarge";font-size:.8rem;opacity:.7}}
-.plot input:checked+img{{max-width:none;width:52rem}}.plot input:focus-visible+img{{outline:2px solid var(--link)}}}}
+.plot input:checked+img{{max-width:none;width:52rem}}.plot input:focus-visible+img{{outline:2px solid var(--link)}}
+table{{font-size:.82rem}}th,td{{padding:.3rem .45rem}}.long{{min-width:10rem}}}}
 </style></head><body><h1>{title}</h1>
 <nav aria-label="Contents">{contents}</nav>
 <main>{sections}</main></body></html>
 """
 
-_COUNTS = ("n", "n images", "unmatched", "unparsed")  # columns that say the same in most rows
+_CONSTANT = ("a", "b", "n", "n images", "unmatched", "unparsed", "n unparsed")  # columns that often say one thing
 
 
 def with_interval(mean: float, low: float, high: float, decimals: int = 1) -> str:
@@ -111,12 +112,14 @@ def _img(picture, heading: str) -> str:
 
 
 def _html_table(table: pd.DataFrame, heading: str) -> str:
-    """Return a table without its empty columns; counts that never change stand in a note below it."""
+    """Return a table without its empty columns; of _CONSTANT those that say one thing stand in a note below it."""
     text = readable(table)
     text = text.loc[:, [text[c].ne("").any() for c in text]]
-    same = [c for c in text.columns[1:] if c in _COUNTS and len(text) > 1 and text[c].nunique() == 1]
-    note = f'<p class="note">In every row: {", ".join(f"{c} {text[c].iloc[0]}" for c in same)}.</p>' if same else ""
-    text = text.drop(columns=same)
+    said = {c: text[c][text[c] != ""].unique() for c in text if c in _CONSTANT}
+    same = {c: values[0] for c, values in said.items() if len(values) == 1 and len(text) > 1}
+    words = html.escape(", ".join(f"{c} {value}" for c, value in same.items()))
+    note = f'<p class="note">Throughout: {words}.</p>' if same else ""
+    text = text.drop(columns=list(same))
     kinds = []
     for c in text:
         number = all(not v or v[0] in "-<0123456789" for v in text[c])

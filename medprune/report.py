@@ -117,19 +117,22 @@ def figure_sweep(df: pd.DataFrame, x: str = "blocks_removed") -> Figure:
     return fig
 
 
-def figure_forest(differences: pd.DataFrame) -> Figure:
+def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
     """Draw `stats.compare`'s differences with their intervals; filled where p_holm is below 0.05.
 
-    A method that is in every row on the same side is named once, on the axis.
+    A method that is in every row on the same side is named once, on the axis. what: the difference that every row
+    shows ("a - b"), where the rows are groups, named by column a.
     """
     _need(differences, "a", "b", "diff", "low", "high", "p_holm")
     rows = differences.reset_index(drop=True)
-    names, what = rows["a"] + "  -  " + rows["b"], "a - b"
-    if len(rows) > 1 and rows["b"].nunique() == 1:
-        names, what = rows["a"], f"method - {rows['b'][0]}"
+    names, sides = rows["a"] + "  -  " + rows["b"], "methods, a - b"
+    if what:
+        names, sides = rows["a"], "group"
+    elif len(rows) > 1 and rows["b"].nunique() == 1:
+        names, sides, what = rows["a"], "method", f"method - {rows['b'][0]}"
     elif len(rows) > 1 and rows["a"].nunique() == 1:
-        names, what = rows["b"], f"{rows['a'][0]} - method"
-    fig, ax = _axes(f"judge score, {what} (percentage points)", "", (8, 1.5 + 0.4 * len(rows)))
+        names, sides, what = rows["b"], "method", f"{rows['a'][0]} - method"
+    fig, ax = _axes(f"judge score, {what or 'a - b'} (percentage points)", "", (8, 1.5 + 0.4 * len(rows)))
     ax.axvline(0, color=GREY, linewidth=1)
     for found, name in ((True, "p (Holm) < 0.05"), (False, "not told from nothing")):
         part = rows[(rows["p_holm"] < 0.05) == found]
@@ -141,7 +144,7 @@ def figure_forest(differences: pd.DataFrame) -> Figure:
         text = with_interval(row["diff"], row["low"], row["high"])
         ax.annotate(text, (1.02, i), xycoords=ax.get_yaxis_transform(), va="center", fontsize="small")
     ax.set_yticks(rows.index, names)
-    ax.set(ylabel="methods, a - b" if what == "a - b" else "method", ylim=(len(rows) - 0.5, -0.5))
+    ax.set(ylabel=sides, ylim=(len(rows) - 0.5, -0.5))
     _legend_above(fig)
     return fig
 

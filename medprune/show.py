@@ -1,5 +1,6 @@
 """What the notebooks show is kept for the report: tables and figures of every stage, in order."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from medprune.artifacts import Run, read_json, write_csv, write_json
+from medprune.artifacts import Run, describe_machine, read_json, write_csv, write_json
+from medprune.config import Profile, settings
 from medprune.conversations import named_conditions
 from medprune.page import readable
 
@@ -61,6 +63,23 @@ def report_sections(root: Path) -> list[dict]:
                 "image": Image.open(file["image"]) if file["image"].exists() else None,
             })  # fmt: skip
     return sections
+
+
+def settings_table(run: Run, config: Profile) -> pd.DataFrame:
+    """Return what a run was made with, as setting and value: the machine, every stage's settings, versions.
+
+    config: of the stage at hand. A setting that was not the same in all stages has the most frequent value, then the
+    others with their stages.
+    """
+    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in sorted(CHAPTERS) if stage != run.stage}
+    made = {stage: m["parameters"] for stage, m in manifests.items()} | {run.stage: settings(config)}
+    rows = describe_machine()
+    for name in made[run.stage]:
+        values = {stage: json.dumps(parameters.get(name)) for stage, parameters in made.items()}
+        usual = max(values.values(), key=list(values.values()).count)
+        rows[name] = "; ".join([usual, *(f"{v} in {stage}" for stage, v in values.items() if v != usual)])
+    rows |= {k: v for m in manifests.values() for k, v in m["versions"].items()}
+    return pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["setting", "value"])
 
 
 def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.ndarray:

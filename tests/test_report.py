@@ -8,18 +8,21 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from medprune import activations, page, report, show
-from medprune.artifacts import STAGES, Run
+from medprune.artifacts import STAGES, Run, finish
+from medprune.config import resolve
 
 METHODS = ["original", "prune", "prune + sft"]
 
@@ -226,6 +229,13 @@ def test_figure_forest_names_a_method_of_every_row_once(a, b, ticks, axis):
     assert ax.get_xlabel() == f"judge score, {axis} (percentage points)"
 
 
+def test_figure_forest_of_groups():
+    rows = pd.DataFrame({"a": ["I", "V"], "b": "", "diff": 1.0, "low": 0.0, "high": 2.0, "p_holm": 0.5})
+    (ax,) = report.figure_forest(rows, "after - before").axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["I", "V"] and ax.get_ylabel() == "group"
+    assert ax.get_xlabel() == "judge score, after - before (percentage points)"
+
+
 def test_figure_breakdown_shows_means_and_leaves_gaps_blank():
     df = pd.DataFrame({"method": list("aaabb"), "kind": ["name", "name", "treatment", "name", "name"],
                        "score_percent": [40.0, 60.0, 90.0, 10.0, None]})  # fmt: skip
@@ -381,10 +391,13 @@ def test_tables_leave_out_what_says_nothing(tmp_path):
                           "n_images": [24, 24, 23], "unparsed": 0, "paper_score": math.nan})  # fmt: skip
     text = report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table}]).read_text("utf-8")
     assert re.findall(r"<th [^>]*>([^<]*)</th>", text) == ["method", "score [95% interval]", "n images"]
-    assert "In every row: n 72, unparsed 0." in text
+    assert "Throughout: n 72, unparsed 0." in text
     one = report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table[:1]}]).read_text("utf-8")
-    assert "In every row" not in one and ">72</td>" in one  # of a single row every column says something
+    assert "Throughout" not in one and ">72</td>" in one  # of a single row every column says something
     assert "<table>" in report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": table[:0]}]).read_text("utf-8")
+    pairs = pd.DataFrame({"a": "full & whole", "b": ["x", "y"], "diff": [1.0, 2], "n": [72, None]})
+    text = report.html_report(tmp_path / "r.html", "t", [{"heading": "h", "table": pairs}]).read_text("utf-8")
+    assert re.findall(r"<th [^>]*>([^<]*)</th>", text) == ["b", "diff"] and "Throughout: a full &amp; whole, n 72." in text
 
 
 def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch):
@@ -409,6 +422,17 @@ def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch)
     monkeypatch.setattr(show, "_begun", set())  # another run of the notebook begins anew
     show.keep(run, "only this", fig)
     assert [s["heading"] for s in show.report_sections(tmp_path)] == ["only this"] + ["z first", "a second"] * (len(STAGES) - 1)
+
+
+def test_settings_table_says_which_stage_was_set_otherwise(tmp_path):
+    config = resolve("smoke")
+    for stage in STAGES[:-1]:
+        finish(Run(tmp_path, stage), replace(config, seed=7) if stage == "04_sft_recovery" else config, {})
+    table = show.settings_table(Run(tmp_path, STAGES[-1]), config).set_index("setting")["value"]
+    assert table["seed"] == "0; 7 in 04_sft_recovery" and table["recover"] == "[1, 2]" and table["conditions"] == "null"
+    assert table["torch"] == torch.__version__ and int(table["threads"]) > 0
+    with pytest.raises(ValueError, match="run 01_finetune first"):
+        show.settings_table(Run(tmp_path / "none", STAGES[-1]), config)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
