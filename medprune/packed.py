@@ -138,8 +138,15 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int = 4, group_size: int = 64):
-        """Round a Linear to nearest (RTN) and pack it."""
-        return cls.from_codes(*rtn_codes(linear.weight, bits, group_size), bits, linear.bias)
+        """Round a Linear to nearest (RTN) and pack it, a few outputs at a time: a head in float32 is half a gigabyte."""
+        out_features, in_features = linear.weight.shape
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls(in_features, out_features, bits, group_size, bias, linear.weight.device)
+        for i, j in layer._slices():
+            codes, scale, zero_point = rtn_codes(linear.weight[i:j], bits, group_size)
+            layer.qweight[i:j], layer.scale[:, i:j] = pack_codes(codes, bits), scale
+            layer.zero_point[:, i * bits // 8 : j * bits // 8] = pack_codes(zero_point, bits)
+        return layer
 
     def parts(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (out, in) uint8, scale (groups, out) fp16, zero_point (groups, out) uint8, from either form.

@@ -113,6 +113,8 @@ def test_unpacking_in_slices_gives_the_whole(monkeypatch, bits):
     exact, x = layer.fake_quantized_weight(), torch.randn(300, 256)
     monkeypatch.setattr(packed, "SLICE_WEIGHTS", 64 * 256)
     assert len(layer._slices()) == 3
+    in_slices = PackedLinear.from_linear(linear(256, 176, bias=True), bits).state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in in_slices.items()) and in_slices.keys() == stored.keys()
     torch.testing.assert_close(layer(x), F.linear(x, exact, layer.bias), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         layer(x[:2].bfloat16())  # at 4 bits, into the running form by slices
