@@ -17,7 +17,7 @@ VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "autoawq", "hqq", "
 
 
 def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bool]:
-    """Return (lines to print, whether everything is there and fits). Probes the machine for about a second."""
+    """Return (lines to print, whether everything is there and fits). Probes the machine for some seconds."""
     chosen = settings(config)
     home = Path(runs_dir or os.environ.get("MEDPRUNE_RUNS") or REPO / "runs")
     device = this_device(next(p for p in (home, *home.absolute().parents) if p.exists()))
@@ -34,8 +34,10 @@ def checkup(config: Profile, runs_dir: str | None = None) -> tuple[list[str], bo
     # Counts that the base has not got are notebook 03's to refuse; its parameters are not known here.
     chosen["recover"] = [n for n in chosen["recover"] if n < shape_of(shape).blocks] or [1]
     table = preflight(chosen, device, shape)
-    rates = durations.probe("cuda" if device["cuda"] else "cpu", shape_of(shape).hidden, shape_of(shape).intermediate)
-    lines.append(f"measured: {rates['flops_per_s'] / 1e12:.2f} TFLOP/s in 16 bits, {rates['bytes_per_s'] / 1e9:.0f} GB/s")
+    rates = durations.probe("cuda" if device["cuda"] else "cpu", shape_of(shape).hidden, shape_of(shape).intermediate,
+                            config.batch_rows)  # fmt: skip
+    lines.append(f"measured on a block of this width: {rates['flops_per_s'] / 1e12:.2f} TFLOP/s on a prompt, "
+                 f"{rates['train_flops_per_s'] / 1e12:.2f} training, {rates['bytes_per_s'] / 1e9:.0f} GB/s")
     seconds = durations.predict_seconds(chosen, shape, rates, checkpointing=device["cuda"])
     for row in table.itertuples():
         needs = f"{row.peak_gib:5.1f} GiB memory, {row.disk_gib:4.1f} GiB disk, about {durations.in_words(seconds[row.stage])}"

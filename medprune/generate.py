@@ -246,7 +246,7 @@ def measure_decoding(model, processor, row: dict, new_tokens: int = 8, repeats: 
         for number in range(repeats):
             if number and time.perf_counter() - begun > limit_s:
                 break
-            cache = DynamicCache(config=model.config.text_config)
+            cache = roomy_cache(len(parts(model).blocks), len(batch["input_ids"][0]) + new_tokens)  # as answers have it
             logits, cache = _forward(model, batch["input_ids"][0][None], cache, batch["pixel_values"])
             start = time.perf_counter()
             for _ in range(new_tokens):

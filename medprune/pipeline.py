@@ -122,7 +122,7 @@ def expected_seconds(config: Profile) -> dict[str, float]:
     base = base_config(config.base)
     if base is None:
         return {}
-    sizes = [str(shape_of(base).hidden), str(shape_of(base).intermediate)]
+    sizes = [str(shape_of(base).hidden), str(shape_of(base).intermediate), str(config.batch_rows)]
     probed = subprocess.run([sys.executable, "-m", "medprune.durations", *sizes], check=True, stdout=subprocess.PIPE, text=True)
     rates = json.loads(probed.stdout)
     return predict_seconds(settings(config), base, rates, checkpointing=rates["device"] == "cuda")
