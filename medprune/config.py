@@ -26,7 +26,7 @@ CRITERIA = (
     "reverse_order",
     "random",
 )
-# Settings that change no answer of a model, and those that change no training: what they change is not done again.
+# Settings on which no model's answers depend, and those on which no training does: nothing is redone when they change.
 JUDGING = ("judge", "judges_combined", "judge_model", "judge_url", "judge_bits", "card_images", "card_judges")
 NOT_TRAINING = (
     *JUDGING, "embedding", "recipes", "data_fractions", "equal_time", "max_new_tokens", "batch_rows", "criteria",

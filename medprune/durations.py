@@ -44,8 +44,9 @@ def probe(device: str, hidden: int = 576, intermediate: int = 1536, rows: int = 
     from medprune.model import choose_dtype
 
     dtype = choose_dtype(device)
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": max(1, hidden // 64)}
-    config = LlamaConfig(num_hidden_layers=1, vocab_size=8, num_key_value_heads=sizes["num_attention_heads"], **sizes)
+    heads = next(n for n in range(max(1, hidden // 64), 0, -1) if hidden % (2 * n) == 0)
+    config = LlamaConfig(num_hidden_layers=1, vocab_size=8, hidden_size=hidden, intermediate_size=intermediate,
+                         num_attention_heads=heads, num_key_value_heads=heads)  # fmt: skip
     block = LlamaModel._from_config(config, dtype=dtype, attn_implementation=GROUPED).to(device).eval()
     weights = sum(p.numel() for p in block.layers.parameters())
     prompt = torch.randn(rows, PREFIX, hidden, dtype=dtype, device=device)

@@ -58,7 +58,8 @@ def report_sections(root: Path) -> list[dict]:
             file = {kind: folder / f"{entry['title']}{end}" for kind, end in _ENDS.items()}
             sections.append({
                 "chapter": chapter, "heading": entry["title"], "text": entry["caption"],
-                "table": pd.read_csv(file["table"]) if file["table"].exists() else None,
+                # an answer may be the text "NA"
+                "table": pd.read_csv(file["table"], keep_default_na=False, na_values=[""]) if file["table"].exists() else None,
                 "figure": Image.open(file["figure"]) if file["figure"].exists() else None,
                 "image": Image.open(file["image"]) if file["image"].exists() else None,
             })  # fmt: skip

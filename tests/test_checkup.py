@@ -55,6 +55,7 @@ def test_seconds_are_said_in_words():
 
 
 def test_the_probe_measures_rates_that_can_be():
+    assert durations.probe("cpu", 200, 96, rows=1)["step_s"] > 0  # a width that 64 does not divide
     rates = durations.probe("cpu", 128, 256, rows=8)
     assert rates.keys() == RATES.keys() and rates["rows"] == 8
     for name in ("flops_per_s", "train_flops_per_s", "float32_flops_per_s"):

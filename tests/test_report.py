@@ -407,7 +407,7 @@ def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch)
     for stage in STAGES:
         run = Run(tmp_path, stage)
         run.dir.mkdir()
-        shown = show.keep(run, "z first", pd.DataFrame({"method": ["a"], "size_bytes": [2**30]}), "How to read it.", Image.new("RGB", (9, 9)))
+        shown = show.keep(run, "z first", pd.DataFrame({"method": ["NA"], "size_bytes": [2**30]}), "How to read it.", Image.new("RGB", (9, 9)))
         assert shown["size (GiB)"].tolist() == ["1.0"]
         assert show.keep(run, "a second", fig) is fig
     sections = show.report_sections(tmp_path)
@@ -415,7 +415,7 @@ def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch)
     assert sections[0]["chapter"] == show.CHAPTERS["06_judge_eval"] and len({s["chapter"] for s in sections}) == len(STAGES)
     assert sections[0]["text"] == "How to read it." and sections[0]["image"].size == (9, 9)
     assert sections[0]["figure"] is None and sections[1]["table"] is None and sections[1]["figure"].size[0] > 100
-    assert sections[0]["table"]["size_bytes"].tolist() == [2**30]
+    assert sections[0]["table"].values.tolist() == [["NA", 2**30]]
     show.keep(run, "z first", fig)  # a cell run again shows its own again, at the end
     assert [s["heading"] for s in show.report_sections(tmp_path)][:2] == ["a second", "z first"]
     assert show.report_sections(tmp_path)[1]["table"] is None
