@@ -208,7 +208,7 @@ def _check(c: Profile) -> None:
     if twice := set(c.card_judges) & set(judges):
         raise ValueError(f"card_judges has {min(twice)!r}, which judge={c.judge!r} names already: leave it out.")
     if "server" in (*judges, *c.card_judges) and not (c.judge_url and c.judge_model):
-        raise ValueError('the judge "server" needs judge_url and judge_model.')
+        raise ValueError('judge="server", or "server" among card_judges, needs judge_url and judge_model.')
     named = (("methods", c.methods, METHODS), ("criteria", c.criteria, CRITERIA), ("recipe", (c.recipe,), RECIPES),
              ("recipes", c.recipes, RECIPES), ("lora_targets", c.lora_targets, TARGETS), ("schedule", (c.schedule,), SCHEDULES),
              ("judges_combined", (c.judges_combined,), ("median", "mean")))  # fmt: skip

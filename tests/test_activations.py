@@ -5,11 +5,10 @@ import pytest
 import torch
 from test_quantize import batch, outlier_model, quantized, tiny
 
-from medprune.activations import figure_loss_curve, outlier_table, q_proj_activations
+from medprune.activations import figure_activations, figure_loss_curve, outlier_table, q_proj_activations
 from medprune.model import parts
 from medprune.prune import apply_plan, make_plan
 from medprune.quantize import quantize
-from medprune.report import figure_activations
 
 
 def test_q_proj_activations_are_the_layers_own():
