@@ -86,11 +86,11 @@ def test_empty_answers_are_texts_when_scores_are_read_again(tmp_path):
     assert again.answer.tolist() == table.answer.tolist() and again.score_percent.isna().tolist() == [True, False, False]
 
 
-def papermill(root, stage):
+def papermill(root, stage, *more):
     """Start one notebook of a run, as the series does."""
     notebook = root / stage / f"{stage}.ipynb"
     notebook.parent.mkdir(parents=True, exist_ok=True)
-    words = ["-p", "profile", "smoke", "-p", "run_name", root.name, "-p", "runs_dir", str(root.parent)]
+    words = ["-p", "profile", "smoke", "-p", "run_name", root.name, "-p", "runs_dir", str(root.parent), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "papermill", str(REPO / "notebooks" / f"{stage}.ipynb"), str(notebook), *words,
          "--cwd", str(REPO / "notebooks"), "--no-progress-bar", "-k", "python3"],
@@ -139,3 +139,17 @@ def test_killed_in_02_and_in_03_it_ends_with_the_same_tables(series, tmp_path):
     assert orders[0] == orders[1]
     sweeps = [pd.read_csv(r / "03_prune_sweep" / "sweep.csv").drop(columns=MEASURED) for r in (root, undisturbed)]
     pd.testing.assert_frame_equal(*sweeps)
+
+
+def test_ways_back_of_another_pruned_model_are_trained_anew(series, tmp_path):
+    """They stand in one file under the same labels; what a model without one block was tuned to is not another's."""
+    done, _ = series
+    root = tmp_path / "other"
+    shutil.copytree(done, root, ignore=shutil.ignore_patterns("images", "base", "quantized"))
+    process = papermill(root, "04_sft_recovery", "-y", "{recover: [2]}")
+    assert process.wait(600) == 0, process.stderr.read()
+    trained = [
+        pd.read_csv(r / "04_sft_recovery" / "recipes.csv").set_index("method").trainable_params["lora 50% of images, same steps"]
+        for r in (done, root)
+    ]
+    assert trained[1] < trained[0]  # a block less has adapters
