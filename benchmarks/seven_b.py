@@ -4,8 +4,8 @@ python benchmarks/seven_b.py [--tiny] [--out FILE]
 
 Each configuration runs in a process of its own: 16-bit dense with every block, 4-bit RTN (groups of 64) with 0, 7, 8 and
 10 blocks removed, and with 0 and 4 where the head and the vision tower are packed too. A Linear is made, packed and
-freed before the next one is, and the 16-bit parts that stay come last, so that building holds no more than the finished
-model, but for the head, whose packing takes more. Random weights take the time and the memory of real ones; what they
+freed before the next one is, and the 16-bit parts that stay come last, so that building holds hardly more than the
+finished model. Random weights take the time and the memory of real ones; what they
 answer means nothing. Memory is the process's resident set, and what it held before the model was
 built (Python, torch, transformers) stands apart as overhead_bytes. On CUDA it is the allocator's, without overhead.
 """

@@ -12,7 +12,7 @@ import time
 
 from medprune.accounting import account
 from medprune.config import TARGETS, judge_names
-from medprune.preflight import QUESTION_TOKENS, judge_params
+from medprune.preflight import QUESTION_TOKENS, chat_judge_params
 from medprune.shapes import shape_of
 
 START_S = 10  # a kernel and its imports
@@ -133,8 +133,7 @@ def predict_seconds(settings: dict, config, rates: dict[str, float], checkpointi
     n_searched = (4 + n_counts) + (2 + n_counts if "hqq" in settings["methods"] else 0)  # AWQ's models and HQQ's
     search = SEARCHES * linears * SEARCH_BYTES / rates["bytes_per_s"]
     answers = 3 * n_test * (len(settings["blocks_removed"]) + n_counts + 2 + n_models)
-    judges = [judge_params(name) for name in judge_names(settings["judge"]) if name not in ("server", "reference", "cosine")]
-    judge_s = 2 * sum(judges) * JUDGE_TOKENS * answers / flops
+    judge_s = 2 * sum(chat_judge_params(judge_names(settings["judge"]))) * JUDGE_TOKENS * answers / flops
     images = settings["vision_steps"] * VISION_BATCH
     vision = 6 * images * shape.vision_tokens * shape.vision_params / (VISION_REACHED * rates["float32_flops_per_s"])
     seconds = {

@@ -1,5 +1,6 @@
 """Assemble or load a LLaVA, and say where its parts are. The only module that knows a model's attribute paths."""
 
+import functools
 import os
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ def load_processor(folder: str | Path):
     return processor
 
 
+@functools.cache  # the judges, the card and output similarity ask for the same one
 def load_embedder(config: Profile):
     """Return embed(texts) -> (n, d) unit-norm float32 array: the sentence transformer T of the paper's equation 3."""
     from sentence_transformers import SentenceTransformer

@@ -17,6 +17,7 @@ from medprune.shapes import shape_of
 RUNTIME_BYTES = int(0.6 * GIB)  # CUDA context and cuBLAS workspaces: not a model's, yet in its memory
 QUESTION_TOKENS = 64  # chat template and question beside the image's tokens
 EMBEDDER_BYTES = 4 * 22_713_216  # all-MiniLM-L6-v2 in float32
+EMBEDDING_JUDGES = {"reference", "cosine"}  # what compares sentence embeddings, and loads no chat model
 CPU_LIMIT_PARAMS_B = 1.0  # a model beyond it would take days a stage without CUDA
 DEVICE = ("name", "memory_bytes", "disk_bytes", "cuda")
 SETTINGS = ("base_bits", "lora_r", "batch_size", "batch_rows", "max_new_tokens", "calibration_tokens",
@@ -108,11 +109,15 @@ def judge_bytes(settings: dict) -> float:
     A chat model's parameters (`judge_params`) are taken at `judge_bits` (NF4's 4.5 at 4), and 1 GiB is added for its
     cache and activations.
     """
-    bits, total = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"], 0
+    bits = 4.5 if settings["judge_bits"] == 4 else settings["judge_bits"]
     names = {*judge_names(settings["judge"]), *settings.get("card_judges", ())}
-    if names & {"reference", "cosine"}:
-        total += EMBEDDER_BYTES
-    return total + sum(judge_params(name) * bits / 8 + GIB for name in names - {"server", "reference", "cosine"})
+    embedder = EMBEDDER_BYTES if names & EMBEDDING_JUDGES else 0
+    return embedder + sum(params * bits / 8 + GIB for params in chat_judge_params(names))
+
+
+def chat_judge_params(names) -> list[float]:
+    """Return `judge_params` of those judges that are chat models in this process."""
+    return [judge_params(name) for name in names if name != "server" and name not in EMBEDDING_JUDGES]
 
 
 def judge_params(name: str) -> float:
