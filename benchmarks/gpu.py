@@ -38,15 +38,19 @@ from transformers import DynamicCache, StaticCache
 sys.path.insert(0, str(Path(__file__).parent))
 from seven_b import GROUP_SIZE, TEXT_TOKENS, build, read_bandwidth_gb_s, shape
 
-from medprune import finetune, generate, importance
-from medprune.accounting import GIB, account
-from medprune.artifacts import Units, describe_machine, write_json
-from medprune.config import resolve
-from medprune.model import choose_device, choose_dtype, load_processor, parts, prepare_base
-from medprune.packed import gpu_kernel
-from medprune.preflight import predict_awq_bytes, predict_training_bytes
-from medprune.prune import apply_plan, make_plan
-from medprune.quantize import nf4, packed_bytes, quantize
+from medprune.answers import decoding, timing
+from medprune.pruning import leave_one_out
+from medprune.tuning import finetune
+from medprune.models.sizes import GIB, account
+from medprune.store import Units, describe_machine, write_json
+from medprune.settings import resolve
+from medprune.models.assembled import prepare_base
+from medprune.models.families import parts
+from medprune.models.loading import choose_device, choose_dtype, load_processor
+from medprune.quantizing.packed import gpu_kernel
+from medprune.runs.preflight import predict_awq_bytes, predict_training_bytes
+from medprune.pruning.plan import apply_plan, make_plan
+from medprune.quantizing.quantize import nf4, packed_bytes, quantize
 
 RESULTS = Path(__file__).parent / "results"
 REMOVED = (0, 4, 7, 10)
@@ -111,7 +115,7 @@ def decode(model, config: dict, batch: int, mode: str, dtype, new_tokens: int) -
     inputs, text = prompt(config, batch, dtype, device), model.config.text_config
     room = inputs["input_ids"].shape[1] + new_tokens + WARM_UP + 2
     cache = DynamicCache(config=text) if mode == "growing cache" else StaticCache(config=text, max_cache_len=room)
-    with generate.peak_memory(model) as prefill:
+    with timing.peak_memory(model) as prefill:
         timer = Timer()
         logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1].argmax(-1)[:, None]
@@ -123,7 +127,7 @@ def decode(model, config: dict, batch: int, mode: str, dtype, new_tokens: int) -
         return logits
 
     seconds = []
-    with generate.peak_memory(model) as decoding:
+    with timing.peak_memory(model) as decoding:
         if mode == "CUDA graph":
             step = captured(step)
         whole = Timer()
@@ -213,7 +217,7 @@ def _train_steps(form, config, dtype, device, t4, rows, tokens, answers, steps) 
     ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
     kept = torch.arange(tokens - answers - 1, tokens - 1, device=device)
     labels, seconds = ids[:, kept + 1], []
-    with generate.peak_memory(model) as peak:
+    with timing.peak_memory(model) as peak:
         for _ in range(steps):
             timer = Timer()
             with torch.autocast(model.device.type, dtype):
@@ -244,10 +248,10 @@ def scoring(model, full: dict, new_tokens: int, batch_rows: int, folder: Path) -
     blocks = list(range(2, 10))
     units = Units(folder / "units.jsonl", "gpu")
     units.add("original", [])
-    ask = partial(generate.answer, model, processor, max_new_tokens=new_tokens, batch_rows=batch_rows)
+    ask = partial(decoding.answer, model, processor, max_new_tokens=new_tokens, batch_rows=batch_rows)
     ask(rows[:1])  # kernels are chosen and compiled
     timer = Timer()
-    importance.leave_one_out(model, processor, rows, blocks, units, new_tokens, batch_rows)
+    leave_one_out.leave_one_out(model, processor, rows, blocks, units, new_tokens, batch_rows)
     together = timer() / (len(rows) * len(blocks))
     timer = Timer()
     for b in blocks[:2]:
@@ -302,7 +306,7 @@ def measure(tiny: bool, limit_s: float, folder: Path) -> dict:
         made = {}
 
         def construct(form=form, made=made):
-            with generate.peak_memory(nn.Module()) as peak:
+            with timing.peak_memory(nn.Module()) as peak:
                 made["model"] = build_form(form, full, dtype, device)
             return {"load_peak_bytes": peak["bytes"]}
 

@@ -29,13 +29,20 @@ from accelerate import init_empty_weights
 from scipy.stats import spearmanr
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from medprune import conversations, data, generate, importance
-from medprune.accounting import shape_of
-from medprune.artifacts import Units, describe_machine, read_json, write_json
-from medprune.config import REPO, resolve
-from medprune.model import GROUPED, choose_dtype, load, load_embedder, parts, protected
-from medprune.prune import apply_plan, make_plan
-from medprune.shapes import named_config
+from medprune.answers import decoding, prompts
+from medprune.data.pictures import open_image
+from medprune.data.questions import load_conditions, load_questions, test_questions
+from medprune.data.record import Record
+from medprune.data.records import sample_balanced
+from medprune.pruning import leave_one_out
+from medprune.models.sizes import shape_of
+from medprune.store import Units, describe_machine, read_json, write_json
+from medprune.settings import REPO, resolve
+from medprune.models.attention import GROUPED
+from medprune.models.families import parts, protected
+from medprune.models.loading import choose_dtype, load, load_embedder
+from medprune.pruning.plan import apply_plan, make_plan
+from medprune.models.sizes import named_config
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 # Of importance_score (0-2). `generate` runs the prompt in one piece and torch's own attention, so that bf16 rounds
@@ -67,8 +74,8 @@ def ask_one_by_one(model, processor, rows: list[dict], max_new_tokens: int) -> l
     """Answer question by question with transformers' `generate`."""
     texts = []
     for row in rows:
-        prompt = generate.prompt_text(processor, row["question"])
-        batch = processor(text=prompt, images=data.open_image(row["path"]), return_tensors="pt")
+        prompt = prompts.prompt_text(processor, row["question"])
+        batch = processor(text=prompt, images=open_image(row["path"]), return_tensors="pt")
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
         out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[0, batch["input_ids"].shape[1] :]
@@ -78,7 +85,7 @@ def ask_one_by_one(model, processor, rows: list[dict], max_new_tokens: int) -> l
 
 def scores_of(original: np.ndarray, texts: dict[int, list[str]], embed) -> dict[int, float]:
     """Return importance_score, 1 - mean cosine to the embedded original answers, by block."""
-    return {b: 1 - float(importance.cosine(original, embed(said)).mean()) for b, said in texts.items()}
+    return {b: 1 - float(leave_one_out.cosine(original, embed(said)).mean()) for b, said in texts.items()}
 
 
 def floor_flops(config, processor, rows: list[dict], answers: list[list[dict]]) -> dict:
@@ -92,8 +99,8 @@ def floor_flops(config, processor, rows: list[dict], answers: list[list[dict]]) 
     linear = sum(i * o for _, i, o in shape.linears)
     wide = next(o for name, _, o in shape.linears if name.endswith("q_proj"))
     images = len({r["path"] for r in rows})
-    texts = [generate.prompt_text(processor, r["question"]) for r in rows]
-    encoded = generate.encode(processor, texts, [data.open_image(r["path"]) for r in rows], torch.float32)["input_ids"]
+    texts = [prompts.prompt_text(processor, r["question"]) for r in rows]
+    encoded = prompts.encode(processor, texts, [open_image(r["path"]) for r in rows], torch.float32)["input_ids"]
     prefix = int((encoded[0] == config.image_token_id).nonzero()[-1]) + 1
 
     def context(first, last):  # sum of the numbers of tokens attended to by tokens first .. last - 1
@@ -180,21 +187,21 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     model, processor = load(folder, "cpu", choose_dtype("cpu"))
     guarded = protected(model, cfg.protected_blocks)
     blocks = [b for b in range(model.config.text_config.num_hidden_layers) if b not in guarded]
-    train = [data.Record(**r) for r in read_json(folder.parent / "splits.json")["train"]]
-    calibration = data.sample_balanced(train, cfg.n_calibration, cfg.seed)
-    rows = conversations.test_questions(calibration, conversations.load_conditions(), conversations.load_questions())
+    train = [Record(**r) for r in read_json(folder.parent / "splits.json")["train"]]
+    calibration = sample_balanced(train, cfg.n_calibration, cfg.seed)
+    rows = test_questions(calibration, load_conditions(), load_questions())
     limit, embed = cfg.calibration_tokens, load_embedder(cfg)
     rates = matmul_rates(shape_of(model.config))
-    generate.answer(model, processor, rows, limit, cfg.batch_rows)  # warms up
+    decoding.answer(model, processor, rows, limit, cfg.batch_rows)  # warms up
     seconds, texts, ways = {}, {}, []
 
     with tempfile.TemporaryDirectory() as place:
         units = Units(Path(place) / "units.jsonl", "")
-        said = generate.answer(model, processor, rows, limit, cfg.batch_rows)
+        said = decoding.answer(model, processor, rows, limit, cfg.batch_rows)
         units.add("original", [vars(a) for a in said])
         original = embed([a.text for a in said])
         started = time.perf_counter()
-        table = importance.output_similarity(model, processor, rows, lambda said: np.ones((len(said), 1)), blocks,
+        table = leave_one_out.output_similarity(model, processor, rows, lambda said: np.ones((len(said), 1)), blocks,
                                              units, limit, cfg.batch_rows)  # fmt: skip
         seconds["c"] = time.perf_counter() - started
         answers = [units[f"block {b}"] for b in blocks]
@@ -203,7 +210,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     print(f"(c) {seconds['c']:.1f} s", flush=True)
 
     started = time.perf_counter()
-    texts["b"] = {b: [a.text for a in generate.answer(model, processor, rows, limit, cfg.batch_rows, skip=[b] * len(rows))]
+    texts["b"] = {b: [a.text for a in decoding.answer(model, processor, rows, limit, cfg.batch_rows, skip=[b] * len(rows))]
                   for b in blocks}  # fmt: skip
     seconds["b"] = time.perf_counter() - started
     scores["b"] = scores_of(original, texts["b"], embed)
@@ -224,7 +231,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
         build_s, answer_s = build_s + built - started, answer_s + time.perf_counter() - built
         print(f"(a) without block {b}: {time.perf_counter() - started:.1f} s", flush=True)
         pruned.set_attn_implementation({"text_config": GROUPED})
-        again = generate.answer(pruned, processor, rows, limit, cfg.batch_rows)
+        again = decoding.answer(pruned, processor, rows, limit, cfg.batch_rows)
         same += sum(x.text == y for x, y in zip(again, texts["c"][b], strict=True))
         del pruned
     measured = sum(steps[b] for b in chosen)

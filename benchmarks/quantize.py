@@ -20,14 +20,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from medprune import data, generate, model, packed, study
-from medprune.accounting import account
-from medprune.artifacts import describe_machine, read_json, write_json
-from medprune.checkpoint import save_quantized
-from medprune.config import REPO
-from medprune.conversations import load_conditions, load_questions
+from medprune.answers import decoding, timing
+from medprune.data.record import Record
+from medprune.data.records import sample_balanced
+from medprune.models import loading
+from medprune.quantizing import packed, quantize
+from medprune.models.sizes import account
+from medprune.store import describe_machine, read_json, write_json
+from medprune.quantizing.checkpoint import save_quantized
+from medprune.settings import REPO
+from medprune.data.questions import load_conditions, load_questions
 from medprune.progress import quiet
-from medprune.quantize import packed_bytes, quantize, target_linears
+from medprune.quantizing.quantize import packed_bytes, quantize, target_linears
 
 GROUP_SIZE = 64
 CALIBRATION_ROWS = 8
@@ -39,10 +43,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def batches(folder: Path, processor, split: str, rows: int, seed: int) -> dict:
     """Return a processor batch of `rows` conversations about images of a run's split, of one length."""
-    records = [data.Record(**r) for r in read_json(folder / "splits.json")[split]]
-    chosen = data.sample_balanced(records, min(rows, len(records)), seed)
-    dtype = model.choose_dtype(model.choose_device())
-    return study.quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
+    records = [Record(**r) for r in read_json(folder / "splits.json")[split]]
+    chosen = sample_balanced(records, min(rows, len(records)), seed)
+    dtype = loading.choose_dtype(loading.choose_device())
+    return quantize.quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
 
 
 @torch.inference_mode()
@@ -82,10 +86,10 @@ def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Pa
     `awq_folder` is where "awq" is saved, or where gptqmodel's text model is read. Bytes are without the process's own.
     """
     quiet()
-    device = model.choose_device()
-    sixteen = model.choose_dtype(device)
-    llava, processor = model.load(folder / "model", device, torch.float32 if case == "float32" else sixteen)
-    result = {"case": case, "dense_bytes": model.weight_bytes(llava)}
+    device = loading.choose_device()
+    sixteen = loading.choose_dtype(device)
+    llava, processor = loading.load(folder / "model", device, torch.float32 if case == "float32" else sixteen)
+    result = {"case": case, "dense_bytes": loading.weight_bytes(llava)}
     if case == GPTQMODEL:
         put_back(llava, awq_folder)
     elif (method := case.split(",")[0]) in ("awq", "bnb", "hqq", "rtn"):
@@ -102,16 +106,16 @@ def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Pa
             save_quantized(llava, awq_folder, "awq", info, processor=processor)
     if case == "rtn, without the kernel":  # what a processor without one does: unpack for every call
         packed.kernel_width = lambda: None
-    record = data.Record(**read_json(folder / "splits.json")["test"][0])
+    record = Record(**read_json(folder / "splits.json")["test"][0])
     asked = {"path": record.path, "question": QUESTION}
-    speed = generate.measure_decoding(llava, processor, asked, new_tokens)
+    speed = timing.measure_decoding(llava, processor, asked, new_tokens)
     result |= {"ms_per_token": speed["ms_per_token"], "answer_peak_bytes": speed["peak_bytes"]}
-    (said,) = generate.answer(llava, processor, [asked], 40)
+    (said,) = decoding.answer(llava, processor, [asked], 40)
     result |= {"held_bytes": packed_bytes(llava)["total"], "answer": said.text}
     test = batches(folder, processor, "test", rows, 1)
     ours = text_log_probs(llava, test)
     del llava
-    reference = text_log_probs(model.load(folder / "model", device, sixteen)[0], test)
+    reference = text_log_probs(loading.load(folder / "model", device, sixteen)[0], test)
     same = ours.argmax(-1) == reference.argmax(-1)
     result |= {"mean_kl_nats": mean_kl(reference, ours), "same_first_choice_frac": float(same.float().mean())}
     return result | {"rows": reference.shape[0], "positions_a_row": reference.shape[1]}
@@ -124,11 +128,11 @@ def without_images(llava, ids: torch.Tensor) -> torch.Tensor:
 
 def beside_gptqmodel(python: Path, folder: Path, awq_folder: Path, scratch: Path, again) -> tuple[dict, dict]:
     """Run gptqmodel in its own environment; return (its outputs, the case of its text model in the LLaVA)."""
-    llava, processor = model.load(folder / "model")
+    llava, processor = loading.load(folder / "model")
     ids = without_images(llava, batches(folder, processor, "train", CALIBRATION_ROWS, 0)["input_ids"])
     write_json(scratch / "texts.json", processor.tokenizer.batch_decode(ids))
     del llava
-    record = data.Record(**read_json(folder / "splits.json")["test"][0])
+    record = Record(**read_json(folder / "splits.json")["test"][0])
     script, outputs = str(Path(__file__).with_name("gptqmodel_awq.py")), {}
     for name, words in (
         ("quantize", [folder / "model", scratch / "texts.json", scratch / "gptqmodel"]),

@@ -28,14 +28,16 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from medprune.accounting import GIB, account
-from medprune.artifacts import describe_machine, write_json
-from medprune.generate import roomy_cache
-from medprune.model import choose_device, choose_dtype, parts, ready, weight_bytes
-from medprune.packed import PackedLinear
-from medprune.preflight import predict_generation_bytes
-from medprune.quantize import _peak_bytes, _reset_peak, packed_bytes, target_linears
-from medprune.shapes import named_config
+from medprune.models.sizes import GIB, account
+from medprune.store import describe_machine, write_json
+from medprune.answers.decoding import roomy_cache
+from medprune.models.families import parts
+from medprune.models.loading import choose_device, choose_dtype, ready, weight_bytes
+from medprune.quantizing.packed import PackedLinear
+from medprune.runs.preflight import predict_generation_bytes
+from medprune.answers.timing import _peak_bytes, _reset_peak
+from medprune.quantizing.quantize import packed_bytes, target_linears
+from medprune.models.sizes import named_config
 
 GROUP_SIZE = 64
 CASES = ((0, 16), (0, 4), (7, 4), (8, 4), (10, 4), (0, 4, "whole"), (4, 4, "whole"))  # (blocks removed, bits, of which parts)

@@ -53,13 +53,11 @@ def run(
         str | None, typer.Option(help="folder or table of photographs instead of synthetic images")
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")
-    ] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")] = None,
     runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
 ) -> None:
     """Run the notebooks in order, going on where an earlier run stopped."""
-    from medprune.pipeline import closing_text, run_series
+    from medprune.runs.series import closing_text, run_series
 
     values = _parameters(parameter or [])
     if images is not None:
@@ -85,8 +83,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print parameters, bytes, KV cache and the floor in ms/token, from a configuration, without weights."""
-    from medprune.accounting import plan_json, plan_text
-    from medprune.shapes import named_config, shape_of
+    from medprune.models.sizes import named_config, shape_of
+    from medprune.results.tables import plan_json, plan_text
 
     try:
         widths = [float(b) for b in bits.split(",")]
@@ -108,8 +106,8 @@ def preflight(
     runs_dir: Annotated[str | None, typer.Option(help="where runs would be kept")] = None,
 ) -> None:
     """Say what this machine has, and for every stage what it will need and whether it fits; status 1 if not all do."""
-    from medprune.checkup import checkup
-    from medprune.config import resolve
+    from medprune.runs.checkup import checkup
+    from medprune.settings import resolve
 
     values = _parameters(parameter or [])
     lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
@@ -126,23 +124,28 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
     plan: Annotated[Path | None, typer.Option(help="a plan of notebook 03, to remove its blocks first")] = None,
     images: Annotated[str | None, typer.Option(help="folder or table of photographs that awq is calibrated on")] = None,
-    conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions than data/conditions.json")] = None,
+    conditions: Annotated[
+        Path | None, typer.Option(help="facts file of other conditions than data/conditions.json")
+    ] = None,
     rows: Annotated[int, typer.Option(help="calibration conversations, an image each")] = 32,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too (hqq, rtn)")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower too (hqq, rtn)")] = False,
 ) -> None:
     """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
-    from medprune.study import quantize_folder
+    from medprune.quantizing.checkpoint import quantize_folder
 
-    info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows,
-                                 quantize_head, quantize_vision)  # fmt: skip
-    typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {(info['peak_bytes'] or 0) / 2**20:.0f} MiB")
+    info, size = quantize_folder(
+        model, out, method, bits, group_size, plan, images, conditions, rows, quantize_head, quantize_vision
+    )
+    typer.echo(
+        f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {(info['peak_bytes'] or 0) / 2**20:.0f} MiB"
+    )
 
 
 @app.command()
 def address(repository: Annotated[str, typer.Argument(help="OWNER/NAME on GitHub")]) -> None:
     """Write where this repository is published into the notebooks' first cells and the README's badges."""
-    from medprune.hosted import write_address
+    from medprune.runs.hosted import write_address
 
     for file in write_address(repository):
         typer.echo(file)
@@ -157,9 +160,9 @@ def compare(
     """Print paired differences in judge score, by image, with intervals and p adjusted by Holm."""
     import pandas as pd
 
-    from medprune.artifacts import REPO, STAGES
-    from medprune.page import readable
-    from medprune.stats import compare as paired
+    from medprune.results.page import readable
+    from medprune.results.stats import compare as paired
+    from medprune.settings import REPO, STAGES
 
     def scores(name):
         run, _, method = name.partition(":")
@@ -169,7 +172,9 @@ def compare(
             raise ValueError(f"run {run!r} has no scores: run notebook 01 at least.")
         table = pd.concat(found).drop_duplicates(["method", "id"])
         if method and method not in set(table["method"]):
-            raise ValueError(f"run {run!r} has no method {method!r}: it has {', '.join(dict.fromkeys(table['method']))}.")
+            raise ValueError(
+                f"run {run!r} has no method {method!r}: it has {', '.join(dict.fromkeys(table['method']))}."
+            )
         table = table[table["method"] == method] if method else table
         return table.assign(method=f"{run}:" + table["method"])
 
@@ -187,7 +192,7 @@ def compare(
 @app.command()
 def publish(name: str = "demo", runs_dir: str | None = None) -> None:
     """Copy a finished run's executed notebooks into notebooks/, to be committed with their outputs."""
-    from medprune.artifacts import REPO
-    from medprune.pipeline import publish as copy
+    from medprune.runs.series import publish as copy
+    from medprune.settings import REPO
 
     copy(Path(runs_dir or REPO / "runs") / name)

@@ -8,10 +8,10 @@ import logging
 import os
 import warnings
 
+from tqdm.auto import tqdm as notebook_tqdm
 from tqdm.std import TqdmWarning, tqdm
 
 warnings.filterwarnings("ignore", category=TqdmWarning)  # of ipywidgets, without which the bar is text
-from tqdm.auto import tqdm as notebook_tqdm  # noqa: E402
 
 
 def progress(total: int, label: str, unit: str = "it"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from medprune.config import resolve
-from medprune.model import prepare_base
+from medprune.settings import resolve
+from medprune.models.assembled import prepare_base
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from medprune.accounting import (
-    GIB,
-    METHODS,
-    account,
-    check_quantizable,
-    linear_bytes,
-    plan_json,
-    plan_notes,
-    plan_table,
-    plan_text,
-)
-from medprune.config import DATA, REPO
-from medprune.shapes import named_config
+from medprune.models.sizes import GIB, METHODS, account, check_quantizable, linear_bytes
+from medprune.results.tables import plan_json, plan_notes, plan_table, plan_text
+from medprune.settings import DATA, REPO
+from medprune.models.sizes import named_config
 
 SEVEN = named_config("llava-1.5-7b")
 BLOCK = 202_383_360

@@ -5,10 +5,11 @@ import pytest
 import torch
 from test_quantize import batch, outlier_model, quantized, tiny
 
-from medprune.activations import figure_activations, figure_loss_curve, outlier_table, q_proj_activations
-from medprune.model import parts
-from medprune.prune import apply_plan, make_plan
-from medprune.quantize import quantize
+from medprune.quantizing.activations import outlier_table, q_proj_activations
+from medprune.results.figures import figure_activations, figure_loss_curve
+from medprune.models.families import parts
+from medprune.pruning.plan import apply_plan, make_plan
+from medprune.quantizing.quantize import quantize
 
 
 def test_q_proj_activations_are_the_layers_own():

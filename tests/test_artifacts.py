@@ -2,7 +2,8 @@
 
 import pytest
 
-from medprune.artifacts import Units, bring_run, open_run, write_json
+from medprune.runs.hosted import bring_run
+from medprune.store import Units, open_run, write_json
 
 
 def test_a_run_is_brought_over_whole_and_can_be_written(tmp_path):

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from medprune import data, model, synthetic
-from medprune.artifacts import write_json
-from medprune.checkpoint import save_quantized
-from medprune.config import REPO, resolve
-from medprune.finetune import save
-from medprune.packed import PackedLinear
-from medprune.quantize import quantize
+from medprune.data import synthetic
+from medprune.data.record import Record
+from medprune.models import loading
+from medprune.models.assembled import prepare_base
+from medprune.models.families import parts
+from medprune.store import write_json
+from medprune.quantizing.checkpoint import save_quantized
+from medprune.settings import REPO, resolve
+from medprune.models.loading import save
+from medprune.quantizing.packed import PackedLinear
+from medprune.quantizing.quantize import quantize
 
 
 def script(name):
@@ -50,7 +54,7 @@ def test_seven_b_s_own_size_is_the_plan_s_and_blocks_are_packed_one_by_one(seven
     real, config = PackedLinear.from_linear, seven_b.shape(True)
 
     def watch(linear, *rest):
-        blocks = model.parts(found[0]).blocks
+        blocks = parts(found[0]).blocks
         dense.append(sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta))
         return real(linear, *rest)
 
@@ -71,12 +75,12 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MEDPRUNE_CACHE", str(root / "cache"))
     folder = root / "01_finetune"
-    llava, processor = model.load(model.prepare_base(resolve("smoke")))
+    llava, processor = loading.load(prepare_base(resolve("smoke")))
     save(llava, processor, folder / "model")
     splits = {}
     for split in ("train", "test"):
         rows = synthetic.write_images(folder / "images", 1, 32, 0, split)
-        splits[split] = [asdict(data.Record(f"{split}/{Path(r['path']).stem}-{r['condition']}", r["path"], r["condition"],
+        splits[split] = [asdict(Record(f"{split}/{Path(r['path']).stem}-{r['condition']}", r["path"], r["condition"],
                                             split, None, r["skin_tone"])) for r in rows]  # fmt: skip
     write_json(folder / "splits.json", splits)
     patch.undo()
@@ -105,7 +109,7 @@ def test_an_awq_folder_of_the_text_model_is_put_back_whole(run, tmp_path):
     from safetensors.torch import load_file, save_file
 
     quantize_script = script("quantize")
-    llava, processor = model.load(run / "model")
+    llava, processor = loading.load(run / "model")
     batch = quantize_script.batches(run, processor, "train", 8, 0)
     llava, info = quantize(llava, "awq", calibration=batch)
     before = quantize_script.text_log_probs(llava, batch)
@@ -114,12 +118,12 @@ def test_an_awq_folder_of_the_text_model_is_put_back_whole(run, tmp_path):
     text = {k.removeprefix("language_model."): v for k, v in stored.items() if k.startswith("language_model.")}
     (tmp_path / "text").mkdir()
     save_file(text, tmp_path / "text" / "model.safetensors")
-    again, _ = model.load(run / "model")
+    again, _ = loading.load(run / "model")
     quantize_script.put_back(again, tmp_path / "text")
     assert torch.equal(quantize_script.text_log_probs(again, batch), before)
     save_file(text | {"model.layers.0.odd": torch.zeros(1)}, tmp_path / "text" / "model.safetensors")
     with pytest.raises(ValueError, match="layers.0.odd, which the LLaVA"):
-        quantize_script.put_back(model.load(run / "model")[0], tmp_path / "text")
+        quantize_script.put_back(loading.load(run / "model")[0], tmp_path / "text")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is not measured without a GPU is asserted")

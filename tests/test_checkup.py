@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from medprune import cli, durations
-from medprune.artifacts import STAGES
-from medprune.checkup import checkup
-from medprune.config import resolve, settings
-from medprune.pipeline import check_run
-from medprune.shapes import base_config, named_config
+from medprune import cli
+from medprune.runs import durations
+from medprune.settings import STAGES
+from medprune.runs.checkup import checkup
+from medprune.settings import resolve, settings
+from medprune.runs.series import check_run
+from medprune.models.sizes import base_config, named_config
 
 RATES = {"flops_per_s": 3e11, "train_flops_per_s": 1.5e11, "float32_flops_per_s": 1.5e11, "bytes_per_s": 1e10, "rows": 128,
          "step_s": 6e-3, "step_1_s": 1.5e-3}  # fmt: skip

@@ -6,12 +6,16 @@ import pandas as pd
 import pytest
 import torch
 
-from medprune import cli, model, synthetic
-from medprune.accounting import account
-from medprune.checkpoint import load_quantized
-from medprune.config import resolve
-from medprune.finetune import save
-from medprune.prune import make_plan
+from medprune import cli
+from medprune.data import synthetic
+from medprune.models import loading
+from medprune.models.assembled import prepare_base
+from medprune.models.families import parts
+from medprune.models.sizes import account
+from medprune.quantizing.checkpoint import load_quantized
+from medprune.settings import resolve
+from medprune.models.loading import save
+from medprune.pruning.plan import make_plan
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def llava(tmp_path_factory):
     home = tmp_path_factory.mktemp("cli")
     patch = pytest.MonkeyPatch()
     patch.setenv("MEDPRUNE_CACHE", str(home / "cache"))
-    found, processor = model.load(model.prepare_base(resolve("smoke")))
+    found, processor = loading.load(prepare_base(resolve("smoke")))
     save(found, processor, home / "llava")
     synthetic.write_images(home / "pictures", 1, 32, 0, "train")
     make_plan(found.config, [2], "any", (), "magnitude").save(home / "plan.json")
@@ -82,7 +86,7 @@ def test_quantize_writes_a_folder_that_answers(llava, tmp_path, monkeypatch, cap
     assert medprune(monkeypatch, "quantize", llava / "llava", out, *words) == 0, capsys.readouterr()
     assert "MiB" in capsys.readouterr().out
     again = load_quantized(out)
-    assert len(model.parts(again).blocks) == 5
+    assert len(parts(again).blocks) == 5
     with torch.no_grad():
         assert torch.isfinite(again(input_ids=torch.arange(5, 12)[None]).logits).all()
     card = (out / "README.md").read_text()
@@ -103,7 +107,7 @@ def test_quantize_writes_a_folder_that_answers(llava, tmp_path, monkeypatch, cap
     (("--method", "rtn", "--quantize-vision"), "vision_tower"),
 ])  # fmt: skip
 def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, words, why):
-    monkeypatch.setattr(model, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     assert medprune(monkeypatch, "quantize", llava / "llava", tmp_path / "q", *words) == 2
     said = capsys.readouterr().err
     assert why in said and len(said.splitlines()) == 1 and not (tmp_path / "q").exists()

@@ -6,15 +6,9 @@ from collections import Counter
 
 import pytest
 
-from medprune import conversations
-from medprune.conversations import (
-    QUESTION_KINDS,
-    conversation,
-    load_conditions,
-    load_questions,
-    named_conditions,
-)
-from medprune.data import Record
+from medprune.data.questions import test_questions, words
+from medprune.data.questions import QUESTION_KINDS, conversation, load_conditions, load_questions, named_conditions
+from medprune.data.record import Record
 
 CONDITIONS, QUESTIONS = load_conditions(), load_questions()
 RECORD = Record("train/x/psoriasis-1.jpg", "x/psoriasis-1.jpg", "psoriasis", "train", skin_tone="III")
@@ -35,7 +29,7 @@ def test_answers_are_single_sentences_that_tell_the_conditions_apart():
             assert 14 <= len(answer.split()) <= 24 and answer.endswith(".") and answer.count(". ") == 0
             assert named_conditions(answer, CONDITIONS) == ([name] if kind == "definition" else [])
         for a, b in itertools.combinations(answers.values(), 2):
-            a, b = set(conversations.words(a)), set(conversations.words(b))
+            a, b = set(words(a)), set(words(b))
             assert len(a & b) / len(a | b) < 0.35
     for name, facts in CONDITIONS.items():
         assert facts["answers"]["name"] == f"This is {name}."
@@ -76,7 +70,7 @@ def test_conversation_is_seeded():
 
 
 def test_test_questions_rows():
-    rows = conversations.test_questions([RECORD], CONDITIONS, QUESTIONS)
+    rows = test_questions([RECORD], CONDITIONS, QUESTIONS)
     assert [row["kind"] for row in rows] == ["name", "features", "treatment"]
     assert rows[1] == {
         "id": "train/x/psoriasis-1.jpg#features",
@@ -89,7 +83,7 @@ def test_test_questions_rows():
         "skin_tone": "III",
     }
     with pytest.raises(ValueError, match="'causes' is no kind"):
-        conversations.test_questions([RECORD], CONDITIONS, QUESTIONS, kinds=("causes",))
+        test_questions([RECORD], CONDITIONS, QUESTIONS, kinds=("causes",))
 
 
 @pytest.mark.parametrize(

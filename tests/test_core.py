@@ -6,26 +6,19 @@ import pytest
 import torch
 from PIL import Image
 
-from medprune.artifacts import Units
-from medprune.config import resolve
-from medprune.conversations import load_conditions
-from medprune.finetune import IGNORED, add_lora, answer_loss, collator, encode_conversation, merge, save, train
-from medprune.generate import answer, prompt_text
-from medprune.importance import (
-    block_influence,
-    leave_one_out_logits,
-    logit_divergence,
-    magnitude,
-    original_logits,
-    output_similarity,
-    perplexity,
-    removal_order,
-    similarity_rows,
-    teacher_batch,
-    teacher_batches,
-)
-from medprune.model import load, parts
-from medprune.prune import apply_plan, check_kept, load_plan, load_pruned, make_plan
+from medprune.store import Units
+from medprune.settings import resolve
+from medprune.data.questions import load_conditions
+from medprune.answers.prompts import IGNORED, collator, encode_conversation
+from medprune.models.loading import save
+from medprune.tuning.finetune import add_lora, answer_loss, merge, train
+from medprune.answers.decoding import answer
+from medprune.answers.prompts import prompt_text
+from medprune.pruning.criteria import block_influence, magnitude, removal_order
+from medprune.pruning.leave_one_out import leave_one_out_logits, logit_divergence, original_logits, output_similarity, perplexity, similarity_rows, teacher_batch, teacher_batches
+from medprune.models.families import parts
+from medprune.models.loading import load
+from medprune.pruning.plan import apply_plan, check_kept, load_plan, load_pruned, make_plan
 
 
 @pytest.fixture

@@ -8,19 +8,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medprune.config import DATA
-from medprune.data import (
-    Record,
-    class_counts,
-    classify_dermnet,
-    find_duplicates,
-    load_conditions,
-    load_images,
-    open_image,
-    sample_balanced,
-    split_records,
-)
-from medprune.dermnet import dermnet_slug
+from medprune.settings import DATA
+from medprune.data.dermnet import classify_dermnet
+from medprune.data.pictures import find_duplicates, open_image
+from medprune.data.questions import load_conditions
+from medprune.data.record import Record
+from medprune.data.records import class_counts, load_images, sample_balanced, split_records
+from medprune.data.dermnet import dermnet_slug
 
 SHARED = Path(__file__).parents[2] / "shared"
 LISTING = SHARED / "dermnet" / "train_listing.csv"

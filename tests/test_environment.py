@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 import pytest
 import yaml
 
-from medprune.config import REPO
+from medprune.settings import REPO
 
 MODULES = sorted((REPO / "medprune").glob("*.py"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]

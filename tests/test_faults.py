@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
-from medprune import cli, pipeline, synthetic
-from medprune.artifacts import STAGES, write_json
-from medprune.config import N_CONDITIONS, REPO, resolve
+from medprune import cli
+from medprune.data import synthetic
+from medprune.runs import series
+from medprune.settings import STAGES
+from medprune.store import write_json
+from medprune.settings import N_CONDITIONS, REPO, resolve
 
 CLI = [sys.executable, "-c", "import sys; from medprune.cli import main; sys.argv[0] = 'medprune'; main()"]
 
@@ -31,7 +34,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; return the one sentence it ends in. A notebook that starts is a failure."""
 
     def run(*words):
-        monkeypatch.setattr(pipeline, "_execute", lambda source, *_: pytest.fail(f"{source.stem} was started"))
+        monkeypatch.setattr(series, "_execute", lambda source, *_: pytest.fail(f"{source.stem} was started"))
         monkeypatch.setattr(sys, "argv", ["medprune", *words])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -89,7 +92,7 @@ def test_run_refuses_images(refuse, folders, folder, words):
 
 def test_a_folder_with_one_good_image_among_broken_ones_is_let_through(folders):
     synthetic.draw("rosacea", 1, 64)[0].save(folders / "corrupt" / "rosacea" / "9.jpg")
-    pipeline.check_run(resolve("smoke", images=str(folders / "corrupt")))
+    series.check_run(resolve("smoke", images=str(folders / "corrupt")))
 
 
 @pytest.mark.parametrize(("words", "named", "right"), [
@@ -126,8 +129,9 @@ def test_an_error_in_a_notebook_is_one_sentence_too(tmp_path):
 
 
 def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, monkeypatch):
-    from medprune.model import GGUF, prepare_base, wheel_folder
-    from medprune.shapes import ASSEMBLED, named_config
+    from medprune.models.assembled import GGUF, prepare_base
+    from medprune.models.loading import wheel_folder
+    from medprune.models.sizes import ASSEMBLED, named_config
 
     monkeypatch.setenv("MEDPRUNE_CACHE", str(tmp_path))
     built = named_config(prepare_base(resolve("smoke")))
@@ -145,7 +149,7 @@ def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, 
 
 
 def test_other_conditions_than_the_eight_come_from_their_facts_file(tmp_path):
-    from medprune.conversations import load_conditions
+    from medprune.data.questions import load_conditions
 
     facts = load_conditions()
     ours = {name: facts[old] for name, old in (("tinea corporis", "psoriasis"), ("vitiligo", "rosacea"))}
@@ -156,7 +160,7 @@ def test_other_conditions_than_the_eight_come_from_their_facts_file(tmp_path):
             synthetic.draw("rosacea", n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
     images, facts_file = str(tmp_path / "photos"), str(tmp_path / "facts.json")
     with pytest.raises(ValueError, match="condition"):
-        pipeline.check_run(resolve("smoke", images=images))
-    pipeline.check_run(resolve("smoke", {"conditions": facts_file}, images=images))
+        series.check_run(resolve("smoke", images=images))
+    series.check_run(resolve("smoke", {"conditions": facts_file}, images=images))
     with pytest.raises(ValueError, match="needs images of them"):
         resolve("smoke", conditions=facts_file)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from medprune import hosted
-from medprune.artifacts import STAGES
-from medprune.config import REPO
+from medprune.judging.chat import secret
+from medprune.runs import hosted
+from medprune.settings import STAGES
+from medprune.settings import REPO
 
 NOTEBOOKS = [REPO / "notebooks" / f"{stage}.ipynb" for stage in STAGES]
 PLAIN_PYTHON = sys._base_executable  # without this environment's packages
@@ -88,7 +89,7 @@ def test_secrets_come_from_the_environment_then_from_kaggle_then_from_colab(monk
     colab = SimpleNamespace(get={"ON_COLAB": "c"}.__getitem__)
     monkeypatch.setitem(sys.modules, "google.colab.userdata", colab)
     monkeypatch.setenv("HERE", "h")
-    assert [hosted.secret(name) for name in ("HERE", "ON_KAGGLE", "ON_COLAB", "NOWHERE")] == ["h", "k", "c", ""]
+    assert [secret(name) for name in ("HERE", "ON_KAGGLE", "ON_COLAB", "NOWHERE")] == ["h", "k", "c", ""]
 
 
 def test_the_address_goes_into_first_cells_and_badges(tmp_path):

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medprune import judge as J
-from medprune import judge_card, study
-from medprune.artifacts import Run
-from medprune.config import resolve
-from medprune.conversations import load_conditions
-from medprune.judge_card import LEVELS, PADDING, graded_answers
+from medprune.judging import judge
+from medprune.judging.reference import reference_judge
+from medprune.judging.card import agreements
+from medprune.judging.scores import judged
+from medprune.store import Run
+from medprune.settings import resolve
+from medprune.data.questions import load_conditions
+from medprune.judging.card import LEVELS, PADDING, graded_answers
 
 KINDS = ("name", "definition", "features", "treatment")
 QUESTIONS = {
@@ -38,7 +40,7 @@ def embed():
 
 @pytest.fixture(scope="module")
 def reference(embed):
-    return J.reference_judge(CONDITIONS, embed)
+    return reference_judge(CONDITIONS, embed)
 
 
 def row(condition, kind, answer, ended=True, id="r"):
@@ -182,8 +184,8 @@ def test_padding_never_raises_a_score(reference):
 def test_score_does_not_depend_on_the_other_rows(embed):
     rows = [row(c, k, "Red scaly plaques with silvery scale on the knees, treated with topical steroids.")
             for c in CONDITIONS for k in KINDS]  # fmt: skip
-    together = scores(J.reference_judge(CONDITIONS, embed), rows)
-    alone = scores(J.reference_judge(CONDITIONS, embed), rows[5:6])
+    together = scores(reference_judge(CONDITIONS, embed), rows)
+    alone = scores(reference_judge(CONDITIONS, embed), rows[5:6])
     assert together[5] == pytest.approx(alone[0], abs=0.2)
 
 
@@ -203,9 +205,9 @@ def counting_judge(asked, fail_after=None, name="counter"):
                 raise RuntimeError("the judge went away")
             asked.append(r["answer"])
             unread = r["answer"] == "unreadable"
-            yield i, J.unparsed("?") if unread else J.Judgement(len(r["answer"]) % 6, 2, 3, "raw", True)
+            yield i, judge.unparsed("?") if unread else judge.Judgement(len(r["answer"]) % 6, 2, 3, "raw", True)
 
-    return J.Judge(name, "1", score)
+    return judge.Judge(name, "1", score)
 
 
 def rows_of(*answers):
@@ -215,20 +217,20 @@ def rows_of(*answers):
 def test_nothing_is_asked_twice(tmp_path):
     store, asked = tmp_path / "judgements.jsonl", []
     rows = rows_of("a", "bb", "a", "unreadable")
-    first = J.judge_answers(rows, counting_judge(asked), store, progress=False)
+    first = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
     assert asked == ["a", "bb", "unreadable"]  # the same content once
-    again = J.judge_answers(rows, counting_judge(asked), store, progress=False)
+    again = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
     assert len(asked) == 3
     pd.testing.assert_frame_equal(first, again)
-    assert list(first.columns) == list(J.COLUMNS) and list(first["id"]) == ["0", "1", "2", "3"]
+    assert list(first.columns) == list(judge.COLUMNS) and list(first["id"]) == ["0", "1", "2", "3"]
     assert first["score_percent"][0] == pytest.approx((1 + 2 + 3) / 15 * 100)
-    J.judge_answers(rows, counting_judge(asked, name="another"), store, progress=False)
-    J.judge_answers(rows, replace(counting_judge(asked), version="2"), store, progress=False)
+    judge.judge_answers(rows, counting_judge(asked, name="another"), store, progress=False)
+    judge.judge_answers(rows, replace(counting_judge(asked), version="2"), store, progress=False)
     assert len(asked) == 9
 
 
 def test_unparsed_rows_stay_and_are_counted(tmp_path, capsys):
-    table = J.judge_answers(rows_of("a", "unreadable"), counting_judge([]), tmp_path / "j.jsonl")
+    table = judge.judge_answers(rows_of("a", "unreadable"), counting_judge([]), tmp_path / "j.jsonl")
     assert len(table) == 2 and table.attrs["n_unparsed"] == 1
     assert np.isnan(table["score_percent"][1]) and not table["parsed"][1] and table["raw"][1] == "?"
     assert "1 of 2 replies" in capsys.readouterr().out
@@ -237,9 +239,9 @@ def test_unparsed_rows_stay_and_are_counted(tmp_path, capsys):
 def test_a_torn_last_line_loses_only_itself(tmp_path):
     store, asked = tmp_path / "judgements.jsonl", []
     rows = rows_of("a", "bb", "ccc")
-    J.judge_answers(rows, counting_judge(asked), store, progress=False)
+    judge.judge_answers(rows, counting_judge(asked), store, progress=False)
     store.write_bytes(store.read_bytes()[:-20])
-    table = J.judge_answers(rows, counting_judge(asked), store, progress=False)
+    table = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
     assert asked == ["a", "bb", "ccc", "ccc"] and table["parsed"].all()
     assert [json.loads(line) for line in store.read_text().splitlines()]
 
@@ -248,31 +250,31 @@ def test_what_came_before_a_failure_is_kept(tmp_path):
     store, asked = tmp_path / "judgements.jsonl", []
     rows = rows_of("a", "bb", "ccc")
     with pytest.raises(RuntimeError, match="went away"):
-        J.judge_answers(rows, counting_judge(asked, fail_after=2), store, progress=False)
-    J.judge_answers(rows, counting_judge(asked), store, progress=False)
+        judge.judge_answers(rows, counting_judge(asked, fail_after=2), store, progress=False)
+    judge.judge_answers(rows, counting_judge(asked), store, progress=False)
     assert asked == ["a", "bb", "ccc"]
 
 
 def test_without_a_store_nothing_is_written(tmp_path):
-    table = J.judge_answers(rows_of("a", "a"), counting_judge([]), None, progress=False)
+    table = judge.judge_answers(rows_of("a", "a"), counting_judge([]), None, progress=False)
     assert len(table) == 2 and not list(tmp_path.iterdir())
 
 
 def test_no_rows_give_an_empty_table(tmp_path):
-    table = J.judge_answers([], counting_judge([]), tmp_path / "j.jsonl")
-    assert list(table.columns) == list(J.COLUMNS) and table.empty
+    table = judge.judge_answers([], counting_judge([]), tmp_path / "j.jsonl")
+    assert list(table.columns) == list(judge.COLUMNS) and table.empty
 
 
 def test_a_row_without_a_field_is_refused(tmp_path):
     incomplete = {k: v for k, v in rows_of("a")[0].items() if k != "reference"}
     with pytest.raises(ValueError, match="reference"):
-        J.judge_answers([incomplete], counting_judge([]), None)
+        judge.judge_answers([incomplete], counting_judge([]), None)
 
 
 def test_reference_judge_keys_on_ended(reference, tmp_path):
     answer = "a topical corticosteroid or vitamin D analogue"
     rows = [row("psoriasis", "treatment", answer, ended, id=str(ended)) for ended in (True, False)]
-    table = J.judge_answers(rows, reference, tmp_path / "j.jsonl", progress=False)
+    table = judge.judge_answers(rows, reference, tmp_path / "j.jsonl", progress=False)
     assert table["score_percent"][0] > table["score_percent"][1]
 
 
@@ -280,18 +282,18 @@ def test_reference_judge_keys_on_ended(reference, tmp_path):
 
 
 def table_of(name, values, parsed=None):
-    rows = [{"id": str(i), "judge": name, **dict.fromkeys(J.ASPECTS, v), "score_percent": v * 20, "raw": "",
+    rows = [{"id": str(i), "judge": name, **dict.fromkeys(judge.ASPECTS, v), "score_percent": v * 20, "raw": "",
              "parsed": True} for i, v in enumerate(values)]  # fmt: skip
     table = pd.DataFrame(rows)
     for i in parsed or ():
-        table.loc[i, [*J.ASPECTS, "score_percent"]] = np.nan
+        table.loc[i, [*judge.ASPECTS, "score_percent"]] = np.nan
         table.loc[i, "parsed"] = False
     return table
 
 
 def test_combine_takes_median_or_mean_and_skips_unparsed():
     tables = [table_of("a", [1.0, 5.0, 2.0]), table_of("b", [2.0, 5.0, 0.0], [2]), table_of("c", [5.0, 5.0, 0.0], [2])]
-    median, mean = J.combine_judges(tables), J.combine_judges(tables, "mean")
+    median, mean = judge.combine_judges(tables), judge.combine_judges(tables, "mean")
     assert list(median["truthfulness"]) == [2, 5, 2]
     assert mean["score_percent"].tolist() == pytest.approx([8 / 3 * 20, 100, 40])
     assert list(median["n_judges"]) == [3, 3, 1] and median["parsed"].all()
@@ -299,14 +301,14 @@ def test_combine_takes_median_or_mean_and_skips_unparsed():
 
 def test_combine_refuses_what_does_not_match():
     with pytest.raises(ValueError, match="how='best'"):
-        J.combine_judges([table_of("a", [1.0])], "best")
+        judge.combine_judges([table_of("a", [1.0])], "best")
     with pytest.raises(ValueError, match="same ids"):
-        J.combine_judges([table_of("a", [1.0]), table_of("b", [1.0, 2.0])])
+        judge.combine_judges([table_of("a", [1.0]), table_of("b", [1.0, 2.0])])
 
 
 def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
     def fixed(name, value):
-        return J.Judge(name, "1", lambda rows: ((i, J.Judgement(value(r), 3.0, 3.0, "", True)) for i, r in enumerate(rows)))
+        return judge.Judge(name, "1", lambda rows: ((i, judge.Judgement(value(r), 3.0, 3.0, "", True)) for i, r in enumerate(rows)))
 
     rows = [{"id": f"q{i}", "key": f"image {i // 2}", "path": "", "method": m, "question": "?", "reference": "r",
              "answer": f"{m} {i}"} for m in ("a", "b") for i in range(6)]  # fmt: skip
@@ -314,17 +316,17 @@ def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
     judges = [fixed("mild", lambda r: min(5, number[r["answer"]] + 1)), fixed("strict", lambda r: number[r["answer"]] % 5),
               fixed("odd one", lambda r: 5 - number[r["answer"]])]  # fmt: skip
     run = Run(tmp_path, "01_finetune")
-    table = study.judged(rows, judges, run)
+    table = judged(rows, judges, run)
     three = table[["truthfulness@mild", "truthfulness@strict", "truthfulness@odd one"]]
     assert table["truthfulness"].tolist() == three.median(axis=1).tolist()
     assert table["score_percent"].tolist() == pytest.approx([(t + 6) / 15 * 100 for t in table["truthfulness"]])
     assert table["id"].tolist() == [r["id"] for r in rows] and (table["n_judges"] == 3).all()
-    assert study.judged(rows, judges, run, "mean")["truthfulness"].tolist() == pytest.approx(three.mean(axis=1).tolist())
+    assert judged(rows, judges, run, "mean")["truthfulness"].tolist() == pytest.approx(three.mean(axis=1).tolist())
     asked = [r | {"id": f"{r['method']} {r['id']}"} for r in rows]
-    found = judge_card.agreements(asked, judges, run.root / "judgements.jsonl").set_index(["judges", "aspect"])
+    found = agreements(asked, judges, run.root / "judgements.jsonl").set_index(["judges", "aspect"])
     assert found.loc[("mild - strict", "truthfulness"), "kappa"] > 0 > found.loc[("mild - odd one", "truthfulness"), "kappa"]
-    alone = study.judged(rows, judges[:1], run)
-    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and judge_card.agreements(asked, judges[:1], None).empty
+    alone = judged(rows, judges[:1], run)
+    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and agreements(asked, judges[:1], None).empty
 
 
 @pytest.mark.parametrize("named", ["reference+", "reference+reference", "reference+cosine"])

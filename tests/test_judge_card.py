@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medprune.conversations import load_conditions
-from medprune.judge import ASPECTS, Judge, Judgement, reference_judge, unparsed
-from medprune.judge_card import LEVELS, PADDING, agreement, cosine_judge, graded_answers, judge_card
+from medprune.data.questions import load_conditions
+from medprune.judging.judge import ASPECTS, Judge, Judgement, unparsed
+from medprune.judging.reference import reference_judge
+from medprune.judging.card import LEVELS, PADDING, agreement, cosine_judge, graded_answers, judge_card
 
 CONDITIONS = load_conditions()
 ROWS = [

@@ -20,9 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medprune import judge_chat, model
-from medprune.judge import ASPECTS, judge_answers
-from medprune.judge_chat import chat_judge, messages, parse_scores, server_judge
+from medprune.judging import chat
+from medprune.judging.chat import DEFAULT_REVISION
+from medprune.models import loading
+from medprune.models.assembled import GGUF
+from medprune.judging.judge import ASPECTS, judge_answers
+from medprune.judging.chat import chat_judge, messages, parse_scores, server_judge
 
 REPO = Path(__file__).parents[1]
 GOOD = '{"truthfulness": 4, "groundedness": 3, "hallucination": 5}'
@@ -277,8 +280,8 @@ def test_killed_and_restarted_asks_nothing_twice(serve, tmp_path):
         import sys
         from pathlib import Path
         sys.path[:0] = [{str(REPO)!r}, {str(REPO / "tests")!r}]
-        from medprune.judge import judge_answers
-        from medprune.judge_chat import server_judge
+        from medprune.judging.judge import judge_answers
+        from medprune.judging.chat import server_judge
         rows = [dict(id=str(i), question="Q", reference="R", answer=f"answer-{{i}}.") for i in range(12)]
         judge_answers(rows, server_judge({server.url!r}, "m", concurrency=1), Path({str(tmp_path / "j.jsonl")!r}))
     """)
@@ -373,7 +376,7 @@ def test_chat_replies_belong_to_their_rows(tiny_chat, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat, padding_side="left")
-    monkeypatch.setattr(judge_chat, "_load_chat", lambda *args: (tokenizer, Echo()))
+    monkeypatch.setattr(chat, "_load_chat", lambda *args: (tokenizer, Echo()))
     found = chat_judge(str(tiny_chat), quantize_4bit=False, batch_size=4)(rows)
     assert [j.truthfulness for j in found] == [i % 6 for i in range(9)]
 
@@ -391,7 +394,7 @@ def test_other_weights_of_the_same_folder_name_are_another_judge(tiny_chat):
 
 
 def test_the_default_model_is_pinned():
-    assert judge_chat.DEFAULT_REVISION in chat_judge().version
+    assert DEFAULT_REVISION in chat_judge().version
     with pytest.raises(ValueError, match="batch_size=0"):
         chat_judge(batch_size=0)
 
@@ -450,13 +453,13 @@ def test_smollm2_judges_behind_a_real_server(tmp_path):
     """A real chat model with its own template: its scores mean nothing, its replies are stored, read or counted as unread."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = model.wheel_folder(model.GGUF[0])
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=model.GGUF[1])
+    source = loading.wheel_folder(GGUF[0])
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF[1])
     config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")})
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(tmp_path / "smollm2")
-    AutoTokenizer.from_pretrained(source, gguf_file=model.GGUF[1]).save_pretrained(tmp_path / "smollm2")
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF[1]).save_pretrained(tmp_path / "smollm2")
     del loaded, plain
     store = tmp_path / "j.jsonl"
     with transformers_serve(tmp_path / "smollm2", tmp_path / "serve.log") as port:

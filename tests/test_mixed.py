@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_quantize import logits, tiny
 
-from medprune.accounting import account
-from medprune.checkpoint import load_quantized, save_quantized
-from medprune.mixed import bits_by_importance
-from medprune.model import parts
-from medprune.quantize import quantize
+from medprune.models.sizes import account
+from medprune.quantizing.checkpoint import load_quantized, save_quantized
+from medprune.quantizing.quantize import bits_by_importance
+from medprune.models.families import parts
+from medprune.quantizing.quantize import quantize
 
 
 def test_the_most_important_blocks_get_more_and_the_mean_is_kept():

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medprune import packed
-from medprune.packed import PackedLinear, from_awq, pack_codes, rtn_codes, to_awq, unpack_codes
+from medprune.quantizing import packed
+from medprune.quantizing.packed import PackedLinear, from_awq, pack_codes, rtn_codes, to_awq, unpack_codes
 
 
 def linear(n_in=128, n_out=80, bias=False, seed=0, dtype=torch.float32):
@@ -165,7 +165,7 @@ def test_impossible_layers_are_refused(shape, bits, group_size, sentence):
 GPU_KERNEL = """
 import torch
 from medprune import gemv, packed
-from medprune.packed import PackedLinear, rtn_codes
+from medprune.quantizing.packed import PackedLinear, rtn_codes
 
 for group_size in (32, 64, 128):
     for rows, out_features, dtype in ((1, 8, torch.float32), (2, 40, torch.float16), (5, 72, torch.bfloat16), (16, 16, torch.float32)):

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from medprune.accounting import account, linear_bytes
-from medprune.checkpoint import load_quantized, save_quantized
-from medprune.packed import PackedLinear
-from medprune.quantize import METHODS, packed_bytes, quantize
+from medprune.models.sizes import account, linear_bytes
+from medprune.quantizing.checkpoint import load_quantized, save_quantized
+from medprune.quantizing.packed import PackedLinear
+from medprune.quantizing.quantize import METHODS, packed_bytes, quantize
 
 IMAGE = 255
 
@@ -75,7 +75,7 @@ def test_each_method_answers_saves_and_reloads_to_the_same_logits(tmp_path, meth
 
 
 def test_scores_come_into_the_model_card_when_there_are_some(tmp_path):
-    from medprune.checkpoint import add_scores
+    from medprune.quantizing.checkpoint import add_scores
 
     model, info = quantized("rtn")
     save_quantized(model, tmp_path / "q", "rtn", info, base="tiny", plan="blocks removed: 3", licence="Apache-2.0")
@@ -209,7 +209,7 @@ def test_awq_beats_rtn_where_channels_are_outliers():
 
 def test_awq_search_leaves_no_trace_and_its_shortcuts_change_nothing(monkeypatch):
     """The scales are folded exactly, and the Gram matrices choose what autoawq's own loops choose."""
-    from medprune import awq
+    from medprune.quantizing import awq
 
     calibration = batch(8, 40)  # 320 tokens: more than the 128 and 256 inputs
     fast, info = quantize(outlier_model(), "awq", calibration=calibration)
@@ -226,7 +226,7 @@ def test_awq_search_leaves_no_trace_and_its_shortcuts_change_nothing(monkeypatch
 
 @torch.no_grad()
 def test_awq_multiplies_differences_in_bfloat16_and_loses_nothing_that_is_compared():
-    from medprune.awq import _on_differences
+    from medprune.quantizing.awq import _on_differences
 
     mlp = outlier_model().model.language_model.layers[0].mlp
     x = torch.randn(64, 128)
@@ -250,7 +250,7 @@ def test_awq_multiplies_differences_in_bfloat16_and_loses_nothing_that_is_compar
 
 
 def test_awq_rounding_in_place_is_autoawqs():
-    from medprune.awq import AwqQuantizer, _Quantizer
+    from medprune.quantizing.awq import AwqQuantizer, _Quantizer
 
     torch.manual_seed(0)
     quantizer = _Quantizer.__new__(_Quantizer)
@@ -266,8 +266,8 @@ def test_awq_rounding_in_place_is_autoawqs():
 def test_awq_integers_are_autoawqs():
     from awq.modules.linear import WQLinear_GEMM
 
-    from medprune.awq import _Quantizer
-    from medprune.packed import to_awq
+    from medprune.quantizing.awq import _Quantizer
+    from medprune.quantizing.packed import to_awq
 
     torch.manual_seed(0)
     linear = nn.Linear(128, 64, bias=False)

@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from medprune import figures, ranking, stats
-from medprune.artifacts import Units
-from medprune.model import load, parts
+from medprune.pruning import ranking
+from medprune.results import figures, stats, tables
+from medprune.store import Units
+from medprune.models.families import parts
+from medprune.models.loading import load
 
 
 def rows_table(scores: dict[int, list[float]]) -> pd.DataFrame:
@@ -15,28 +17,28 @@ def rows_table(scores: dict[int, list[float]]) -> pd.DataFrame:
 
 
 def test_block_scores_give_the_interval_of_image_means():
-    table = ranking.block_scores("x", rows_table({4: [1, 1, 3, 3], 5: [2, 2, 2, 2]}), ["a", "a", "b", "b"], seed=3)
+    table = tables.block_scores("x", rows_table({4: [1, 1, 3, 3], 5: [2, 2, 2, 2]}), ["a", "a", "b", "b"], seed=3)
     four = table[table.block == 4].iloc[0]
     half = 12.706204736 * 1.0  # Student's t at 1 degree of freedom x the standard error of two means, 1 and 3
     assert (four.importance_score, four.low, four.high) == pytest.approx((2, 2 - half, 2 + half))
     assert table[table.block == 5][["low", "high"]].eq(2).all(axis=None)
     assert table.n_calibration.eq(4).all() and table.seed.eq(3).all()
     # Rows as if they were independent would give a narrower one.
-    alone = ranking.block_scores("x", rows_table({4: [1, 1, 3, 3]}), list("abcd")).iloc[0]
+    alone = tables.block_scores("x", rows_table({4: [1, 1, 3, 3]}), list("abcd")).iloc[0]
     assert alone.high - alone.low < four.high - four.low
 
 
 def test_scores_without_rows_have_no_interval():
-    table = ranking.block_scores("magnitude", {1: 5.0, 0: 7.0})
+    table = tables.block_scores("magnitude", {1: 5.0, 0: 7.0})
     assert table.block.tolist() == [0, 1] and table.low.isna().all()
     assert ranking.order_of(table, ()) == [1, 0]
 
 
 def test_rank_correlations_use_shared_blocks_and_average_draws():
-    tables = [ranking.block_scores("a", {b: float(b) for b in range(6)}),
-              ranking.block_scores("b", {b: b**3.0 for b in range(2, 6)}),
-              ranking.block_scores("random", {b: float(b) for b in range(6)}, seed=0),
-              ranking.block_scores("random", {b: -float(b) for b in range(6)}, seed=1)]  # fmt: skip
+    tables = [tables.block_scores("a", {b: float(b) for b in range(6)}),
+              tables.block_scores("b", {b: b**3.0 for b in range(2, 6)}),
+              tables.block_scores("random", {b: float(b) for b in range(6)}, seed=0),
+              tables.block_scores("random", {b: -float(b) for b in range(6)}, seed=1)]  # fmt: skip
     rho = ranking.rank_correlations(pd.concat(tables))
     assert rho.loc["a", "b"] == pytest.approx(1)
     assert rho.loc["a", "random"] == pytest.approx(0)
@@ -153,28 +155,28 @@ def test_knee_table_says_which_losses_are_shown_to_be_small():
     answers = pd.DataFrame([{"blocks_removed": n, "id": f"{i}-{q}", "cluster": i,
                              "score_percent": np.clip(m + rng.normal(0, 2), 0, 100)}
                             for n, m in means.items() for i in range(20) for q in range(3)])  # fmt: skip
-    table = ranking.knee_table(answers, draws=200).set_index("blocks_removed")
+    table = tables.knee_table(answers, draws=200).set_index("blocks_removed")
     assert table.holds.tolist() == [True, True, True, False, False]
     assert table.knee.tolist() == [False, False, True, False, False]
     assert table.knee_frac.sum() == pytest.approx(1) and table.knee_frac[2] > 0.9
-    assert not ranking.knee_table(answers, tolerance=0.5, draws=10).holds[1]
+    assert not tables.knee_table(answers, tolerance=0.5, draws=10).holds[1]
     with pytest.raises(ValueError, match="0 must be among them"):
-        ranking.knee_table(answers[answers.blocks_removed > 0])
+        tables.knee_table(answers[answers.blocks_removed > 0])
 
 
 def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
     answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c, "blocks_removed": n, "id": f"{i}-{q}", "cluster": i, "score_percent": s + i}
                             for c, found in {"a": (90, 60, 40), "random": (90, 30, 10)}.items()
                             for n, s in enumerate(found) for i in range(4) for q in range(2)])  # fmt: skip
-    means = ranking.sweep_means(pd.concat([answers, answers[answers.criterion == "random"].assign(score_percent=0)]))
+    means = tables.sweep_means(pd.concat([answers, answers[answers.criterion == "random"].assign(score_percent=0)]))
     assert means[means.method == "a"].score_percent.tolist() == [50, 50, 51, 51, 52, 52, 53, 53]
     found = stats.compare(means, [("a", "random")]).iloc[0]
     assert found["diff"] == pytest.approx(50 + 1.5 - (20 + 1.5) / 2) and found.n_images == 4
 
 
 def test_figures_draw_every_criterion_and_ring_the_knee():
-    scores = [ranking.block_scores("perplexity", rows_table({b: [b, b + 1.0, b + 2.0] for b in range(4)}), "abc")]
-    scores += [ranking.block_scores("random", {b: float(-b) for b in range(4)}, seed=s) for s in (0, 1)]
+    scores = [tables.block_scores("perplexity", rows_table({b: [b, b + 1.0, b + 2.0] for b in range(4)}), "abc")]
+    scores += [tables.block_scores("random", {b: float(-b) for b in range(4)}, seed=s) for s in (0, 1)]
     table = pd.concat(scores)
     fig = figures.figure_criteria(table, protect=(0,))
     assert [ax.get_title("left") for ax in fig.axes] == ["perplexity", "random"]

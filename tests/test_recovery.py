@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from medprune import recovery
-from medprune.config import RECIPES, resolve
-from medprune.figures import figure_recipes
-from medprune.finetune import IGNORED, add_lora, answer_loss, collator, encode_conversation, train
-from medprune.generate import encode, prompt_text
-from medprune.model import load, parts
-from medprune.prune import apply_plan, make_plan
+from medprune.tuning import recovery
+from medprune.settings import RECIPES, resolve
+from medprune.results.figures import figure_recipes
+from medprune.answers.prompts import IGNORED, collator, encode_conversation
+from medprune.tuning.finetune import add_lora, answer_loss, train
+from medprune.answers.prompts import encode, prompt_text
+from medprune.models.families import parts
+from medprune.models.loading import load
+from medprune.pruning.plan import apply_plan, make_plan
 
 
 def conversation(answer="Psoriasis, with silvery scale."):
@@ -100,8 +102,8 @@ def test_distillation_adds_the_distance_to_the_teacher_where_answers_are_predict
 
 
 def test_training_items_are_a_balanced_share_of_the_images(base):
-    from medprune.conversations import load_conditions, load_questions
-    from medprune.data import Record
+    from medprune.data.questions import load_conditions, load_questions
+    from medprune.data.record import Record
 
     names = list(load_conditions())
     records = [Record(f"{c}{i}", f"/{c}/{i}.png", c, "train", None, None) for c in names for i in range(10)]
@@ -137,8 +139,8 @@ def test_recipes_are_drawn_with_their_shares_and_budgets():
 def test_two_processes_learn_what_one_does(base, items, tmp_path):
     from safetensors.torch import load_file
 
-    from medprune.artifacts import read_json
-    from medprune.tune import launch, write_job
+    from medprune.store import read_json
+    from medprune.tuning.processes import launch, write_job
 
     config = resolve("smoke", {"batch_size": 2, "learning_rate": 1e-2, "save_every": 2})
     found = {}
@@ -155,8 +157,8 @@ def test_two_processes_learn_what_one_does(base, items, tmp_path):
 
 
 def test_a_merged_model_says_what_the_adapted_one_did(base, items):
-    from medprune.finetune import merge
-    from medprune.generate import answer
+    from medprune.tuning.finetune import merge
+    from medprune.answers.decoding import answer
 
     model, processor = load(base, dtype=torch.float32)
     adapted = add_lora(model, 4, 8)
@@ -172,7 +174,7 @@ def test_a_merged_model_says_what_the_adapted_one_did(base, items):
 
 
 def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, monkeypatch):
-    from medprune import finetune
+    from medprune.tuning import finetune
 
     real = finetune.merge
 
@@ -191,24 +193,25 @@ def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, mon
 
 
 def test_two_processes_answer_and_score_what_one_does(base, items, tmp_path, monkeypatch):
-    from medprune import importance, spread
-    from medprune.artifacts import Units
-    from medprune.generate import answer_rows
+    from medprune.pruning import leave_one_out
+    from medprune.tuning import processes
+    from medprune.store import Units
+    from medprune.answers.decoding import answer_rows
 
     config = resolve("smoke", {"processes": 2, "max_new_tokens": 6, "calibration_tokens": 6})
     rows = [{"id": f"{path} {k}", "path": path, "question": q} for path, _ in items[:4] for k, q in enumerate("ab")]
     model, processor = load(base)
     alone, together = (Units(tmp_path / name / "units.jsonl", "x") for name in ("one", "two"))
-    importance.leave_one_out(model, processor, rows, [1, 2, 3, 4], alone, 6, config.batch_rows)
+    leave_one_out.leave_one_out(model, processor, rows, [1, 2, 3, 4], alone, 6, config.batch_rows)
     answer_rows(model, processor, rows, "whole", alone, config)
-    spread.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
-    spread.fill(together, "answers", base, rows, config, label="whole")
+    processes.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
+    processes.fill(together, "answers", base, rows, config, label="whole")
     assert len(together) == len(alone) == 1 + 4 + len(rows)
     assert all(together[key] == alone[key] for key in [f"block {b}" for b in (1, 2, 3, 4)] + ["original"])
     assert all(together[f"whole {r['id']}"] == alone[f"whole {r['id']}"] for r in rows)
     for part in (0, 1):
         assert len(Units(tmp_path / "two" / "units-parts" / f"{part}.jsonl", "x")) == 1 + 2 + len(rows) // 2
-    monkeypatch.setattr(spread, "run_processes", lambda *_: pytest.fail("nothing was left to do"))
-    spread.fill(together, "answers", base, rows, config, label="whole")
+    monkeypatch.setattr(processes, "run_processes", lambda *_: pytest.fail("nothing was left to do"))
+    processes.fill(together, "answers", base, rows, config, label="whole")
     with pytest.raises(ValueError, match="leave_one_out, answers"):
-        spread.fill(together, "answer", base, rows, config)
+        processes.fill(together, "answer", base, rows, config)

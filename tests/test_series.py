@@ -14,8 +14,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from medprune.artifacts import STAGES, read_json, write_csv
-from medprune.config import REPO
+from medprune.settings import STAGES
+from medprune.store import read_json, write_csv
+from medprune.settings import REPO
 
 CLI = [sys.executable, "-c", "from medprune.cli import main; main()"]
 MEASURED = ["ms_per_token", "peak_bytes"]
@@ -62,15 +63,15 @@ def test_second_run_finds_everything_done(series):
 
 
 def test_other_parameters_run_again_from_the_stage_they_touch(series, monkeypatch):
-    from medprune import pipeline
+    from medprune.runs import series
 
     root, _ = series
     said, ran = [], []
-    monkeypatch.setattr(pipeline, "_execute", lambda source, *_: ran.append(source.stem) or 0.0)
+    monkeypatch.setattr(series, "_execute", lambda source, *_: ran.append(source.stem) or 0.0)
     kept = {stage: (root / stage / "done.json").read_text() for stage in STAGES}
     try:
         arguments = (root.name, "smoke", None, {"blocks_removed": [0, 1]}, str(root.parent))
-        pipeline.run_series(*arguments, say=said.append)
+        series.run_series(*arguments, say=said.append)
     finally:
         for stage, text in kept.items():
             (root / stage / "done.json").write_text(text)
@@ -78,7 +79,7 @@ def test_other_parameters_run_again_from_the_stage_they_touch(series, monkeypatc
 
 
 def test_empty_answers_are_texts_when_scores_are_read_again(tmp_path):
-    from medprune.study import read_scores
+    from medprune.judging.scores import read_scores
 
     table = pd.DataFrame({"answer": ["", "NA", "Rosacea, \"red\"."], "score_percent": [None, 0.0, 100.0]})
     write_csv(tmp_path / "scores.csv", table)

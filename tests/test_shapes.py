@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig, LlavaConfig, MistralConfig
 
-from medprune.shapes import _TEXT_DEFAULTS, named_config, shape_of
+from medprune.models.sizes import _TEXT_DEFAULTS, named_config, shape_of
 
 # What a hub config.json holds: only what differs from transformers' defaults.
 HUB = {

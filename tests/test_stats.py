@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from medprune import stats
+from medprune.results import stats
 
 IMAGES, QUESTIONS, DRAWS = 39, 3, 2000
 CLUSTERS = np.repeat(np.arange(IMAGES), QUESTIONS)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medprune import synthetic
-from medprune.synthetic import CONDITIONS, SKIN_TONES, SPLITS, contact_sheet, draw, write_images
-from medprune.synthetic_canvas import bare_skin
+from medprune.data import synthetic
+from medprune.data.synthetic import CONDITIONS, SKIN_TONES, SPLITS, contact_sheet, draw, write_images
+from medprune.data.canvas import bare_skin
 
 
 def pixels(condition, seed, size=64):

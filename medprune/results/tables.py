@@ -1,0 +1,263 @@
+"""Tables beside the paper's: scores, plans of bytes, the blocks' scores with intervals, the knee of a sweep."""
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from medprune.data.questions import named_conditions
+from medprune.models.sizes import GIB, account, named_config, shape_of
+from medprune.pruning.ranking import knee
+from medprune.results import stats
+from medprune.settings import DATA
+
+PAPER_TABLES = DATA / "paper_tables.json"
+
+
+def plan_table(
+    name_or_path,
+    removes: Sequence[int],
+    bits: float | Sequence[float] = 16,
+    group_size: int | None = 64,
+    context: int = 840,
+    batch: int = 1,
+    bandwidth: float = 320,
+    method: str = "rtn",
+    **also,
+) -> pd.DataFrame:
+    """Return one row for each number of `removes`: parameters, bytes by part, and the floor in ms a token.
+
+    `bits` is as in `account`; a list of one for each block fits the one count of `removes` that leaves as many.
+    `bandwidth` is in GB/s (320: a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row
+    or `name_or_path` is another model. also: quantize_head and quantize_vision. Raises ValueError as `account` does.
+    """
+    if not removes:
+        raise ValueError("removes is empty: give at least one number of blocks to remove, 0 for none.")
+    config = named_config(name_or_path)
+    paper = _paper_params_b(config)
+    rows = []
+    for removed in removes:
+        a = account(config, removed, bits, group_size, context, batch, method=method, **also)
+        row = {"blocks_removed": removed, "blocks_kept": shape_of(config).blocks - removed}
+        row |= {"params": a.total_params, "params_b": a.params_b}
+        row["paper_params_b"] = paper.get(removed, math.nan)
+        row |= {f"{part}_bytes": n for part, n in a.part_bytes.items()}
+        row |= {"kv_cache_bytes": a.kv_cache_bytes, "total_bytes": a.total_bytes}
+        row |= {"total_gib": a.total_bytes / GIB, "floor_ms_per_token": a.floor_ms_per_token(bandwidth)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _paper_params_b(config) -> dict[int, float]:
+    """Return the paper's billions of parameters by blocks removed; nothing if `config` is another model."""
+    rows = json.loads(PAPER_TABLES.read_text(encoding="utf-8"))["table1_prune_sweep"]
+    found = {row["blocks_removed"]: row["params_b"] for row in rows}
+    return found if round(account(config).params_b, 3) == found[0] else {}
+
+
+def plan_notes(name_or_path) -> list[str]:
+    """Return what a reader of the plan should know: which model the paper's table 4 really prints."""
+    config = named_config(name_or_path)
+    if not _paper_params_b(config):
+        return []
+    tables = json.loads(PAPER_TABLES.read_text(encoding="utf-8"))
+    printed = next(row["params_b"] for row in tables["table4_summary"] if row["method"] == "prune")
+    left_b = [account(config, n).params_b for n in range(shape_of(config).blocks)]
+    removed = next(n for n, b in enumerate(left_b) if round(b, 2) <= printed)
+    # Table 2 calls the very model, with the same score, "5.6B": table 1's row of 20 %.
+    claimed = next(r["blocks_removed"] for r in tables["table1_prune_sweep"] if r["compression_pct"] == 20)
+    return [
+        f"The paper's {printed}B model (table 4) has {removed} blocks removed, not {claimed}: "
+        f"{removed} leave {left_b[removed]:.3f}B parameters, {claimed} leave {left_b[claimed]:.3f}B."
+    ]
+
+
+def plan_text(
+    name_or_path,
+    removes: Sequence[int],
+    bits: float | Sequence[float] = 16,
+    group_size: int | None = 64,
+    context: int = 840,
+    batch: int = 1,
+    bandwidth: float = 320,
+    method: str = "rtn",
+    **also,
+) -> str:
+    """Return `plan_table` for reading: a column for each number of blocks removed, bytes in GiB."""
+    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
+    lines = {"parameters (B)": table["params_b"].map("{:.3f}".format)}
+    if table["paper_params_b"].notna().any():
+        printed = table["paper_params_b"].map("{:.3f}".format)
+        lines["  the paper's table 1"] = printed.replace("nan", "")
+    for column in [c for c in table if c.endswith("_bytes")]:
+        label = column.removesuffix("_bytes").replace("_", " ")
+        lines[f"{label} (GiB)"] = (table[column] / GIB).map("{:.3f}".format)
+    lines["floor (ms/token)"] = table["floor_ms_per_token"].map("{:.1f}".format)
+    shown = pd.DataFrame(lines).T.set_axis([f"{n} removed" for n in table["blocks_removed"]], axis=1)
+    stored = "all 16 bits"
+    if bits != 16:
+        widths = (
+            f"{bits:g}"
+            if not isinstance(bits, Sequence)
+            else " + ".join(f"{list(bits).count(b)} x {b:g}" for b in sorted(set(bits), reverse=True))
+        )
+        named = [name.removeprefix("quantize_") for name, wanted in also.items() if wanted]
+        stored = f"{' and '.join(['blocks', *named])} {widths} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
+    head = f"{name_or_path}: {stored}; KV cache of {context} tokens x {batch}; floor at {bandwidth} GB/s"
+    return "\n".join([head, "", shown.to_string(), "", *plan_notes(name_or_path)]).rstrip() + "\n"
+
+
+def plan_json(
+    name_or_path,
+    removes: Sequence[int],
+    bits: float | Sequence[float] = 16,
+    group_size: int | None = 64,
+    context: int = 840,
+    batch: int = 1,
+    bandwidth: float = 320,
+    method: str = "rtn",
+    **also,
+) -> str:
+    """Return `plan_table` as JSON: the settings, `rows` with the table's columns, and `notes`."""
+    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
+    settings = {"model": str(name_or_path), "bits": bits, "group_size": group_size, "method": method, **also}
+    settings |= {"context": context, "batch": batch, "bandwidth_gb_s": bandwidth}
+    rows = json.loads(table.to_json(orient="records", double_precision=15))
+    return json.dumps({**settings, "rows": rows, "notes": plan_notes(name_or_path)}, indent=2)
+
+
+TOLERANCE = 5.0  # points of judge score that "no worse than the unpruned model" allows for
+
+
+def block_scores(criterion: str, scores, clusters=None, seed: int = 0) -> pd.DataFrame:
+    """Return one row per block: criterion, block, importance_score, low, high, n_calibration, seed.
+
+    scores: {block: score}, which has no interval (NaN), or a table (block, row, score), whose mean over rows gets a
+    95% interval that knows rows of one image belong together; clusters (rows,) names each row's image.
+    """
+    found = []
+    for block, part in sorted(scores.items()) if isinstance(scores, dict) else scores.groupby("block"):
+        if isinstance(scores, dict):
+            mean = stats.Interval(part, np.nan, np.nan, 0, 0)
+        else:
+            mean = stats.clustered_mean(part["score"], [clusters[i] for i in part["row"]])
+        found.append(
+            {
+                "criterion": criterion,
+                "block": block,
+                "importance_score": mean.mean,
+                "low": mean.low,
+                "high": mean.high,
+                "n_calibration": mean.n,
+                "seed": seed,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return one row per count of blocks removed: diff, low, high, holds, knee (bool) and knee_frac.
+
+    answers: blocks_removed (0 among them), id, cluster, score_percent of one criterion's sweep, ids answered at all
+    counts. diff is the paired difference to the unpruned model in points; holds: its 95% interval stays above
+    -tolerance, so that the loss is shown to be smaller. knee: where `knee` puts it; knee_frac: in what share of
+    draws of whole images it falls there.
+    """
+    wide = answers.pivot(index=["id", "cluster"], columns="blocks_removed", values="score_percent").dropna()
+    if 0 not in wide or wide.empty:
+        raise ValueError(f"the sweep has blocks_removed {list(wide)} on {len(wide)} answers: 0 must be among them.")
+    counts, values = list(wide), wide.to_numpy()
+    clusters = wide.index.get_level_values("cluster")
+    means = wide.groupby(level="cluster").mean().to_numpy()  # equally many questions per image
+    picks = np.random.default_rng([seed, 13]).integers(len(means), size=(draws, len(means)))
+    knees = [knee(counts, means[p].mean(0)) for p in picks]
+    rows = []
+    for i, n in enumerate(counts):
+        found = stats.paired_difference(values[:, i], wide[0], clusters)
+        rows.append(
+            {
+                "blocks_removed": n,
+                "score": values[:, i].mean(),
+                "diff": found["diff"],
+                "low": found["low"],
+                "high": found["high"],
+                "holds": found["low"] > -tolerance,
+                "knee": n == knee(counts, values.mean(0)),
+                "knee_frac": np.mean(np.equal(knees, n)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
+    """Return each question's mean score over all counts of removed blocks but 0, as `stats.compare` takes it.
+
+    answers: criterion, blocks_removed, id, cluster, score_percent; the draws of `random` share the criterion's name.
+    """
+    pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
+    pruned = pruned.rename(columns={"criterion": "method"})
+    return pruned.groupby(["method", "id", "cluster"], as_index=False, sort=False)["score_percent"].mean()
+
+
+PAPER_TABLES = DATA / "paper_tables.json"
+
+
+def paper_table(n: int | str) -> pd.DataFrame:
+    """Return the paper's table n (1-5, or its name in data/paper_tables.json, which states the units)."""
+    held = json.loads(PAPER_TABLES.read_text("utf-8"))
+    tables = {key: rows for key, rows in held.items() if key.startswith("table")}
+    names = [key for key in tables if n == key or str(n).removeprefix("table") == key[5:].split("_")[0]]
+    if not names:
+        raise ValueError(f"the paper has no table {n!r}; choose from {list(tables)}.")
+    return pd.DataFrame(tables[names[0]])
+
+
+def beside_paper(ours: pd.DataFrame, table: str, on: str, columns: list[str]) -> pd.DataFrame:
+    """Put the paper's columns, named paper_<column>, beside ours.
+
+    Every row of either is there, NaN where the other has none. on is a key column of both, or "rank" to pair
+    first with first. Rows are ordered by a numeric key; by a text key ours come first. Raises ValueError for
+    a column either lacks, or text keys that have nothing in common.
+    """
+    paper, ours = paper_table(table), ours.copy()
+    if on == "rank":
+        paper["rank"] = range(1, len(paper) + 1)
+        if "rank" not in ours:
+            ours.insert(0, "rank", range(1, len(ours) + 1))
+    for name, have in [(on, ours.columns), *((c, paper.columns) for c in [on, *columns])]:
+        if name not in have:
+            raise ValueError(f"there is no column {name!r} for the paper's table {table!r} in {list(have)}.")
+    numeric = is_numeric_dtype(ours[on])
+    if not numeric and not set(ours[on]) & set(paper[on]):
+        raise ValueError(f"our {on!r} {list(ours[on])} has nothing of the paper's {list(paper[on])}.")
+    theirs = paper[[on]].join(paper[columns].add_prefix("paper_"))
+    # A left join keeps our order, which merge's outer join would sort; the paper's other rows follow.
+    rest = theirs[~theirs[on].isin(ours[on])]
+    both = pd.concat([ours.merge(theirs, on=on, how="left"), rest], ignore_index=True)
+    return both.sort_values(on, kind="stable", ignore_index=True) if numeric else both
+
+
+def pareto_front(sizes, scores) -> np.ndarray:
+    """Return a mask (n,) of the points that no other beats: none is as small and as good, and better in one.
+
+    sizes: lower is better; scores: higher is better. Points with NaN are never on the front.
+    """
+    sizes, scores = np.asarray(sizes, float), np.asarray(scores, float)
+    if sizes.ndim != 1 or sizes.shape != scores.shape:
+        raise ValueError(f"sizes {sizes.shape} and scores {scores.shape} must be equally long lists.")
+    as_good = (sizes[None] <= sizes[:, None]) & (scores[None] >= scores[:, None])
+    better = (sizes[None] < sizes[:, None]) | (scores[None] > scores[:, None])
+    return ~(as_good & better).any(axis=1) & np.isfinite(sizes) & np.isfinite(scores)
+
+
+def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.ndarray:
+    """Count (true condition, condition named) over the questions for a name: (n, n + 1), last column: no one name."""
+    counts = np.zeros((len(labels), len(labels) + 1), int)
+    for row in rows[rows["kind"] == "name"].itertuples():
+        named = named_conditions(str(row.answer), conditions)
+        one = len(named) == 1 and named[0] in labels
+        counts[labels.index(row.condition), labels.index(named[0]) if one else len(labels)] += 1
+    return counts
