@@ -232,7 +232,7 @@ def _train_steps(form, config, dtype, device, t4, rows, tokens, answers, steps) 
 
 def scoring(model, full: dict, new_tokens: int, batch_rows: int, folder: Path) -> dict:
     """Time answers without a block: the leave-one-out batch, one block at a time, one question at a time."""
-    processor = load_processor(prepare_base(resolve("smoke")))
+    processor = load_processor(prepare_base("tiny"))
     side, patch = full["vision_config"]["image_size"], full["vision_config"]["patch_size"]
     processor.image_processor.size = {"shortest_edge": side}
     processor.image_processor.crop_size = {"height": side, "width": side}

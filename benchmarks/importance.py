@@ -190,7 +190,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     train = [Record(**r) for r in read_json(folder.parent / "splits.json")["train"]]
     calibration = sample_balanced(train, cfg.n_calibration, cfg.seed)
     rows = test_questions(calibration, load_conditions(), load_questions())
-    limit, embed = cfg.calibration_tokens, load_embedder(cfg)
+    limit, embed = cfg.calibration_tokens, load_embedder(cfg.embedding)
     rates = matmul_rates(shape_of(model.config))
     decoding.answer(model, processor, rows, limit, cfg.batch_rows)  # warms up
     seconds, texts, ways = {}, {}, []

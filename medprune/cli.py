@@ -1,6 +1,7 @@
-"""`medprune run / plan / preflight / quantize / compare / publish / address`.
+"""Prune, recover and quantize a medical LLaVA, and know with error bars what it cost.
 
-Every error a user can cause is one sentence and exit status 2.
+What a user gets wrong is one sentence and exit status 2; an error inside a notebook is one sentence and 3, with
+--debug a traceback.
 """
 
 import json
@@ -12,13 +13,22 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; see `medprune settings`")]
+Profile = Annotated[
+    str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, else local")
+]
+Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
+
 
 def main() -> None:
+    debug = "--debug" in sys.argv
     try:
-        app(_join_parameters(sys.argv[1:]))
+        app(_join_parameters([word for word in sys.argv[1:] if word != "--debug"]))
     except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
         typer.echo(f"medprune: {error}", err=True)
-        raise SystemExit(2) from None
+        raise SystemExit(3 if isinstance(error, RuntimeError) else 2) from None
 
 
 def _join_parameters(words: list[str]) -> list[str]:
@@ -32,9 +42,9 @@ def _join_parameters(words: list[str]) -> list[str]:
     return joined
 
 
-def _parameters(pairs: list[str]) -> dict:
+def _parameters(pairs: list[str] | None) -> dict:
     values = {}
-    for pair in pairs:
+    for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"-p {pair} has no value: write -p NAME VALUE.")
@@ -45,36 +55,83 @@ def _parameters(pairs: list[str]) -> dict:
     return values
 
 
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    if show_version:
+        from importlib.metadata import version
+
+        typer.echo(version("medprune"))
+
+
 @app.command()
 def run(
-    profile: Annotated[str, typer.Option(help="smoke, local, t4 or auto")] = "auto",
-    name: Annotated[str, typer.Option(help="the run's folder under runs/")] = "demo",
-    images: Annotated[
-        str | None, typer.Option(help="folder or table of photographs instead of synthetic images")
-    ] = None,
+    profile: Profile = "auto",
+    name: Annotated[str, typer.Option(help="the run's folder")] = "demo",
+    images: Annotated[str | None, typer.Option(help="folder or table of photographs")] = None,
     start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; VALUE is JSON or text")] = None,
-    runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
+    parameter: Parameters = None,
+    runs_dir: Runs = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
 ) -> None:
-    """Run the notebooks in order, going on where an earlier run stopped."""
-    from medprune.runs.series import closing_text, run_series
+    """Run the notebooks in order, but for those whose settings, inputs and code are as they were."""
+    from medprune.runs.series import closing_text, plan_series, run_series
 
-    values = _parameters(parameter or [])
-    if images is not None:
-        values["images"] = images if images == "synthetic" else str(Path(images).absolute())
-    root = run_series(name, profile, start, values, runs_dir, say=lambda s: typer.echo(s, err=True))
-    typer.echo(closing_text(root))
+    values = _parameters(parameter) | ({} if images is None else {"images": images})
+    if dry_run:
+        typer.echo("\n".join(plan_series(name, profile, start, values, runs_dir)))
+    else:
+        typer.echo(closing_text(run_series(name, profile, start, values, runs_dir, say=_say)))
+
+
+@app.command()
+def runs(runs_dir: Runs = None) -> None:
+    """List the runs: stages done, when, profile, score of the last step, disk."""
+    from medprune.results.page import readable
+    from medprune.runs.upkeep import list_runs
+    from medprune.store import runs_home
+
+    table = list_runs(runs_home(runs_dir))
+    typer.echo(readable(table).to_string(index=False) if len(table) else f"no runs in {runs_home(runs_dir)}")
+
+
+@app.command()
+def clean(
+    name: Annotated[str, typer.Argument(help="the run")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    runs_dir: Runs = None,
+) -> None:
+    """Remove what of a run nobody needs: checkpoints of finished stages, units of other settings, leftovers."""
+    from medprune.runs import upkeep
+    from medprune.store import run_root
+
+    root = run_root(name, runs_dir)
+    for path in upkeep.needless(root):
+        typer.echo(f"{upkeep.size_of(path) / 2**20:8.1f} MiB  {path.relative_to(root)}")
+    typer.echo(f"{upkeep.stale_units(root)} units of work that no finished stage uses")
+    if yes or typer.confirm("remove them?"):
+        typer.echo(f"freed {upkeep.clean(root) / 2**20:.1f} MiB")
+
+
+@app.command()
+def settings() -> None:
+    """List every setting: its default in each profile, the notebooks that read it, and what it means."""
+    from medprune.settings import describe
+
+    typer.echo("\n".join(describe()))
 
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a LLaVA folder or a config.json")
-    ] = "llava-1.5-7b",
+    model: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a folder or a config.json")] = "llava-1.5-7b",
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
-    bits: Annotated[
-        str, typer.Option(help="bits per block weight: 3, 4, 8 or 16; or one for each kept block, as 8,3,4")
-    ] = "16",
+    bits: Annotated[str, typer.Option(help="of the blocks: 3, 4, 8, 16, or one for each kept block, as 8,3,4")] = "16",
     group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
     context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
@@ -92,24 +149,19 @@ def plan(
         raise ValueError(f"--bits {bits} must be a number, or one for each kept block with commas between.") from None
     one = len(widths) == 1
     default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
-    write, stored = plan_json if as_json else plan_text, widths[0] if one else widths
-    also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
-    typer.echo(write(model, list(remove or default), stored, group_size, context, bandwidth=bandwidth, **also))
+    storage = {"bits": widths[0] if one else widths, "group_size": group_size, "context": context}
+    storage |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    write = plan_json if as_json else plan_text
+    typer.echo(write(model, list(remove or default), storage, bandwidth))
 
 
 @app.command()
-def preflight(
-    profile: Annotated[str, typer.Option(help="smoke, local, t4 or auto")] = "auto",
-    parameter: Annotated[
-        list[str] | None, typer.Option("-p", help="NAME VALUE of any setting; VALUE is JSON or text")
-    ] = None,
-    runs_dir: Annotated[str | None, typer.Option(help="where runs would be kept")] = None,
-) -> None:
-    """Say what this machine has, and for every stage what it will need and whether it fits; status 1 if not all do."""
+def preflight(profile: Profile = "auto", parameter: Parameters = None, runs_dir: Runs = None) -> None:
+    """Say what this machine has, and whether the data and weights are there and fit; status 1 if not."""
     from medprune.runs.checkup import checkup
     from medprune.settings import resolve
 
-    values = _parameters(parameter or [])
+    values = _parameters(parameter)
     lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
     typer.echo("\n".join(lines))
     raise SystemExit(0 if fits else 1)
@@ -124,22 +176,64 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
     plan: Annotated[Path | None, typer.Option(help="a plan of notebook 03, to remove its blocks first")] = None,
     images: Annotated[str | None, typer.Option(help="folder or table of photographs that awq is calibrated on")] = None,
-    conditions: Annotated[
-        Path | None, typer.Option(help="facts file of other conditions than data/conditions.json")
-    ] = None,
+    conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions")] = None,
     rows: Annotated[int, typer.Option(help="calibration conversations, an image each")] = 32,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too (hqq, rtn)")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower too (hqq, rtn)")] = False,
+    other_model: Annotated[bool, typer.Option("--other-model", help="take a plan that another model's was")] = False,
 ) -> None:
     """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
     from medprune.quantizing.checkpoint import quantize_folder
 
     info, size = quantize_folder(
-        model, out, method, bits, group_size, plan, images, conditions, rows, quantize_head, quantize_vision
+        model,
+        out,
+        method,
+        bits,
+        group_size,
+        plan=plan,
+        images=images,
+        facts=conditions,
+        rows=rows,
+        quantize_head=quantize_head,
+        quantize_vision=quantize_vision,
+        other_model=other_model,
     )
-    typer.echo(
-        f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {(info['peak_bytes'] or 0) / 2**20:.0f} MiB"
-    )
+    peak = (info["peak_bytes"] or 0) / 2**20
+    typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {peak:.0f} MiB")
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="RUN, or RUN:METHOD such as demo:awq-recovered-2")],
+    b: Annotated[str, typer.Argument(help="another; of two runs, every method that both have is compared")],
+    runs_dir: Runs = None,
+) -> None:
+    """Print paired differences in judge score, by image, with intervals and p adjusted by Holm."""
+    import pandas as pd
+
+    from medprune.judging.scores import scores_of
+    from medprune.results.page import readable
+    from medprune.results.stats import compare as paired
+    from medprune.store import run_root
+
+    def scores(name):
+        run, _, method = name.partition(":")
+        table = scores_of(run_root(run, runs_dir))
+        if method and method not in set(table["method"]):
+            there = ", ".join(dict.fromkeys(table["method"]))
+            raise ValueError(f"run {run!r} has no method {method!r}: it has {there}.")
+        table = table[table["method"] == method] if method else table
+        return table.assign(method=f"{run}:" + table["method"])
+
+    left, right = scores(a), scores(b)
+    pairs = [(x, y) for x in left["method"].unique() for y in right["method"].unique()]
+    if not (":" in a and ":" in b):
+        pairs = [(x, y) for x, y in pairs if x.partition(":")[2] == y.partition(":")[2]]
+    if not pairs or a == b:
+        raise ValueError(f"{a!r} and {b!r} have no two methods to compare: name them as RUN:METHOD.")
+    both = pd.concat([left, right]).drop_duplicates(["method", "id"])
+    typer.echo(readable(paired(both, pairs)).to_string(index=False))
 
 
 @app.command()
@@ -152,47 +246,9 @@ def address(repository: Annotated[str, typer.Argument(help="OWNER/NAME on GitHub
 
 
 @app.command()
-def compare(
-    a: Annotated[str, typer.Argument(help="RUN, or RUN:METHOD such as demo:awq-recovered-2")],
-    b: Annotated[str, typer.Argument(help="another; of two runs, every method that both have is compared")],
-    runs_dir: Annotated[str | None, typer.Option(help="where runs are kept")] = None,
-) -> None:
-    """Print paired differences in judge score, by image, with intervals and p adjusted by Holm."""
-    import pandas as pd
-
-    from medprune.results.page import readable
-    from medprune.results.stats import compare as paired
-    from medprune.settings import REPO, STAGES
-
-    def scores(name):
-        run, _, method = name.partition(":")
-        files = [Path(runs_dir or REPO / "runs") / run / stage / "scores.csv" for stage in STAGES]
-        found = [pd.read_csv(f) for f in files if f.exists()]
-        if not found:
-            raise ValueError(f"run {run!r} has no scores: run notebook 01 at least.")
-        table = pd.concat(found).drop_duplicates(["method", "id"])
-        if method and method not in set(table["method"]):
-            raise ValueError(
-                f"run {run!r} has no method {method!r}: it has {', '.join(dict.fromkeys(table['method']))}."
-            )
-        table = table[table["method"] == method] if method else table
-        return table.assign(method=f"{run}:" + table["method"])
-
-    left, right = scores(a), scores(b)
-    if ":" in a and ":" in b:
-        pairs = [(a, b)]
-    else:
-        ours, theirs = (list(dict.fromkeys(t["method"].str.partition(":")[2])) for t in (left, right))
-        pairs = [(f"{a.partition(':')[0]}:{m}", f"{b.partition(':')[0]}:{m}") for m in ours if m in theirs]
-    if not pairs or a == b:
-        raise ValueError(f"{a!r} and {b!r} have no two methods to compare: name them as RUN:METHOD.")
-    typer.echo(readable(paired(pd.concat([left, right]), pairs)).to_string(index=False))
-
-
-@app.command()
-def publish(name: str = "demo", runs_dir: str | None = None) -> None:
+def publish(name: Annotated[str, typer.Argument(help="the run")] = "demo", runs_dir: Runs = None) -> None:
     """Copy a finished run's executed notebooks into notebooks/, to be committed with their outputs."""
     from medprune.runs.series import publish as copy
-    from medprune.settings import REPO
+    from medprune.store import run_root
 
-    copy(Path(runs_dir or REPO / "runs") / name)
+    copy(run_root(name, runs_dir))

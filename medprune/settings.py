@@ -1,231 +1,180 @@
-"""The three sizes the same code runs at, as frozen dataclasses.
+"""The settings of a run at the three sizes the same code runs at: name, default, bounds and meaning, each once.
 
 `resolve("local", sft_steps=40)` gives the settings of a run; a misspelt name or an impossible value ends in one
-sentence, before anything long starts.
+sentence, before anything long starts. `medprune settings` prints this page as a table. Each setting says which
+notebooks read it: a notebook sees those alone, and is run again when one of them changes.
 """
 
+import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 REPO = Path(__file__).resolve().parents[1]
-
-
 DATA = REPO / "data"
-
-
+STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recovery", "05_awq_vs_bnb", "06_judge_eval")
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
-
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WIDTHS = {"rtn": (3, 4, 8), "awq": (4,), "bnb": (4,), "hqq": (3, 4, 8)}  # bits that each method stores
+METHODS = tuple(WIDTHS)
+BITS = (3, 4, 8)
+GROUP_SIZES = (32, 64, 128)  # weights that share a scale
+NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
+Recipe = Literal["lora", "projector", "last_blocks", "distill"]
+RECIPES = get_args(Recipe)
+Method = Literal["rtn", "awq", "bnb", "hqq"]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Schedule = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]  # of transformers
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+PATHS = ("images", "conditions", "base", "embedding", "judge")  # what may name a file or folder of the user's
 
 
-METHODS = ("awq", "bnb", "hqq", "rtn")
+def _setting(default: Any, read_by: str, meaning: str, **bounds):
+    """Declare a setting. read_by: the numbers of the notebooks that read it."""
+    return Field(default, description=meaning, json_schema_extra={"read_by": read_by}, **bounds)
 
 
-SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers' get_scheduler
-
-
-RECIPES = ("lora", "projector", "last_blocks", "distill")
-
-
-CRITERIA = (
-    "output_similarity",
-    "magnitude",
-    "block_influence",
-    "perplexity",
-    "logit_divergence",
-    "reverse_order",
-    "random",
-)
-
-
-# Settings on which no model's answers depend, and those on which no training does: nothing is redone when they change.
-JUDGING = ("judge", "judges_combined", "judge_model", "judge_url", "judge_bits", "card_images", "card_judges")
-
-
-NOT_TRAINING = (
-    *JUDGING,
-    "embedding",
-    "recipes",
-    "data_fractions",
-    "equal_time",
-    "max_new_tokens",
-    "batch_rows",
-    "criteria",
-    "n_calibration",
-    "calibration_tokens",
-    "protected_blocks",
-    "blocks_removed",
-    "recover",
-    "methods",
-    "bits",
-    "group_size",
-    "awq_rows",
-    "awq_tokens",
-)
-
-
-@dataclass(frozen=True)
-class Profile:
+class Settings(BaseModel):
     """Settings of a run. Times are the user's, sizes are counts, rates are per optimizer step."""
 
-    name: str
-    seed: int = 0
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: str = _setting("local", "123456", "the profile: smoke, local or t4")
+    seed: int = _setting(0, "123456", "of every random draw", ge=0, lt=2**32)
     # data
-    images: str = "synthetic"  # "synthetic", or a folder / table of photographs
-    conditions: str | None = None  # facts file of other conditions (as data/conditions.json), for photographs of them
-    n_train: int | None = None  # images; None takes all there are
-    n_test: int | None = None
-    image_size: int = 96  # side of the images the generator writes, pixels
+    images: str = _setting("synthetic", "16", '"synthetic", or a folder or table of photographs')
+    conditions: str | None = _setting(None, "123456", "facts file of other conditions, as data/conditions.json")
+    n_train: int | None = _setting(None, "1", "training images; null takes all there are", ge=1)
+    n_test: int | None = _setting(None, "1", "test images; null takes a third", ge=1)
+    image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = "smollm2"  # "tiny", "smollm2", or a hub id / folder in the LLaVA layout
-    base_bits: int = 16  # 4: QLoRA over an NF4 base
-    vision_steps: int = 0  # optimizer steps of the vision tower's own training (assembled bases only)
-    embedding: str = "minilm"  # "minilm": the wheel's; else a sentence-transformers name or folder
+    base: str = _setting("smollm2", "15", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
+    base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
+    vision_steps: int = _setting(0, "1", "optimizer steps of an assembled base's vision tower", ge=0)
+    embedding: str = _setting("minilm", "123456", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
-    lora_r: int = 16
-    lora_alpha: int = 8
-    lora_targets: tuple[str, ...] = TARGETS
-    learning_rate: float = 3e-3  # of the adapters; the projector's is a tenth
-    schedule: str = "linear"  # of the rate, by transformers' names: linear, cosine, constant_with_warmup, ...
-    multi_turn: bool = False  # True: later questions see earlier answers, as in the paper
-    batch_size: int = 4  # conversations per optimizer step
-    sft_steps: int = 80
-    epochs: float | None = None  # passes over the training images instead of sft_steps
-    processes: int = 1  # that fine-tune together through accelerate, a GPU each
-    recovery_steps: int = 40
-    save_every: int = 20  # steps between checkpoints, and between measurements of the held-out loss
-    n_held_out: int = 0  # training images kept back to measure it
-    patience: int = 0  # checkpoints without a lower held-out loss before training ends early; 0: never
-    recipe: str = "lora"  # the way of recovery whose models notebooks 05 and 06 go on with
-    recipes: tuple[str, ...] = ("lora", "projector", "last_blocks", "distill")  # ways of recovery that are compared
-    data_fractions: tuple[float, ...] = (1.0,)  # of the training images, for each recipe
-    equal_time: bool = False  # also give each recipe the time that lora takes
+    lora_r: Count = _setting(16, "14", "rank of the adapters")
+    lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
+    lora_targets: tuple[Target, ...] = _setting(TARGETS, "14", "linears of a block that get adapters", min_length=1)
+    learning_rate: float = _setting(
+        3e-3, "14", "of the adapters; whole weights move at a tenth", gt=0, allow_inf_nan=False
+    )
+    schedule: Schedule = _setting("linear", "14", "of the rate")
+    multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
+    batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
+    sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
+    epochs: float | None = _setting(None, "1", "passes over the images instead of sft_steps", gt=0, allow_inf_nan=False)
+    processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
+    save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
+    n_held_out: int = _setting(0, "1", "training images kept back to measure the loss", ge=0)
+    patience: int = _setting(0, "14", "checkpoints without a lower held-out loss before training ends; 0: never", ge=0)
+    # recovery
+    recovery_steps: Count = _setting(40, "4", "optimizer steps after pruning")
+    recipe: Recipe = _setting("lora", "4", "the way back whose models notebooks 05 and 06 go on with")
+    recipes: tuple[Recipe, ...] = _setting(RECIPES, "4", "ways back that are compared", min_length=1)
+    data_fractions: tuple[Share, ...] = _setting((1.0,), "4", "shares of the images, for each recipe", min_length=1)
+    equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
     # answers
-    max_new_tokens: int = 38
-    batch_rows: int = 128  # answers decoded at once
+    max_new_tokens: Count = _setting(38, "1345", "length of an answer")
+    batch_rows: Count = _setting(128, "12345", "answers decoded at once")
     # importance and pruning
-    criteria: tuple[str, ...] = ("output_similarity", "magnitude")
-    n_calibration: int = 8  # images; each is asked the three test questions
-    calibration_tokens: int = 32  # length of the answers that are compared
-    protected_blocks: tuple[int, ...] = (0, 1, -1)  # the paper's 1, 2 and 32, counted from 0
-    blocks_removed: tuple[int, ...] = (0, 1, 2, 3, 4, 6)
-    recover: tuple[int, ...] = (2, 4)  # blocks removed in the models that notebook 04 recovers
+    n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
+    calibration_tokens: Count = _setting(32, "2", "length of the answers that are compared")
+    protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "23", "never removed; the paper's 1, 2 and 32, from 0")
+    blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
+    recover: tuple[Count, ...] = _setting((2, 4), "23456", "counts that notebook 04 recovers", min_length=1)
     # quantization
-    methods: tuple[str, ...] = ("awq", "bnb", "rtn")
-    bits: int = 4
-    group_size: int = 64
-    awq_rows: int = 8  # calibration conversations
-    awq_tokens: int = 1024  # of each, at most
+    methods: tuple[Method, ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
+    kept_methods: tuple[Method, ...] = _setting(("awq",), "5", "whose folders are kept once scored")
+    group_size: Literal[32, 64, 128] = _setting(64, "5", f"weights that share a scale; NF4 always {NF4_GROUP}")
+    awq_rows: int = _setting(8, "5", "calibration conversations", ge=4)
+    awq_tokens: Count = _setting(1024, "5", "of each, at most")
     # judge
-    judge: str = "reference"  # "reference", a chat model's name, "server", or several with + between
-    judges_combined: str = "median"  # or "mean": of several judges' scores
-    judge_model: str | None = None
-    judge_url: str | None = None
-    judge_bits: int = 16
-    card_images: int = 8  # test images whose answers the judge card is made of
-    card_judges: tuple[str, ...] = ("cosine",)  # further judges, for the card and for agreement; they score no table
+    judge: str = _setting("reference", "13456", '"reference", "server", a chat model, or several with + between')
+    judges_combined: Literal["median", "mean"] = _setting("median", "13456", "of several judges' scores")
+    judge_model: str | None = _setting(None, "13456", "the model that a server is asked for")
+    judge_url: str | None = _setting(None, "13456", "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    judge_bits: Literal[4, 16] = _setting(16, "13456", "of a chat model in this process")
+    card_images: Count = _setting(8, "6", "test images whose answers the judge card is made of")
+    card_judges: tuple[str, ...] = _setting(("cosine",), "6", "further judges, for the card and for agreement only")
+
+    @model_validator(mode="after")
+    def _possible(self):
+        for rule in (_check_images, _check_training, _check_counts, _check_judges):
+            rule(self)
+        return self
 
 
-PROFILES = {
-    "smoke": Profile(
-        name="smoke",
-        n_train=24,
-        n_test=8,
-        image_size=64,
-        base="tiny",
-        vision_steps=4,
-        sft_steps=4,
-        recovery_steps=2,
-        save_every=2,
-        batch_size=2,
-        max_new_tokens=12,
-        n_calibration=2,
-        calibration_tokens=8,
-        blocks_removed=(0, 1, 2),
-        recover=(1, 2),
-        awq_rows=4,
-        n_held_out=2,
-        data_fractions=(0.5, 1.0),
-        equal_time=True,
-    ),
-    "local": Profile(
-        name="local",
-        n_train=240,
-        n_test=24,
-        vision_steps=240,
-        batch_size=2,
-        learning_rate=2e-3,
-        sft_steps=90,
-        save_every=30,
-        n_held_out=8,
-        recovery_steps=20,
-        recipes=("lora", "last_blocks"),
-        awq_rows=4,
-        awq_tokens=96,
-        methods=("awq", "bnb", "hqq", "rtn"),
-    ),
-    "t4": Profile(
-        name="t4",
-        images="/kaggle/input/dermnet",
-        n_train=1737,
-        n_test=39,
-        base="llava-hf/llava-1.5-7b-hf",
-        base_bits=4,
-        embedding="sentence-transformers/all-MiniLM-L6-v2",
-        learning_rate=5e-4,
-        multi_turn=True,
-        batch_size=8,
-        sft_steps=434,
-        recovery_steps=217,
-        save_every=50,
-        max_new_tokens=200,
-        batch_rows=6,
-        n_calibration=27,
-        calibration_tokens=64,
-        blocks_removed=(0, 2, 4, 7, 8, 9, 10),
-        recover=(7, 9),
-        awq_rows=32,
-        recipes=("lora", "distill"),
-        methods=("awq", "bnb", "hqq", "rtn"),
-        judge="Qwen/Qwen2.5-32B-Instruct",
-        judge_bits=4,
-    ),
-}
+_SMOKE = {
+    "n_train": 24, "n_test": 8, "image_size": 64, "base": "tiny", "vision_steps": 4, "sft_steps": 4,
+    "recovery_steps": 2, "save_every": 2, "batch_size": 2, "max_new_tokens": 12, "n_calibration": 2,
+    "calibration_tokens": 8, "blocks_removed": (0, 1, 2), "recover": (1, 2), "awq_rows": 4, "n_held_out": 2,
+    "data_fractions": (0.5, 1.0), "equal_time": True,
+}  # fmt: skip
+_LOCAL = {
+    "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,
+    "save_every": 30, "n_held_out": 8, "recovery_steps": 20, "recipes": ("lora", "last_blocks"), "awq_rows": 4,
+    "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"),
+}  # fmt: skip
+_T4 = {
+    "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
+    "base_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4, "multi_turn": True,
+    "batch_size": 8, "sft_steps": 434, "recovery_steps": 217, "save_every": 50, "max_new_tokens": 200, "batch_rows": 6,
+    "n_calibration": 27, "calibration_tokens": 64, "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9),
+    "awq_rows": 32, "recipes": ("lora", "distill"), "methods": ("awq", "bnb", "hqq", "rtn"),
+    "judge": "Qwen/Qwen2.5-32B-Instruct", "judge_bits": 4,
+}  # fmt: skip
+PROFILES = {"smoke": _SMOKE, "local": _LOCAL, "t4": _T4}
 
 
-def resolve(profile: str = "auto", others: dict | None = None, **overrides) -> Profile:
+class Config:
+    """Some settings, read-only: those that a notebook says it reads, or those of a job file."""
+
+    def __init__(self, values: dict, reader: str):
+        self.__dict__.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, _reader=reader)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"{self._reader} reads the setting {name!r}: say so at its place in settings.py.")
+
+    def __setattr__(self, name: str, value):
+        raise AttributeError(f"the settings of {self._reader} are read-only: use settings.changed.")
+
+
+def resolve(profile: str = "auto", others: dict | None = None, /, **overrides) -> Settings:
     """Return the settings of `profile` with every override that is not None put in, those of `others` first.
 
-    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Lists become tuples, so that
-    papermill's JSON values fit. Where blocks_removed is given and recover is not, the profile's counts that are among
-    them are recovered, or else the largest. Raises ValueError naming the choices for an unknown profile or setting,
-    and the reason for a value that cannot be.
+    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Texts that hold a list or a number,
+    as papermill's -p gives them, are read as such; paths are made absolute. Where blocks_removed is given and recover
+    is not, the profile's counts that are among them are recovered, or else the largest. Raises ValueError naming the
+    choices for an unknown profile or setting, and the reason for a value that cannot be.
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or ("t4" if _has_cuda() else "local")
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
+    return build({"name": profile, **PROFILES[profile]}, others, **overrides)
+
+
+def build(whole: dict, others: dict | None = None, /, **overrides) -> Settings:
+    """Return `whole`, settings by name, with overrides put in as `resolve` says."""
     if not isinstance(others, dict | None):
         raise ValueError(f'settings={others!r} must be a dict such as {{"batch_rows": 8}}.')
-    names = {f.name: f for f in fields(Profile)}
-    values = {}
-    for name, value in [*(others or {}).items(), *overrides.items()]:
-        if name not in names or name == "name":
-            near = get_close_matches(name, names, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else f": choose among {', '.join(list(names)[1:])}"
-            raise ValueError(f"setting {name!r} is not known{hint}.")
-        if value is not None:
-            values[name] = _fit(name, value, names[name].type)
-    if "blocks_removed" in values and "recover" not in values:
-        counts = values["blocks_removed"]
-        values["recover"] = tuple(n for n in PROFILES[profile].recover if n in counts) or (max(counts, default=0),)
-    config = replace(PROFILES[profile], **values)
-    _check(config)
-    return config
+    given = {**(others or {}), **{k: v for k, v in overrides.items() if v is not None}}
+    given = {name: _given(name, value) for name, value in given.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "blocks_removed" in given and "recover" not in given and isinstance(given["blocks_removed"], list | tuple):
+        counts = [n for n in given["blocks_removed"] if isinstance(n, int) and n > 0]
+        if counts:
+            given["recover"] = [n for n in whole.get("recover", (2, 4)) if n in counts] or [max(counts)]
+    try:
+        return Settings(**{**whole, **given})
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
 
 
 def judge_names(judge: str) -> tuple[str, ...]:
@@ -241,9 +190,45 @@ def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]
     return tuple(sorted({b % n_blocks for b in blocks}))
 
 
-def settings(config: Profile, without: tuple[str, ...] = ()) -> dict:
-    """Return the settings, but those named in `without`, as JSON-able values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items() if k not in without}
+def values_of(config) -> dict:
+    """Return the settings that a config holds as JSON-able values by name."""
+    held = config.__dict__ if isinstance(config, Config) else config.model_dump()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in held.items() if not k.startswith("_")}
+
+
+def changed(config, **values):
+    """Return a copy of a config with other values."""
+    if isinstance(config, Config):
+        return Config(values_of(config) | values, config._reader)
+    return config.model_copy(update=values)
+
+
+def of_job(values: dict) -> Config:
+    """Return the config that a job file holds as `values_of` wrote it."""
+    return Config(values, "this job")
+
+
+def readers(name: str) -> tuple[str, ...]:
+    """Return the notebooks that read a setting."""
+    numbers = Settings.model_fields[name].json_schema_extra["read_by"]
+    return tuple(stage for stage in STAGES if stage[1] in numbers)
+
+
+def seen_by(stage: str, values: dict) -> dict:
+    """Return those of the settings that a notebook reads."""
+    return {name: value for name, value in values.items() if stage in readers(name)}
+
+
+def describe() -> list[str]:
+    """Return two lines for every setting: name, notebooks that read it and meaning; then each profile's default."""
+    plain = Settings.model_construct().model_dump()
+    lines = []
+    for name, field in Settings.model_fields.items():
+        defaults = {profile: json.dumps(values.get(name, plain[name])) for profile, values in PROFILES.items()}
+        same = len(set(defaults.values())) == 1
+        shown = defaults["local"] if same else ", ".join(f"{profile} {value}" for profile, value in defaults.items())
+        lines += [f"{name} ({' '.join(stage[:2] for stage in readers(name))}): {field.description}", f"    {shown}"]
+    return lines[2:]  # without the profile's own name
 
 
 def _has_cuda() -> bool:
@@ -252,50 +237,88 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _fit(name, value, kind):
-    wanted = [t for t in (get_args(kind) or (kind,)) if t is not type(None)]
-    if kind in (tuple[int, ...], tuple[str, ...], tuple[float, ...]):
-        item = get_args(kind)[0]
-        if item is float and isinstance(value, list | tuple):
-            value = [float(v) if type(v) is int else v for v in value]
-        if isinstance(value, list | tuple) and all(type(v) is item for v in value):
-            return tuple(value)
-        raise ValueError(f"{name}={value!r} must be a list of {item.__name__}.")
-    if float in wanted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) not in wanted:
-        raise ValueError(f"{name}={value!r} must be {' or '.join(t.__name__ for t in wanted)}.")
-    return value
+def _given(name: str, value):
+    """Return an override as its setting wants it: no text where a list or a number is meant, and paths absolute."""
+    if name not in Settings.model_fields or name == "name":
+        near = get_close_matches(name, Settings.model_fields, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else "; `medprune settings` lists them all"
+        raise ValueError(f"setting {name!r} is not known{hint}.")
+    texts = str in (Settings.model_fields[name].annotation, *get_args(Settings.model_fields[name].annotation))
+    if isinstance(value, str) and not texts:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return value  # a choice's name, or what pydantic refuses
+    if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+        raise ValueError(f"{name}={value!r} must be no truth value.")
+    return _absolute(value) if name in PATHS and isinstance(value, str) else value
 
 
-def _check(c: Profile) -> None:
-    positive = (
-        "image_size",
-        "lora_r",
-        "lora_alpha",
-        "learning_rate",
-        "batch_size",
-        "sft_steps",
-        "save_every",
-        "recovery_steps",
-        "max_new_tokens",
-        "batch_rows",
-        "n_calibration",
-        "calibration_tokens",
-        "awq_rows",
-        "awq_tokens",
-    )
-    for name in positive:
-        if getattr(c, name) <= 0:
-            raise ValueError(f"{name}={getattr(c, name)} must be greater than 0.")
-    if c.group_size not in (32, 64, 128):
-        raise ValueError(f"group_size={c.group_size} must be 32, 64 or 128.")
-    if c.bits not in (3, 4, 8):
-        raise ValueError(f"bits={c.bits} must be 3, 4 or 8.")
-    if c.base_bits not in (4, 16):
-        raise ValueError(f"base_bits={c.base_bits} must be 4 (QLoRA) or 16.")
-    if c.judge_bits not in (4, 16):
-        raise ValueError(f"judge_bits={c.judge_bits} must be 4 or 16.")
+def _absolute(text: str) -> str:
+    """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
+    for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
+        if text and (folder / text).exists() and not (text == "tiny" or text == "smollm2"):
+            return str((folder / text).absolute())
+    return text
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return pydantic's first complaint in one sentence that names the setting and its value."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # one of the rules below, which name what they are about
+        return str(first["ctx"]["error"])
+    name = first["loc"][0]
+    said = first["msg"].replace("Input should be", "must be").replace("Tuple should have", "must name").rstrip(".")
+    said = said.removesuffix(" after validation, not 0")
+    where = f"{name}={first['input']!r}" if len(first["loc"]) == 1 else f"{name} has {first['input']!r}, which"
+    return f"{where} {said[0].lower()}{said[1:]}."
+
+
+def _check_images(c: Settings) -> None:
+    if c.images != "synthetic":
+        return
+    if c.conditions is not None:
+        raise ValueError(f"conditions={c.conditions!r} needs images of them: synthetic ones show the paper's eight.")
+    for name in ("n_train", "n_test"):
+        n = getattr(c, name)
+        if n is None or n % N_CONDITIONS:
+            raise ValueError(f"{name}={n} must be a multiple of {N_CONDITIONS} for synthetic images.")
+
+
+def _check_training(c: Settings) -> None:
+    if c.batch_size % c.processes:
+        raise ValueError(f"processes={c.processes} must divide batch_size={c.batch_size}.")
+    if c.patience and not c.n_held_out:
+        raise ValueError(f"patience={c.patience} needs n_held_out, the images that the loss is measured on.")
+    for name in ("n_held_out", "n_calibration", "awq_rows"):
+        if c.n_train is not None and getattr(c, name) > c.n_train - (name == "n_held_out"):
+            least = "less than" if name == "n_held_out" else "at most"
+            raise ValueError(f"{name}={getattr(c, name)} must be {least} n_train={c.n_train}.")
+    for name in (c.recipe, *c.recipes):
+        if c.base_bits == 4 and name in ("projector", "last_blocks"):
+            raise ValueError(
+                f"recipe {name} trains whole weights, which base_bits=4 does not allow: "
+                "leave it out or set base_bits=16."
+            )
+
+
+def _check_counts(c: Settings) -> None:
+    for name in ("recipes", "data_fractions", "methods", "lora_targets", "recover"):
+        if len(set(getattr(c, name))) < len(getattr(c, name)):
+            raise ValueError(f"{name}={list(getattr(c, name))} must name each once.")
+    counts = c.blocks_removed
+    if counts[:1] != (0,) or len(counts) < 3 or list(counts) != sorted(set(counts)):
+        raise ValueError(
+            f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising: "
+            "scores are held against the whole model's, and the curve needs three points."
+        )
+    if not set(c.recover) <= set(counts):
+        raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
+    if "awq" not in c.methods:
+        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+
+
+def _check_judges(c: Settings) -> None:
     judges = judge_names(c.judge)
     if "" in judges or len(set(judges)) < len(judges):
         raise ValueError(f"judge={c.judge!r} must name one judge, or several different ones with + between.")
@@ -303,59 +326,10 @@ def _check(c: Profile) -> None:
         raise ValueError(f"card_judges has {min(twice)!r}, which judge={c.judge!r} names already: leave it out.")
     if "server" in (*judges, *c.card_judges) and not (c.judge_url and c.judge_model):
         raise ValueError('judge="server", or "server" among card_judges, needs judge_url and judge_model.')
-    named = (
-        ("methods", c.methods, METHODS),
-        ("criteria", c.criteria, CRITERIA),
-        ("recipe", (c.recipe,), RECIPES),
-        ("recipes", c.recipes, RECIPES),
-        ("lora_targets", c.lora_targets, TARGETS),
-        ("schedule", (c.schedule,), SCHEDULES),
-        ("judges_combined", (c.judges_combined,), ("median", "mean")),
-    )
-    for name, chosen, choices in named:
-        for value in chosen:
-            if value not in choices:
-                raise ValueError(f"{name} has {value!r}: choose among {', '.join(choices)}.")
-    if "output_similarity" not in c.criteria:
-        raise ValueError("criteria must hold output_similarity, whose order notebook 03 prunes by.")
-    if "awq" not in c.methods:
-        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
-    if c.epochs is not None and c.epochs <= 0:
-        raise ValueError(f"epochs={c.epochs} must be greater than 0, or None for sft_steps.")
-    if c.processes < 1 or c.batch_size % c.processes:
-        raise ValueError(f"processes={c.processes} must be 1 or more, and divide batch_size={c.batch_size}.")
-    if not c.data_fractions or any(not 0 < f <= 1 for f in c.data_fractions):
-        raise ValueError(
-            f"data_fractions={list(c.data_fractions)} must be shares of the training images, above 0 and up to 1."
-        )
-    if c.n_held_out < 0 or c.patience < 0 or (c.patience and not c.n_held_out):
-        raise ValueError(
-            f"n_held_out={c.n_held_out} and patience={c.patience} must be 0 or more, and patience needs n_held_out."
-        )
-    for name in (c.recipe, *c.recipes):
-        if c.base_bits == 4 and name in ("projector", "last_blocks"):
-            raise ValueError(
-                f"recipe {name} trains whole weights, which base_bits=4 does not allow: leave it out or set base_bits=16."
-            )
-    if c.awq_rows < 4:
-        raise ValueError(f"awq_rows={c.awq_rows} must be 4 or more.")
-    for n in (*c.blocks_removed, *c.recover):
-        if n < 0:
-            raise ValueError(f"blocks_removed and recover hold counts of blocks, so {n} cannot be: use 0 or more.")
-    if not c.recover or 0 in c.recover or not set(c.recover) <= set(c.blocks_removed):
-        raise ValueError(
-            f"recover={list(c.recover)} must hold counts above 0 that are among blocks_removed={list(c.blocks_removed)}."
-        )
-    if c.conditions is not None and c.images == "synthetic":
-        raise ValueError(f"conditions={c.conditions!r} needs images of them: synthetic ones show the paper's eight.")
-    if c.n_train is not None and c.n_held_out >= c.n_train:
-        raise ValueError(f"n_held_out={c.n_held_out} must be less than n_train={c.n_train}.")
-    for name in ("n_train", "n_test"):
-        n = getattr(c, name)
-        if n is not None and n <= 0:
-            raise ValueError(f"{name}={n} must be greater than 0.")
-        if c.images == "synthetic" and (n is None or n % N_CONDITIONS):
-            raise ValueError(f"{name}={n} must be a multiple of {N_CONDITIONS} for synthetic images.")
-
-
-STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recovery", "05_awq_vs_bnb", "06_judge_eval")
+    if c.judge_url is None:
+        return
+    address = urlsplit(c.judge_url)
+    if address.username or address.password or address.query:
+        raise ValueError("judge_url must carry no name, password or query: a key belongs in OPENAI_API_KEY.")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"judge_url={c.judge_url!r} must be an address such as http://localhost:8000/v1.")

@@ -1,9 +1,12 @@
 """Fixtures that several test modules share."""
 
 import pytest
+import torch
+from PIL import Image
 
-from medprune.settings import resolve
+from medprune.data.questions import load_conditions
 from medprune.models.assembled import prepare_base
+from medprune.models.loading import load
 
 
 @pytest.fixture(scope="session")
@@ -11,4 +14,35 @@ def base(tmp_path_factory):
     """Return the folder of the tiny base, made for this session of tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEDPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return prepare_base(resolve("smoke"))
+        return prepare_base("tiny")
+
+
+@pytest.fixture
+def tiny(base):
+    """Return (model, processor) of the tiny base in float32, loaded anew."""
+    return load(base, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Return rows of three pictures, three questions each, as `data.questions.test_questions` makes them."""
+    folder = tmp_path_factory.mktemp("images")
+    found = []
+    for n, colour in enumerate(("red", "navy", "tan")):
+        Image.new("RGB", (40, 48), colour).save(folder / f"{n}.png")
+        for question in ("What is the name of this disease?", "How is it treated?", "And the signs?"):
+            found.append({"id": f"{n}{question}", "path": str(folder / f"{n}.png"), "question": question})
+    return found
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """Return a conversation of two questions about rosacea, with the shipped facts as answers."""
+    facts = load_conditions()["rosacea"]["answers"]
+    said = {"What is it?": facts["name"], "How is it treated?": facts["treatment"]}
+    messages = []
+    for question, answer in said.items():
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kurtosis
 from test_quantize import batch, outlier_model, quantized, tiny
 
-from medprune.quantizing.activations import outlier_table, q_proj_activations
-from medprune.results.figures import figure_activations, figure_loss_curve
 from medprune.models.families import parts
 from medprune.pruning.plan import apply_plan, make_plan
+from medprune.quantizing import activations
+from medprune.quantizing.activations import outlier_table, q_proj_activations
 from medprune.quantizing.quantize import quantize
+from medprune.results.figures import figure_activations, figure_loss_curve
 
 
 def test_q_proj_activations_are_the_layers_own():
@@ -34,6 +36,19 @@ def test_packed_layers_answer_too_and_the_figure_takes_them():
     assert 0 < np.abs(after - before).max() < np.abs(before).max()
     figure = figure_activations(before, after, ("16 bits", "4 bits"))
     assert len(figure.axes) == 5
+
+
+@pytest.mark.parametrize("rows", (3, 20))
+def test_the_table_is_that_of_all_entries_at_once_however_many_rows_go_together(monkeypatch, rows):
+    monkeypatch.setattr(activations, "ROWS_AT_ONCE", rows)
+    model, inputs = outlier_model(), batch(20, 24)
+    parts(model).blocks[1].self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(128))  # a mean beside 0
+    table = outlier_table(model, inputs)
+    for block in range(3):
+        values = q_proj_activations(model, inputs, block)
+        size, sd, heavy = np.abs(values), values.std(), kurtosis(values, axis=None, fisher=False)
+        found = [size.max(), sd, (size > 6 * sd).sum(), values.size, heavy]
+        assert table.iloc[block, 1:].tolist() == pytest.approx(found, rel=1e-5)
 
 
 def test_outliers_are_counted_block_by_block_in_the_original_numbering():

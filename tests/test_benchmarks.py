@@ -15,7 +15,7 @@ from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
 from medprune.store import write_json
 from medprune.quantizing.checkpoint import save_quantized
-from medprune.settings import REPO, resolve
+from medprune.settings import REPO
 from medprune.models.loading import save
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import quantize
@@ -75,7 +75,7 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("MEDPRUNE_CACHE", str(root / "cache"))
     folder = root / "01_finetune"
-    llava, processor = loading.load(prepare_base(resolve("smoke")))
+    llava, processor = loading.load(prepare_base("tiny"))
     save(llava, processor, folder / "model")
     splits = {}
     for split in ("train", "test"):

@@ -11,11 +11,10 @@ from medprune.data import synthetic
 from medprune.models import loading
 from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
-from medprune.models.sizes import account
-from medprune.quantizing.checkpoint import load_quantized
-from medprune.settings import resolve
 from medprune.models.loading import save
+from medprune.models.sizes import account
 from medprune.pruning.plan import make_plan
+from medprune.quantizing.checkpoint import load_quantized
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def llava(tmp_path_factory):
     home = tmp_path_factory.mktemp("cli")
     patch = pytest.MonkeyPatch()
     patch.setenv("MEDPRUNE_CACHE", str(home / "cache"))
-    found, processor = loading.load(prepare_base(resolve("smoke")))
+    found, processor = loading.load(prepare_base("tiny"))
     save(found, processor, home / "llava")
     synthetic.write_images(home / "pictures", 1, 32, 0, "train")
     make_plan(found.config, [2], "any", (), "magnitude").save(home / "plan.json")

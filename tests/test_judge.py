@@ -1,7 +1,8 @@
-"""The reference judge's orderings, the store, and several judges at once."""
+"""The reference judge's orderings, the store, several judges at once, and tables of scores."""
 
-import json
 import random
+import re
+import zlib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,14 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medprune.judging import judge
-from medprune.judging.reference import reference_judge
-from medprune.judging.card import agreements
-from medprune.judging.scores import judged
-from medprune.store import Run
-from medprune.settings import resolve
+from medprune import store
 from medprune.data.questions import load_conditions
-from medprune.judging.card import LEVELS, PADDING, graded_answers
+from medprune.judging import judge
+from medprune.judging import scores as scores_module
+from medprune.judging.card import LEVELS, PADDING, agreements, cosine_judge, graded_answers
+from medprune.judging.reference import reference_judge
+from medprune.judging.scores import judged, make_judges, read_scores, scores_of
+from medprune.settings import resolve
+from medprune.store import Run, write_csv
 
 KINDS = ("name", "definition", "features", "treatment")
 QUESTIONS = {
@@ -40,7 +42,7 @@ def embed():
 
 @pytest.fixture(scope="module")
 def reference(embed):
-    return reference_judge(CONDITIONS, embed)
+    return reference_judge(CONDITIONS, embed, "minilm")
 
 
 def row(condition, kind, answer, ended=True, id="r"):
@@ -184,8 +186,8 @@ def test_padding_never_raises_a_score(reference):
 def test_score_does_not_depend_on_the_other_rows(embed):
     rows = [row(c, k, "Red scaly plaques with silvery scale on the knees, treated with topical steroids.")
             for c in CONDITIONS for k in KINDS]  # fmt: skip
-    together = scores(reference_judge(CONDITIONS, embed), rows)
-    alone = scores(reference_judge(CONDITIONS, embed), rows[5:6])
+    together = scores(reference_judge(CONDITIONS, embed, "minilm"), rows)
+    alone = scores(reference_judge(CONDITIONS, embed, "minilm"), rows[5:6])
     assert together[5] == pytest.approx(alone[0], abs=0.2)
 
 
@@ -193,6 +195,45 @@ def test_unknown_condition_or_kind_is_one_sentence(reference):
     for change in ({"condition": "acne"}, {"kind": "cause"}):
         with pytest.raises(ValueError, match="acne|cause"):
             reference([{**row("rosacea", "name", "x"), **change}])
+
+
+def by_hash(texts):
+    """Embed texts as counts of their words' hashes, unit-norm: (n, 64)."""
+    vectors = np.zeros((len(texts), 64), np.float32)
+    for vector, text in zip(vectors, texts, strict=True):
+        for word in re.findall(r"[a-z0-9]+", text.lower()):
+            vector[zlib.crc32(word.encode()) % 64] += 1
+        vector[0] += 0.1
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+FIXED = [
+    ("rosacea", "name", "This is rosacea.", True, (5, 5, 5)),
+    ("psoriasis", "name", "This is psoriasis. This is melanoma.", True, (1.5, 0.75, 1.27)),
+    ("melanoma", "name", "It is a skin disease which may be", False, (0.44, 0.44, 0.44)),
+    ("rosacea", "features", "Persistent redness of the central face with visible small blood vessels, papules and "
+     "pustules.", True, (2.92, 3.96, 5)),
+    ("psoriasis", "features", "Raised red plaques with silvery white scales on the elbows, knees, scalp and lower "
+     "back; the nails may", False, (3.75, 4.38, 3.75)),
+    ("melanoma", "features", "Repeated flushing leads to persistent redness of the central face.", True, (0.75,) * 3),
+    ("rosacea", "treatment", "topical metronidazole topical metronidazole topical metronidazole topical metronidazole "
+     "gel", False, (0.32, 0.89, 0.84)),
+    ("basal cell carcinoma", "treatment", "It is usually treated by surgical excision with a margin, by Mohs "
+     "micrographic surgery for facial or high-risk tumours, and by radiotherapy.", True, (5, 5, 5)),
+    ("dermatitis", "treatment", "emollients corticosteroids of the Topical and for triggers avoiding with flares the",
+     True, (0.38, 0.81, 1.79)),
+    ("seborrheic keratosis", "definition", "It is a harmless growth of the epidermis. It was first described by a "
+     "French admiral in 1850.", True, (0.56, 0.56, 1.03)),
+    ("lichen planus", "definition", "It is an inflammatory condition of the skin, nails and mucous membranes.", True,
+     (0.43, 0.43, 0.75)),
+]  # fmt: skip
+
+
+def test_scores_of_fixed_answers_stay_what_they_are():
+    """To the last digit, with the facts that ship: whoever changes the judge on purpose writes the new scores here."""
+    rows = [row(condition, kind, answer, ended) for condition, kind, answer, ended, _ in FIXED]
+    found = reference_judge(CONDITIONS, by_hash, "by hash")(rows)
+    assert [(j.truthfulness, j.groundedness, j.hallucination) for j in found] == [scores for *_, scores in FIXED]
 
 
 # --- the store ---------------------------------------------------------------------------------------------------
@@ -205,7 +246,12 @@ def counting_judge(asked, fail_after=None, name="counter"):
                 raise RuntimeError("the judge went away")
             asked.append(r["answer"])
             unread = r["answer"] == "unreadable"
-            yield i, judge.unparsed("?") if unread else judge.Judgement(len(r["answer"]) % 6, 2, 3, "raw", True)
+            yield (
+                i,
+                judge.Judgement(np.nan, np.nan, np.nan, "?", False)
+                if unread
+                else judge.Judgement(len(r["answer"]) % 6, 2, 3, "raw", True),
+            )
 
     return judge.Judge(name, "1", score)
 
@@ -215,53 +261,41 @@ def rows_of(*answers):
 
 
 def test_nothing_is_asked_twice(tmp_path):
-    store, asked = tmp_path / "judgements.jsonl", []
+    store, asked = tmp_path / "units.sqlite", []
     rows = rows_of("a", "bb", "a", "unreadable")
-    first = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
+    first = judge.judge_answers(rows, counting_judge(asked), store)
     assert asked == ["a", "bb", "unreadable"]  # the same content once
-    again = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
+    again = judge.judge_answers(rows, counting_judge(asked), store)
     assert len(asked) == 3
     pd.testing.assert_frame_equal(first, again)
     assert list(first.columns) == list(judge.COLUMNS) and list(first["id"]) == ["0", "1", "2", "3"]
     assert first["score_percent"][0] == pytest.approx((1 + 2 + 3) / 15 * 100)
-    judge.judge_answers(rows, counting_judge(asked, name="another"), store, progress=False)
-    judge.judge_answers(rows, replace(counting_judge(asked), version="2"), store, progress=False)
+    judge.judge_answers(rows, counting_judge(asked, name="another"), store)
+    judge.judge_answers(rows, replace(counting_judge(asked), version="2"), store)
     assert len(asked) == 9
 
 
-def test_unparsed_rows_stay_and_are_counted(tmp_path, capsys):
-    table = judge.judge_answers(rows_of("a", "unreadable"), counting_judge([]), tmp_path / "j.jsonl")
-    assert len(table) == 2 and table.attrs["n_unparsed"] == 1
-    assert np.isnan(table["score_percent"][1]) and not table["parsed"][1] and table["raw"][1] == "?"
-    assert "1 of 2 replies" in capsys.readouterr().out
-
-
-def test_a_torn_last_line_loses_only_itself(tmp_path):
-    store, asked = tmp_path / "judgements.jsonl", []
-    rows = rows_of("a", "bb", "ccc")
-    judge.judge_answers(rows, counting_judge(asked), store, progress=False)
-    store.write_bytes(store.read_bytes()[:-20])
-    table = judge.judge_answers(rows, counting_judge(asked), store, progress=False)
-    assert asked == ["a", "bb", "ccc", "ccc"] and table["parsed"].all()
-    assert [json.loads(line) for line in store.read_text().splitlines()]
+def test_unparsed_rows_stay(tmp_path):
+    table = judge.judge_answers(rows_of("a", "unreadable"), counting_judge([]), tmp_path / "units.sqlite")
+    assert table["parsed"].tolist() == [True, False] and np.isnan(table["score_percent"][1]) and table["raw"][1] == "?"
 
 
 def test_what_came_before_a_failure_is_kept(tmp_path):
-    store, asked = tmp_path / "judgements.jsonl", []
+    store, asked = tmp_path / "units.sqlite", []
     rows = rows_of("a", "bb", "ccc")
     with pytest.raises(RuntimeError, match="went away"):
-        judge.judge_answers(rows, counting_judge(asked, fail_after=2), store, progress=False)
-    judge.judge_answers(rows, counting_judge(asked), store, progress=False)
+        judge.judge_answers(rows, counting_judge(asked, fail_after=2), store)
+    judge.judge_answers(rows, counting_judge(asked), store)
     assert asked == ["a", "bb", "ccc"]
 
 
 def test_without_a_store_nothing_is_written(tmp_path):
-    table = judge.judge_answers(rows_of("a", "a"), counting_judge([]), None, progress=False)
+    table = judge.judge_answers(rows_of("a", "a"), counting_judge([]), None)
     assert len(table) == 2 and not list(tmp_path.iterdir())
 
 
 def test_no_rows_give_an_empty_table(tmp_path):
-    table = judge.judge_answers([], counting_judge([]), tmp_path / "j.jsonl")
+    table = judge.judge_answers([], counting_judge([]), tmp_path / "units.sqlite")
     assert list(table.columns) == list(judge.COLUMNS) and table.empty
 
 
@@ -274,16 +308,50 @@ def test_a_row_without_a_field_is_refused(tmp_path):
 def test_reference_judge_keys_on_ended(reference, tmp_path):
     answer = "a topical corticosteroid or vitamin D analogue"
     rows = [row("psoriasis", "treatment", answer, ended, id=str(ended)) for ended in (True, False)]
-    table = judge.judge_answers(rows, reference, tmp_path / "j.jsonl", progress=False)
+    table = judge.judge_answers(rows, reference, tmp_path / "units.sqlite")
     assert table["score_percent"][0] > table["score_percent"][1]
+
+
+# --- who judged --------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_is_its_name_version_fields_and_code(monkeypatch, tmp_path):
+    asked, rows, units = [], rows_of("a", "bb"), tmp_path / "units.sqlite"
+    one = counting_judge(asked)
+    others = [replace(one, name="b"), replace(one, version="2"), replace(one, reads=("answer",)),
+              replace(one, module="medprune.judging.card")]  # fmt: skip
+    assert len({j.identity for j in (one, *others)}) == 5 and counting_judge([]).identity == one.identity
+    table = judge.judge_answers(rows, one, units)
+    assert (table["judged_by"] == one.identity).all()
+    monkeypatch.setattr(store, "code", lambda *modules: "changed")
+    assert (judge.judge_answers(rows, one, units)["judged_by"] != table["judged_by"]).all() and len(asked) == 4
+
+
+def test_each_judge_s_own_code_counts():
+    reference, cosine = reference_judge(CONDITIONS, by_hash, "a"), cosine_judge(by_hash, "a")
+    assert (reference.module, cosine.module) == ("medprune.judging.reference", "medprune.judging.card")
+    server, chat = scores_module.server_judge("http://localhost/v1", "m"), scores_module.chat_judge("org/model")
+    assert server.module == chat.module == "medprune.judging.chat"
+    few = {c: CONDITIONS[c] for c in list(CONDITIONS)[:3]}
+    assert reference.identity != reference_judge(few, by_hash, "a").identity
+
+
+@pytest.mark.parametrize("name", ["reference", "cosine"])
+def test_another_embedder_is_another_judge(monkeypatch, name):
+    monkeypatch.setattr(scores_module.loading, "load_embedder", lambda embedding: by_hash)
+    monkeypatch.setattr(scores_module.loading, "embedder_identity", lambda embedding: f"hash of {embedding}")
+    one, same, other = (make_judges(resolve("smoke", embedding=e), CONDITIONS, (name,))[0].identity for e in "aab")
+    assert one == same != other
 
 
 # --- several judges ----------------------------------------------------------------------------------------------
 
 
 def table_of(name, values, parsed=None):
-    rows = [{"id": str(i), "judge": name, **dict.fromkeys(judge.ASPECTS, v), "score_percent": v * 20, "raw": "",
-             "parsed": True} for i, v in enumerate(values)]  # fmt: skip
+    same = {"judge": name, "judged_by": name, "raw": "", "parsed": True}
+    rows = [
+        {"id": str(i), **dict.fromkeys(judge.ASPECTS, v), "score_percent": v * 20} | same for i, v in enumerate(values)
+    ]
     table = pd.DataFrame(rows)
     for i in parsed or ():
         table.loc[i, [*judge.ASPECTS, "score_percent"]] = np.nan
@@ -308,13 +376,15 @@ def test_combine_refuses_what_does_not_match():
 
 def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
     def fixed(name, value):
-        return judge.Judge(name, "1", lambda rows: ((i, judge.Judgement(value(r), 3.0, 3.0, "", True)) for i, r in enumerate(rows)))
+        return judge.Judge(
+            name, "1", lambda rows: ((i, judge.Judgement(value(r), 3.0, 3.0, "", True)) for i, r in enumerate(rows))
+        )
 
     rows = [{"id": f"q{i}", "key": f"image {i // 2}", "path": "", "method": m, "question": "?", "reference": "r",
              "answer": f"{m} {i}"} for m in ("a", "b") for i in range(6)]  # fmt: skip
     number = {r["answer"]: i % 6 for i, r in enumerate(rows)}
-    judges = [fixed("mild", lambda r: min(5, number[r["answer"]] + 1)), fixed("strict", lambda r: number[r["answer"]] % 5),
-              fixed("odd one", lambda r: 5 - number[r["answer"]])]  # fmt: skip
+    marks = {"mild": lambda n: min(5, n + 1), "strict": lambda n: n % 5, "odd one": lambda n: 5 - n}
+    judges = [fixed(name, lambda r, mark=mark: mark(number[r["answer"]])) for name, mark in marks.items()]
     run = Run(tmp_path, "01_finetune")
     table = judged(rows, judges, run)
     three = table[["truthfulness@mild", "truthfulness@strict", "truthfulness@odd one"]]
@@ -323,10 +393,69 @@ def test_several_judges_are_combined_and_each_one_s_scores_kept(tmp_path):
     assert table["id"].tolist() == [r["id"] for r in rows] and (table["n_judges"] == 3).all()
     assert judged(rows, judges, run, "mean")["truthfulness"].tolist() == pytest.approx(three.mean(axis=1).tolist())
     asked = [r | {"id": f"{r['method']} {r['id']}"} for r in rows]
-    found = agreements(asked, judges, run.root / "judgements.jsonl").set_index(["judges", "aspect"])
-    assert found.loc[("mild - strict", "truthfulness"), "kappa"] > 0 > found.loc[("mild - odd one", "truthfulness"), "kappa"]
+    found = agreements(asked, judges, run).set_index(["judges", "aspect"])["kappa"]
+    assert found["mild - strict", "truthfulness"] > 0 > found["mild - odd one", "truthfulness"]
     alone = judged(rows, judges[:1], run)
-    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist() and agreements(asked, judges[:1], None).empty
+    assert alone["truthfulness"].tolist() == three["truthfulness@mild"].tolist()
+    assert agreements(asked, judges[:1], run).empty
+
+
+def test_combined_scores_say_who_judged_and_how(tmp_path):
+    rows = [{**r, "key": "k", "path": "", "method": "m", "asked": "12e4"} for r in rows_of("a", "bb")]
+    judges = [counting_judge([]), counting_judge([], name="second")]
+    run = Run(tmp_path, "01_finetune")
+    ways = ((judges[:1], "median"), (judges, "median"), (judges, "mean"), (judges[1:], "median"))
+    found = [set(judged(rows, chosen, run, how)["judged_by"]) for chosen, how in ways]
+    assert found[0] == {judges[0].identity} and len({one for [one] in found}) == 4
+    assert run.contexts == {j.identity for j in judges}  # so that `medprune clean` leaves their judgements
+    assert judged(rows, judges, run)["asked"].tolist() == ["12e4"] * 2
+
+
+# --- tables of scores --------------------------------------------------------------------------------------------
+
+
+def write_scores(root, stage, rows):
+    run = Run(root, stage)
+    write_csv(run.dir / "scores.csv", judged(rows, [counting_judge([])], run))
+
+
+def answer_of(id, method, answer):
+    return {**row("rosacea", "name", answer, id=id), "method": method, "key": id.partition("#")[0], "path": "/x.png",
+            "asked": "0000000000123e45", "skin_tone": None, "tokens": 3}  # fmt: skip
+
+
+def test_scores_come_back_as_they_were(tmp_path):
+    answers = ["", "NA", "nan", "12", "a\rb", 'two\nlines, "quoted"', "1e5", "unreadable"]
+    rows = [answer_of(f"00{i}#name", "007", answer) for i, answer in enumerate(answers)]
+    write_scores(tmp_path, "01_finetune", rows)
+    back = read_scores(tmp_path / "01_finetune")
+    assert back["answer"].tolist() == answers and back["id"].tolist() == [r["id"] for r in rows]
+    assert back["key"].tolist() == back["cluster"].tolist() == [f"00{i}" for i in range(len(rows))]
+    assert set(back["method"]) == {"007"} and set(back["asked"]) == {"0000000000123e45"}
+    assert back["truthfulness"].tolist()[:-1] == [len(a) % 6 for a in answers[:-1]] and back["skin_tone"].isna().all()
+    read = [True] * 7 + [False]
+    assert back["parsed"].tolist() == back["truthfulness"].notna().tolist() == read
+
+
+def test_scores_of_a_run_take_a_method_once(tmp_path):
+    with pytest.raises(ValueError, match="has no scores: run notebook 01"):
+        scores_of(tmp_path)
+    write_scores(tmp_path, "01_finetune", [answer_of("1#name", "original", "a")])
+    again = [answer_of("1#name", m, answer) for m, answer in (("original", "bb"), ("pruned-1", "ccc"))]
+    write_scores(tmp_path, "03_prune_sweep", again)
+    table = scores_of(tmp_path)
+    assert list(zip(table["method"], table["answer"], strict=True)) == [("original", "a"), ("pruned-1", "ccc")]
+
+
+def test_a_judge_that_cannot_be_read_is_told(tmp_path, capsys):
+    run = Run(tmp_path, "01_finetune")
+    rows = [answer_of(f"{i}#name", "m", answer) for i, answer in enumerate(("a", "unreadable"))]
+    judged(rows, [counting_judge([])], run)
+    assert "1 of 2 replies of the judge counter could not be read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="gave no score in 1 replies"):
+        judged(rows[1:], [counting_judge([])], run)
+    with pytest.raises(ValueError, match="no answers to judge"):
+        judged([], [counting_judge([])], run)
 
 
 @pytest.mark.parametrize("named", ["reference+", "reference+reference", "reference+cosine"])
@@ -339,3 +468,10 @@ def test_judges_that_cannot_be_are_refused(named):
 def test_a_server_needs_its_address(settings):
     with pytest.raises(ValueError, match="judge_url and judge_model"):
         resolve("smoke", settings)
+
+
+@pytest.mark.parametrize("address", ["localhost:8000", "http://me:pw@host/v1"])
+def test_a_server_s_address_is_checked_early(address):
+    with pytest.raises(ValueError, match="judge_url") as caught:
+        resolve("smoke", judge="server", judge_model="m", judge_url=address)
+    assert "pw" not in str(caught.value)

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from medprune.data.questions import load_conditions
-from medprune.judging.judge import ASPECTS, Judge, Judgement, unparsed
-from medprune.judging.reference import reference_judge
 from medprune.judging.card import LEVELS, PADDING, agreement, cosine_judge, graded_answers, judge_card
+from medprune.judging.judge import ASPECTS, Judge, Judgement
+from medprune.judging.reference import reference_judge
 
 CONDITIONS = load_conditions()
 ROWS = [
@@ -39,7 +39,12 @@ def judge_of(mark):
     def score(rows):
         for i, row in enumerate(rows):
             value = mark(i, row)
-            yield i, unparsed("?") if value is None else Judgement(value, value, value, "", True)
+            yield (
+                i,
+                Judgement(np.nan, np.nan, np.nan, "?", False)
+                if value is None
+                else Judgement(value, value, value, "", True),
+            )
 
     return Judge("made up", "1", score)
 
@@ -95,15 +100,15 @@ def embed():
 
 
 def test_cosine_alone_does_not_pass(embed):
-    """What the paper scores blocks by cannot tell words in order from words shuffled, nor one disease's name from another's."""
-    card = judge_card(cosine_judge(embed), ROWS, CONDITIONS)
+    """What the paper scores blocks by cannot tell ordered words from shuffled, nor a disease's name from another's."""
+    card = judge_card(cosine_judge(embed, "minilm"), ROWS, CONDITIONS)
     assert failed(card) == {"graded", "naming"}
     values = card.set_index("check")["value"]
     assert values["graded: right, mean score"] == 100 and values["graded: shuffled words, mean score"] > 80
 
 
 def test_the_reference_judge_passes_its_card(embed):
-    card = judge_card(reference_judge(CONDITIONS, embed), ROWS, CONDITIONS)
+    card = judge_card(reference_judge(CONDITIONS, embed, "minilm"), ROWS, CONDITIONS)
     assert card["passed"].all(), card[["check", "value", "wanted", "passed"]].to_string()
     values = card.set_index("check")["value"]
     assert values["graded: right, mean score"] == 100 and values["graded: gibberish, mean score"] < 10

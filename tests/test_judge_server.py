@@ -15,17 +15,20 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from medprune.judging import chat
-from medprune.judging.chat import DEFAULT_REVISION
+from medprune.judging.chat import DEFAULT_REVISION, chat_judge, messages, parse_scores, secret, server_judge
+from medprune.judging.judge import ASPECTS, judge_answers
+from medprune.judging.scores import make_judges
 from medprune.models import loading
 from medprune.models.assembled import GGUF
-from medprune.judging.judge import ASPECTS, judge_answers
-from medprune.judging.chat import chat_judge, messages, parse_scores, server_judge
+from medprune.settings import resolve
+from medprune.store import Units
 
 REPO = Path(__file__).parents[1]
 GOOD = '{"truthfulness": 4, "groundedness": 3, "hallucination": 5}'
@@ -189,7 +192,7 @@ def test_faults_are_retried_and_every_answer_judged(serve, tmp_path):
               "answer-4.": "broken", "answer-5.": "error in 200", "answer-6.": (503, {})}  # fmt: skip
     server = serve(lambda text, n: faults[text] if n == 1 and text in faults else GOOD)
     judge = server_judge(server.url, "m", concurrency=9, timeout_s=1.5, max_retries=3)
-    table = judge_answers(rows_of(9), judge, tmp_path / "j.jsonl", progress=False)
+    table = judge_answers(rows_of(9), judge, tmp_path / "units.sqlite")
     assert table["parsed"].all() and (table["score_percent"] == 80).all()
     assert server.requests == Counter({f"answer-{i}.": 1 + (i < 7) for i in range(9)})
     waited = [t for text, t in server.times if text == "answer-1."]
@@ -202,10 +205,10 @@ def test_half_a_json_and_prose_are_kept_as_they_are(serve, tmp_path):
                "answer-2.": "I would rather not say."}  # fmt: skip
     server = serve(lambda text, n: replies[text])
     judge = server_judge(server.url, "m")
-    table = judge_answers(rows_of(3), judge, tmp_path / "j.jsonl", progress=False)
-    assert table["parsed"].tolist() == [False, True, False] and table.attrs["n_unparsed"] == 2
+    table = judge_answers(rows_of(3), judge, tmp_path / "units.sqlite")
+    assert table["parsed"].tolist() == [False, True, False]
     assert table["raw"].tolist() == list(replies.values())
-    judge_answers(rows_of(3), judge, tmp_path / "j.jsonl", progress=False)
+    judge_answers(rows_of(3), judge, tmp_path / "units.sqlite")
     assert sum(server.requests.values()) == 3  # an unreadable reply is an answer too: not asked again
 
 
@@ -231,14 +234,14 @@ def test_a_server_that_goes_away_stops_the_run_and_loses_nothing(serve, tmp_path
     server = serve(lambda text, n: GOOD if int(text[7:-1]) < 3 else "cut")
     judge = server_judge(server.url, "m", concurrency=1, max_retries=1, timeout_s=5)
     with pytest.raises(RuntimeError) as caught:
-        judge_answers(rows_of(40), judge, tmp_path / "j.jsonl", progress=False)
+        judge_answers(rows_of(40), judge, tmp_path / "units.sqlite")
     message = str(caught.value)
     assert server.url in message and "3 of 40" in message and message.count(".\n") == 0
     assert caught.value.__cause__ is None and caught.value.__context__ is None
     assert sum(server.requests.values()) == 5  # 3 answered, the fourth tried twice, the rest not at all
     back = serve(lambda text, n: GOOD)
     judge = server_judge(back.url, "m")
-    assert judge_answers(rows_of(40), judge, tmp_path / "j.jsonl", progress=False)["parsed"].all()
+    assert judge_answers(rows_of(40), judge, tmp_path / "units.sqlite")["parsed"].all()
     assert sum(back.requests.values()) == 37
 
 
@@ -256,7 +259,7 @@ def test_refusals_are_told_without_retry_and_without_the_key(serve, monkeypatch,
     server = serve(lambda text, n: (status, {}))
     judge = server_judge(server.url, "m", api_key_env="MY_JUDGE_KEY", concurrency=1)
     with pytest.raises(RuntimeError, match=words) as caught:
-        judge_answers(rows_of(3), judge, tmp_path / "j.jsonl")
+        judge_answers(rows_of(3), judge, tmp_path / "units.sqlite")
     assert sum(server.requests.values()) == (2 if status == 400 else 1)  # a 400 may be about the schema: asked plainly
     out = capfd.readouterr()
     assert KEY not in str(caught.value) + out.out + out.err
@@ -268,9 +271,11 @@ def test_the_key_is_stored_nowhere(serve, monkeypatch, tmp_path, caplog):
     caplog.set_level("DEBUG")
     server = serve(lambda text, n: f"Your key {KEY} is nice. {GOOD}")
     judge = server_judge(server.url, "m")
-    table = judge_answers(rows_of(2), judge, tmp_path / "j.jsonl", progress=False)
+    table = judge_answers(rows_of(2), judge, tmp_path / "units.sqlite")
     assert table["parsed"].all()
-    assert KEY not in (tmp_path / "j.jsonl").read_text() + judge.name + judge.version + repr(judge) + caplog.text
+    stored = (tmp_path / "units.sqlite").read_text(errors="replace")
+    assert "is nice" in stored
+    assert KEY not in stored + judge.name + judge.version + repr(judge) + caplog.text
     assert KEY not in table.to_csv()
 
 
@@ -283,7 +288,7 @@ def test_killed_and_restarted_asks_nothing_twice(serve, tmp_path):
         from medprune.judging.judge import judge_answers
         from medprune.judging.chat import server_judge
         rows = [dict(id=str(i), question="Q", reference="R", answer=f"answer-{{i}}.") for i in range(12)]
-        judge_answers(rows, server_judge({server.url!r}, "m", concurrency=1), Path({str(tmp_path / "j.jsonl")!r}))
+        judge_answers(rows, server_judge({server.url!r}, "m", concurrency=1), Path({str(tmp_path / "units.sqlite")!r}))
     """)
     run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -308,14 +313,20 @@ def test_interrupting_sends_no_more(serve, tmp_path):
     assert sum(server.requests.values()) == asked < 50
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"base_url": "localhost:8000"}, "localhost:8000"), ({"base_url": "http://me:pw@host/v1"}, "must not carry"),
-    ({"concurrency": 0}, "concurrency=0"), ({"timeout_s": 0}, "timeout_s=0"), ({"max_retries": -1}, "max_retries=-1"),
-])  # fmt: skip
-def test_impossible_settings_are_refused(change, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        server_judge(**{"base_url": "http://localhost:8000/v1", "model": "m", **change})
-    assert "pw" not in str(caught.value)
+def test_secrets_come_from_the_environment_then_from_kaggle_then_from_colab(monkeypatch):
+    class Client:
+        def get_secret(self, name):
+            if name != "ON_KAGGLE":
+                raise KeyError(name)
+            return "k"
+
+    monkeypatch.setitem(sys.modules, "kaggle_secrets", SimpleNamespace(UserSecretsClient=Client))
+    for name in ("google", "google.colab"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    colab = SimpleNamespace(get={"ON_COLAB": "c"}.__getitem__)
+    monkeypatch.setitem(sys.modules, "google.colab.userdata", colab)
+    monkeypatch.setenv("HERE", "h")
+    assert [secret(name) for name in ("HERE", "ON_KAGGLE", "ON_COLAB", "NOWHERE")] == ["h", "k", "c", ""]
 
 
 # --- a tiny chat model, in process and behind a real server ------------------------------------------------------
@@ -350,9 +361,8 @@ def tiny_chat(tmp_path_factory):
 
 def test_chat_model_in_process_answers_every_row_the_same_way_twice(tiny_chat, tmp_path):
     judge = chat_judge(str(tiny_chat), quantize_4bit=False, max_new_tokens=8, batch_size=2)
-    table = judge_answers(rows_of(5), judge, tmp_path / "j.jsonl", progress=False)
+    table = judge_answers(rows_of(5), judge, tmp_path / "units.sqlite")
     assert list(table["id"]) == list("01234") and table["raw"].str.len().gt(0).all()
-    assert table.attrs["n_unparsed"] == (~table["parsed"]).sum()
     assert judge.name == "chat:tiny-chat" and str(tiny_chat.parent) not in judge.version
     assert [j.raw for j in judge(rows_of(5))] == table["raw"].tolist()
 
@@ -395,8 +405,28 @@ def test_other_weights_of_the_same_folder_name_are_another_judge(tiny_chat):
 
 def test_the_default_model_is_pinned():
     assert DEFAULT_REVISION in chat_judge().version
-    with pytest.raises(ValueError, match="batch_size=0"):
-        chat_judge(batch_size=0)
+
+
+def test_a_chat_model_is_loaded_once(tiny_chat, monkeypatch):
+    """Notebooks make their judges several times; another model, or the same folder with other weights, is another."""
+    import transformers
+
+    loaded = []
+    fake = SimpleNamespace(eval=lambda: "model")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or fake)
+    monkeypatch.setattr(chat, "_replies", lambda tokenizer, model, chats, length: [GOOD] * len(chats))
+    chat._load_chat.cache_clear()
+    config = resolve("smoke", judge=str(tiny_chat))
+    for _ in range(2):
+        [judge] = make_judges(config, {})
+        assert all(j.parsed for j in judge(rows_of(3)))
+    assert len(loaded) == 1
+    (tiny_chat / "more.txt").write_text("another tokenizer file")
+    [judge] = make_judges(config, {})
+    judge(rows_of(1))
+    assert len(loaded) == 2
+    (tiny_chat / "more.txt").unlink()
+    chat._load_chat.cache_clear()  # the fake one
 
 
 missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
@@ -412,7 +442,8 @@ def transformers_serve(folder, log):
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     with open(log, "w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=offline)
         try:
             deadline = time.monotonic() + 90
             while True:
@@ -430,42 +461,43 @@ def transformers_serve(folder, log):
 
 @needs_server
 def test_a_real_server_judges_over_http(tiny_chat, tmp_path):
-    store = tmp_path / "j.jsonl"
+    store = tmp_path / "units.sqlite"
     with transformers_serve(tiny_chat, tmp_path / "serve.log") as port:
         url = f"http://127.0.0.1:{port}/v1"
         judge = server_judge(url, str(tiny_chat), max_tokens=8, concurrency=2)
-        table = judge_answers(rows_of(4), judge, store, progress=False)
+        table = judge_answers(rows_of(4), judge, store)
         # a random model's words mean nothing; that each row has a reply of its own, stored, does
         assert len(table) == 4 and table["raw"].str.len().gt(0).all()
-        assert len(store.read_text().splitlines()) == 4
+        assert len(Units(store, judge.identity)) == 4
         local = chat_judge(str(tiny_chat), quantize_4bit=False, max_new_tokens=8, batch_size=1)(rows_of(4))
         assert table["raw"].tolist() == [j.raw for j in local]  # greedy here and there: the same traffic, word for word
         with pytest.raises(RuntimeError, match="HTTP 400|HTTP 404"):
             server_judge(url, "another-model", max_retries=0)(rows_of(1))
-    again = judge_answers(rows_of(4), judge, store, progress=False)  # the server is gone, and is not needed
+    again = judge_answers(rows_of(4), judge, store)  # the server is gone, and is not needed
     assert again["raw"].tolist() == table["raw"].tolist()
     with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*0 of 1"):
-        judge_answers(rows_of(5), server_judge(url, str(tiny_chat), max_tokens=8, max_retries=0), store, progress=False)
+        judge_answers(rows_of(5), server_judge(url, str(tiny_chat), max_tokens=8, max_retries=0), store)
 
 
 @needs_server
 def test_smollm2_judges_behind_a_real_server(tmp_path):
-    """A real chat model with its own template: its scores mean nothing, its replies are stored, read or counted as unread."""
+    """A real chat model with its own template: its scores mean nothing, its replies are stored, read or not."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = loading.wheel_folder(GGUF[0])
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF[1])
-    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")})
+    without = ("quantization_config", "dtype")
+    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in without})
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(tmp_path / "smollm2")
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF[1]).save_pretrained(tmp_path / "smollm2")
     del loaded, plain
-    store = tmp_path / "j.jsonl"
+    store = tmp_path / "units.sqlite"
     with transformers_serve(tmp_path / "smollm2", tmp_path / "serve.log") as port:
         judge = server_judge(f"http://127.0.0.1:{port}/v1", str(tmp_path / "smollm2"), max_tokens=40, concurrency=1)
-        table = judge_answers(rows_of(2), judge, store, progress=False)
-    assert judge.name == "server:smollm2" and table["raw"].str.fullmatch(r"[\x20-\x7e\n]{4,}").all(), table["raw"].tolist()
+        table = judge_answers(rows_of(2), judge, store)
+    assert judge.name == "server:smollm2"
+    assert table["raw"].str.fullmatch(r"[\x20-\x7e\n]{4,}").all(), table["raw"].tolist()
     assert table["parsed"].tolist() == [parse_scores(raw) is not None for raw in table["raw"]]
-    assert table.attrs["n_unparsed"] == (~table["parsed"]).sum()
-    assert judge_answers(rows_of(2), judge, store, progress=False)["raw"].tolist() == table["raw"].tolist()
+    assert judge_answers(rows_of(2), judge, store)["raw"].tolist() == table["raw"].tolist()

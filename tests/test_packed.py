@@ -114,7 +114,10 @@ def test_unpacking_in_slices_gives_the_whole(monkeypatch, bits):
     monkeypatch.setattr(packed, "SLICE_WEIGHTS", 64 * 256)
     assert len(layer._slices()) == 3
     in_slices = PackedLinear.from_linear(linear(256, 176, bias=True), bits).state_dict()
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in in_slices.items()) and in_slices.keys() == stored.keys()
+    assert (
+        all(torch.equal(tensor, stored[name]) for name, tensor in in_slices.items())
+        and in_slices.keys() == stored.keys()
+    )
     torch.testing.assert_close(layer(x), F.linear(x, exact, layer.bias), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         layer(x[:2].bfloat16())  # at 4 bits, into the running form by slices
@@ -141,7 +144,8 @@ def test_gradients_reach_the_input():
 
 
 def test_awq_layout_is_autoawqs_own():
-    import medprune.awq  # noqa: F401, it silences the announcement
+    import medprune.quantizing.awq  # noqa: F401, it silences the announcement
+
     gemm = importlib.import_module("awq.utils.packing_utils")
     layer = PackedLinear.from_linear(linear(128, 80))
     tensors = to_awq(layer)
@@ -164,34 +168,61 @@ def test_impossible_layers_are_refused(shape, bits, group_size, sentence):
 
 GPU_KERNEL = """
 import torch
-from medprune import gemv, packed
-from medprune.quantizing.packed import PackedLinear, rtn_codes
+from medprune.quantizing import kernels, packed
+from medprune.quantizing.packed import PackedLinear, kernel_agrees, rtn_codes
 
+cpu, real = torch.device("cpu"), kernels.gemv
+near = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+packed.gpu_kernel = lambda device, dtype: real
 for group_size in (32, 64, 128):
-    for rows, out_features, dtype in ((1, 8, torch.float32), (2, 40, torch.float16), (5, 72, torch.bfloat16), (16, 16, torch.float32)):
+    for rows, outs, dtype in (
+        (1, 8, torch.float32), (2, 40, torch.float16), (5, 72, torch.bfloat16), (16, 16, torch.float32)
+    ):
         torch.manual_seed(rows)
-        codes = rtn_codes(torch.randn(out_features, 11 * group_size), 4, group_size)  # 11 groups: the last 5 of 16 are masked
-        layer, x = PackedLinear.from_codes(*codes, 4, torch.randn(out_features)), torch.randn(rows, 11 * group_size).to(dtype)
+        codes = rtn_codes(torch.randn(outs, 11 * group_size), 4, group_size)  # 11 groups: the last 5 of 16 are masked
+        layer, x = PackedLinear.from_codes(*codes, 4, torch.randn(outs)), torch.randn(rows, 11 * group_size).to(dtype)
         wanted = (x.float() @ layer.fake_quantized_weight().t() + layer.bias).to(dtype).float()
-        packed.gpu_kernel = lambda device, dtype: gemv.gemv
         found = layer(x[None])[0].float()
         error = float((found - wanted).abs().max() / wanted.abs().max())
-        assert found.shape == wanted.shape and error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], error
+        assert found.shape == wanted.shape and error < near[dtype], error
         assert layer.tables is None, "the stored form is read, and no other made"
-assert gemv.works(torch.device("cpu"), torch.float16)
-real, gemv.gemv = gemv.gemv, lambda *a: real(*a) * 1.1
-import warnings
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    assert not gemv.works(torch.device("cpu"), torch.float16)
-assert "off by" in str(said[0].message), said
+
+seen = []
+kernel = kernels._kernel
+class Spy:
+    def __getitem__(self, grid):
+        return lambda *sizes: (seen.append(sizes[7]), kernel[grid](*sizes))
+kernels._kernel = Spy()
+for rows in range(1, 17):
+    assert real(torch.randn(rows, 11 * 128), layer.qweight, layer.scale, layer.zero_point, 128).shape == (rows, 16)
+assert set(seen) == {1, 2, 4, 8, 16}, "rows are padded, so that at most five kernels are compiled"
+kernels._kernel = kernel
+
+def refused(gemv, why):
+    import warnings
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not kernel_agrees(gemv, cpu, torch.float16)
+    assert why in str(said[0].message), said
+
+def broken(*a):
+    raise RuntimeError("out of resource")
+
+assert kernel_agrees(real, cpu, torch.float16)
+refused(lambda *a: real(*a) * 1.1, "off by 10%")
+refused(lambda *a: real(*a) * float("nan"), "off by nan%")
+refused(lambda x, *a: real(x, *a) * (1 if len(x) < 16 else 1.1), "off by")  # with many rows alone
+refused(lambda x, codes, *a: real(x, codes, *a) * (1 if codes.shape[1] < 512 else 1.1), "off by")  # in turn 2
+refused(broken, "cannot be compiled for cpu: out of resource")
 print("equal")
 """
 
 
 def test_the_gpu_kernel_gives_what_unpacking_gives_and_a_wrong_one_is_not_used():
     # Triton's interpreter runs the kernel on a CPU; it has to be asked for before Triton is imported.
-    done = subprocess.run([sys.executable, "-c", GPU_KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", GPU_KERNEL], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout == "equal\n", done.stderr
 
 

@@ -1,20 +1,30 @@
-"""Each method on a tiny random LLaVA: quantize, generate, save, reload; bytes; refusals; AWQ beside RTN."""
+"""Each method on a tiny random LLaVA: quantize, generate, save, reload; bytes; refusals; AWQ beside RTN; mixed bits."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from medprune.data import synthetic
+from medprune.models import loading
+from medprune.models.families import parts
 from medprune.models.sizes import account, linear_bytes
-from medprune.quantizing.checkpoint import load_quantized, save_quantized
+from medprune.pruning.plan import make_plan
+from medprune.quantizing.checkpoint import add_scores, load_quantized, quantize_folder, save_quantized
 from medprune.quantizing.packed import PackedLinear
-from medprune.quantizing.quantize import METHODS, packed_bytes, quantize
+from medprune.quantizing.quantize import bits_by_importance, packed_bytes, quantize
+from medprune.settings import METHODS
+from medprune.store import fingerprint, made
 
 IMAGE = 255
 
@@ -75,8 +85,6 @@ def test_each_method_answers_saves_and_reloads_to_the_same_logits(tmp_path, meth
 
 
 def test_scores_come_into_the_model_card_when_there_are_some(tmp_path):
-    from medprune.quantizing.checkpoint import add_scores
-
     model, info = quantized("rtn")
     save_quantized(model, tmp_path / "q", "rtn", info, base="tiny", plan="blocks removed: 3", licence="Apache-2.0")
     before = (tmp_path / "q" / "README.md").read_text()
@@ -84,7 +92,14 @@ def test_scores_come_into_the_model_card_when_there_are_some(tmp_path):
     add_scores(tmp_path / "q", "81.0% [71.0, 91.0]")
     after = (tmp_path / "q" / "README.md").read_text()
     assert after == before.replace("- Scores: not evaluated", "- Scores: 81.0% [71.0, 91.0]") != before
-    for said in ("Base: tiny", "blocks removed: 3", "Licence: Apache-2.0", "bits 4", "Not for clinical use", "How to load"):
+    for said in (
+        "Base: tiny",
+        "blocks removed: 3",
+        "Licence: Apache-2.0",
+        "bits 4",
+        "Not for clinical use",
+        "How to load",
+    ):
         assert said in after
 
 
@@ -92,7 +107,7 @@ def test_a_fresh_process_reloads_awq(tmp_path):
     model, info = quantized("awq", torch.bfloat16)
     folder = save_quantized(model, tmp_path / "q", "awq", info)
     code = (
-        "import sys, torch; from medprune.checkpoint import load_quantized\n"
+        "import sys, torch; from medprune.quantizing.checkpoint import load_quantized\n"
         "model = load_quantized(sys.argv[1]); ids = torch.arange(3, 19)[None]\n"
         "with torch.no_grad(): torch.save(model(input_ids=ids).logits, sys.argv[2])\n"
         "assert not any(m.split('.')[0] == 'awq' for m in sys.modules)"
@@ -162,7 +177,9 @@ def test_head_and_vision_tower_weigh_what_the_plan_says(method, tied):
     assert found["vision_tower"] == plan["vision_tower"] + positions and found["head"] == plan["head"]
     assert all(found[p] == plan[p] == before[p] for p in ("projector", "embeddings"))
     assert found["block_linears"] == sum(plan[f"block_{part}"] for part in ("weights", "scales", "zero_points"))
-    assert plan["vision_tower"] < least["vision_tower"] and (least["head"] == 0 if tied else plan["head"] < least["head"])
+    assert plan["vision_tower"] < least["vision_tower"] and (
+        least["head"] == 0 if tied else plan["head"] < least["head"]
+    )
 
 
 def test_only_block_linears_are_touched():
@@ -258,7 +275,9 @@ def test_awq_rounding_in_place_is_autoawqs():
     for dtype in (torch.float32, torch.float16):
         w = torch.randn(48, 128).to(dtype)
         kept = w.clone()
-        for a, b in zip(quantizer.pseudo_quantize_tensor(w), AwqQuantizer.pseudo_quantize_tensor(quantizer, w), strict=True):
+        for a, b in zip(
+            quantizer.pseudo_quantize_tensor(w), AwqQuantizer.pseudo_quantize_tensor(quantizer, w), strict=True
+        ):
             assert torch.equal(a, b)
         assert torch.equal(w, kept)
 
@@ -297,6 +316,16 @@ def test_awq_shows_our_progress_bar_and_not_autoawqs(monkeypatch, tmp_path, capf
     quantized("awq")
     assert "3/3" in (tmp_path / "bars").read_text()
     assert "it/s" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 3), ("awq", 4), ("bnb", 4), ("hqq", 4)])
+def test_a_reloaded_folder_stops_where_the_model_did_and_knows_what_it_was_made_of(tmp_path, method, bits):
+    model = tiny()
+    model.generation_config.eos_token_id = [2, 7]
+    model, info = quantized(method, model=model, bits=bits)
+    save_quantized(model, tmp_path / "q", method, info, context="of this", costs={"s": 1})
+    assert load_quantized(tmp_path / "q").generation_config.eos_token_id == [2, 7]
+    assert made(tmp_path / "q", "of this")["costs"] == {"s": 1} and made(tmp_path / "q", "of that") is None
 
 
 def test_a_damaged_folder_is_refused_by_name(tmp_path):
@@ -365,3 +394,126 @@ def test_bad_models_are_refused_by_name():
         save_quantized(model, "nowhere", "rtn", info)
     with pytest.raises(ValueError, match="not quantized"):
         save_quantized(tiny(), "nowhere", "rtn", info)
+
+
+def test_the_most_important_blocks_get_more_and_the_mean_is_kept():
+    scores = [0.9, 0.1, 0.5, float("inf"), 0.2, 0.3]
+    assert bits_by_importance(scores, 4.5, (3, 4, 8)) == [4, 3, 4, 8, 4, 4]  # 27 bits: 18 and 5 + 1 + 1 + 1 + 1
+    assert bits_by_importance(scores, 4, (3, 8)) == [3, 3, 3, 8, 3, 3]
+    assert bits_by_importance(scores, 5, (4, 8)) == [4, 4, 4, 8, 4, 4]
+    assert bits_by_importance(scores, 16, (4, 16)) == [16] * 6 and bits_by_importance(scores, 3) == [3] * 6
+    assert bits_by_importance(np.array([2.0, 2.0, 1.0]), 16 / 3, (4, 8)) == [8, 4, 4]  # ties: the earlier block
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=40), st.floats(3, 8),
+       st.lists(st.sampled_from((4, 8, 16)), unique=True, max_size=3))  # fmt: skip
+def test_bits_follow_the_order_of_the_scores_within_the_mean(scores, mean, more):
+    choices = [3, 8, *more]
+    bits = bits_by_importance(scores, mean, choices)
+    assert len(bits) == len(scores) and set(bits) <= set(choices) and sum(bits) <= mean * len(bits) + 1e-6
+    by_score = [bits[i] for i in sorted(range(len(scores)), key=lambda i: -scores[i])]
+    assert by_score == sorted(by_score, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(([1, float("nan")], 4), "block 1 has no importance_score"), (([], 4), "is empty"),
+     (([1, 2], 9), "target_mean_bits must be 3 to 8, as choices, not 9"), (([1, 2], 2.5), "not 2.5"),
+     (([1, 2], float("nan")), "not nan"), (([1, 2], 4, (4, 5)), r"choices must be among \(3, 4, 8, 16\), not \(4, 5\)"),
+     (([1, 2], 4, ()), "choices must be among")],
+)  # fmt: skip
+def test_impossible_rules_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        bits_by_importance(*arguments)
+
+
+@pytest.mark.parametrize("method", ("rtn", "hqq"))
+def test_a_mixed_model_has_the_planned_bytes_and_reloads(tmp_path, method):
+    dense = tiny(torch.bfloat16, blocks=4)
+    original = logits(dense)
+    bits = bits_by_importance([0.4, 0.1, 0.9, 0.2], 7.75, (3, 4, 8, 16))
+    assert bits == [8, 3, 16, 4]
+    model, info = quantize(dense, method, bits)
+    plan = account(model.config, 0, bits, 64, 0, method=method)
+    linears = sum(plan.part_bytes[f"block_{part}"] for part in ("weights", "scales", "zero_points"))
+    assert info["packed_bytes"]["block_linears"] == linears and info["bits"] == bits
+    assert not any("Packed" in type(m).__name__ or "HQQ" in type(m).__name__ for m in parts(model).blocks[2].modules())
+    before = logits(model)
+    assert 0 < (before - original).norm() < 0.5 * original.norm()
+    folder = save_quantized(model, tmp_path / "q", method, info)
+    assert "bits [8, 3, 16, 4]" in (folder / "README.md").read_text()
+    again = load_quantized(folder)
+    assert torch.equal(logits(again), before)
+    assert again.model.language_model.layers[2].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_wider_blocks_are_nearer_to_the_original():
+    weight = tiny().model.language_model.layers[0].mlp.up_proj.weight.detach().clone()
+    errors = []
+    for bits in (3, 4, 8):
+        model, _ = quantize(tiny(), "rtn", [bits, 4, 4])
+        errors.append(float((model.model.language_model.layers[0].mlp.up_proj.fake_quantized_weight() - weight).norm()))
+    assert errors[0] > 1.5 * errors[1] > 10 * errors[2]
+
+
+@pytest.fixture(scope="module")
+def folders(base, tmp_path_factory):
+    """Return a folder of a 16-bit model, its pictures, plans for it and for another, and a quantized model."""
+    home = tmp_path_factory.mktemp("folders")
+    model, processor = loading.load(base)
+    synthetic.write_images(home / "pictures", 1, 32, 0, "train")
+    synthetic.write_images(home / "few", 1, 32, 0, "train")
+    for picture in sorted((home / "few").rglob("*.png"))[3:]:
+        picture.unlink()
+    make_plan(model.config, [2], fingerprint(Path(base)), (), "magnitude").save(home / "plan.json")
+    make_plan(model.config, [2], "another", (), "magnitude").save(home / "other.json")
+    (home / "no_plan.json").write_text('{"kept": [0]}')
+    model, info = quantize(model, "rtn", 4, 32)
+    save_quantized(model, home / "packed", "rtn", info, processor=processor)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"bits": 5}, r"bits for rtn must be one of \(3, 4, 8, 16\), not 5"),
+     ({"method": "bnb", "bits": 3, "group_size": 64}, "bits for bnb must be"),
+     ({"method": "gguf"}, "method must be one of rtn, awq, bnb, hqq, not 'gguf'"),
+     ({"group_size": 48}, "group_size must be one of"), ({"group_size": 128}, "has 64 inputs"),
+     ({"plan": "no_plan.json"}, "no_plan.json is no plan"), ({"plan": "missing.json"}, "missing.json is no plan"),
+     ({"plan": "other.json"}, "other.json is for the model 'another', not for this one"),
+     ({"source": "packed"}, "quantized already"), ({"out": "pictures"}, "is there already"),
+     ({"method": "awq"}, "awq needs images"),
+     ({"method": "awq", "images": "pictures", "rows": 3}, "rows is 3, but awq needs at least 4"),
+     ({"method": "awq", "images": "few"}, "few holds 3 images")],
+)  # fmt: skip
+def test_what_cannot_be_made_is_refused_before_the_model_is_loaded(base, folders, monkeypatch, options, sentence):
+    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    wanted = {"source": base, "out": "q", "method": "rtn", "group_size": 32} | options
+    for name in ("out", "source", "plan", "images"):
+        if name in wanted:
+            wanted[name] = str(folders / wanted[name])  # an absolute path stays what it is
+    with pytest.raises(ValueError, match=sentence) as error:
+        quantize_folder(**wanted)
+    assert "\n" not in str(error.value) and not (folders / "q").exists()
+
+
+QUIETLY = """
+import sys
+from medprune.quantizing.checkpoint import load_quantized, quantize_folder
+source, home = sys.argv[1:]
+quantize_folder(source, f"{home}/bnb", "bnb", plan=f"{home}/plan.json")
+also = {"plan": f"{home}/other.json", "other_model": True, "quantize_head": True}
+info, size = quantize_folder(source, f"{home}/rtn", "rtn", 3, 32, **also)
+assert info["quantize_head"] and size > info["packed_bytes"]["head"]
+for name in ("bnb", "rtn"):
+    assert load_quantized(f"{home}/{name}").config.text_config.num_hidden_layers == 5
+"""
+
+
+def test_a_plan_of_this_model_is_taken_as_is_one_of_another_if_told_so_and_libraries_keep_quiet(base, folders):
+    words = [sys.executable, "-c", QUIETLY, base, str(folders)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
+    card = (folders / "rtn" / "README.md").read_text()
+    assert "blocks 2 removed by magnitude" in card and f"Licence: not stated: see {Path(base).name}" in card
+    assert "kept as they were: projector, embeddings and norms, vision tower\n" in card

@@ -5,27 +5,16 @@ import pandas as pd
 import pytest
 import torch
 
-from medprune.pruning import ranking
-from medprune.results import figures, stats, tables
-from medprune.store import Units
 from medprune.models.families import parts
 from medprune.models.loading import load
+from medprune.pruning import ranking
+from medprune.results import tables
+from medprune.store import Units
 
 
 def rows_table(scores: dict[int, list[float]]) -> pd.DataFrame:
-    return pd.DataFrame([{"block": b, "row": i, "score": s} for b, found in scores.items() for i, s in enumerate(found)])
-
-
-def test_block_scores_give_the_interval_of_image_means():
-    table = tables.block_scores("x", rows_table({4: [1, 1, 3, 3], 5: [2, 2, 2, 2]}), ["a", "a", "b", "b"], seed=3)
-    four = table[table.block == 4].iloc[0]
-    half = 12.706204736 * 1.0  # Student's t at 1 degree of freedom x the standard error of two means, 1 and 3
-    assert (four.importance_score, four.low, four.high) == pytest.approx((2, 2 - half, 2 + half))
-    assert table[table.block == 5][["low", "high"]].eq(2).all(axis=None)
-    assert table.n_calibration.eq(4).all() and table.seed.eq(3).all()
-    # Rows as if they were independent would give a narrower one.
-    alone = tables.block_scores("x", rows_table({4: [1, 1, 3, 3]}), list("abcd")).iloc[0]
-    assert alone.high - alone.low < four.high - four.low
+    rows = [{"block": b, "row": i, "score": s} for b, found in scores.items() for i, s in enumerate(found)]
+    return pd.DataFrame(rows)
 
 
 def test_scores_without_rows_have_no_interval():
@@ -35,11 +24,11 @@ def test_scores_without_rows_have_no_interval():
 
 
 def test_rank_correlations_use_shared_blocks_and_average_draws():
-    tables = [tables.block_scores("a", {b: float(b) for b in range(6)}),
+    found = [tables.block_scores("a", {b: float(b) for b in range(6)}),
               tables.block_scores("b", {b: b**3.0 for b in range(2, 6)}),
               tables.block_scores("random", {b: float(b) for b in range(6)}, seed=0),
               tables.block_scores("random", {b: -float(b) for b in range(6)}, seed=1)]  # fmt: skip
-    rho = ranking.rank_correlations(pd.concat(tables))
+    rho = ranking.rank_correlations(pd.concat(found))
     assert rho.loc["a", "b"] == pytest.approx(1)
     assert rho.loc["a", "random"] == pytest.approx(0)
     assert np.diag(rho).tolist() == [1, 1, 1] and rho.equals(rho.T)
@@ -83,17 +72,6 @@ def test_stability_draws_whole_images():
         ranking.stability(scores, ["only"] * 12, [1])
 
 
-def test_without_takes_blocks_out_and_puts_all_back(base):
-    model, _ = load(base, dtype=torch.float32)
-    before, names = parts(model).blocks, list(model.state_dict())
-    with ranking.without(model, [1, 3]):
-        assert len(parts(model).blocks) == model.config.text_config.num_hidden_layers == 4
-        assert parts(model).blocks[1] is before[2] and before[2].self_attn.layer_idx == 1
-    assert parts(model).blocks is before and list(model.state_dict()) == names
-    assert [b.self_attn.layer_idx for b in before] == list(range(6))
-    assert model.config.text_config.num_hidden_layers == 6
-
-
 def test_greedy_scores_again_in_the_originals_numbers_and_resumes(base, tmp_path):
     model, _ = load(base, dtype=torch.float32)
     whole = list(parts(model).blocks)
@@ -114,6 +92,17 @@ def test_greedy_scores_again_in_the_originals_numbers_and_resumes(base, tmp_path
     assert calls == [[0, 1, 2, 5]], "finished steps are not scored again"
     with pytest.raises(ValueError, match="n=5 blocks cannot go: 0 to 4"):
         ranking.greedy_order(model, score, (0, -1), 5, units)
+
+
+def test_a_greedy_order_is_that_of_its_protected_blocks(base, tmp_path):
+    model, _ = load(base, dtype=torch.float32)
+    units = Units(tmp_path / "u.sqlite", "x")
+
+    def score(current, kept):
+        return {b: float(b) for b in kept}
+
+    orders = [ranking.greedy_order(model, score, protect, 2, units) for protect in ((0, 1, -1), (0,), (0, 1, -1))]
+    assert orders == [[2, 3], [1, 2], [2, 3]]
 
 
 def test_a_failing_score_leaves_the_model_whole(base, tmp_path):
@@ -147,52 +136,3 @@ def test_knee_refuses_what_has_no_bend():
         ranking.knee([0, 2], [80, 10])
     with pytest.raises(ValueError, match="at least 3 rising counts"):
         ranking.knee([0, 2, 1], [80, 40, 10])
-
-
-def test_knee_table_says_which_losses_are_shown_to_be_small():
-    means = {0: 80, 1: 79, 2: 78, 3: 30, 4: 0}
-    rng = np.random.default_rng(0)
-    answers = pd.DataFrame([{"blocks_removed": n, "id": f"{i}-{q}", "cluster": i,
-                             "score_percent": np.clip(m + rng.normal(0, 2), 0, 100)}
-                            for n, m in means.items() for i in range(20) for q in range(3)])  # fmt: skip
-    table = tables.knee_table(answers, draws=200).set_index("blocks_removed")
-    assert table.holds.tolist() == [True, True, True, False, False]
-    assert table.knee.tolist() == [False, False, True, False, False]
-    assert table.knee_frac.sum() == pytest.approx(1) and table.knee_frac[2] > 0.9
-    assert not tables.knee_table(answers, tolerance=0.5, draws=10).holds[1]
-    with pytest.raises(ValueError, match="0 must be among them"):
-        tables.knee_table(answers[answers.blocks_removed > 0])
-
-
-def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
-    answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c, "blocks_removed": n, "id": f"{i}-{q}", "cluster": i, "score_percent": s + i}
-                            for c, found in {"a": (90, 60, 40), "random": (90, 30, 10)}.items()
-                            for n, s in enumerate(found) for i in range(4) for q in range(2)])  # fmt: skip
-    means = tables.sweep_means(pd.concat([answers, answers[answers.criterion == "random"].assign(score_percent=0)]))
-    assert means[means.method == "a"].score_percent.tolist() == [50, 50, 51, 51, 52, 52, 53, 53]
-    found = stats.compare(means, [("a", "random")]).iloc[0]
-    assert found["diff"] == pytest.approx(50 + 1.5 - (20 + 1.5) / 2) and found.n_images == 4
-
-
-def test_figures_draw_every_criterion_and_ring_the_knee():
-    scores = [tables.block_scores("perplexity", rows_table({b: [b, b + 1.0, b + 2.0] for b in range(4)}), "abc")]
-    scores += [tables.block_scores("random", {b: float(-b) for b in range(4)}, seed=s) for s in (0, 1)]
-    table = pd.concat(scores)
-    fig = figures.figure_criteria(table, protect=(0,))
-    assert [ax.get_title("left") for ax in fig.axes] == ["perplexity", "random"]
-    drawn = fig.axes[0].lines[-1].get_xydata()
-    np.testing.assert_allclose(drawn, [[1, 2], [2, 3], [3, 4]])  # protected blocks have no score to read
-    heat = figures.figure_correlations(ranking.rank_correlations(table)).axes[0]
-    assert [t.get_text() for t in heat.texts] == ["1.00", "-1.00", "-1.00", "1.00"]
-    sweep = pd.DataFrame({"criterion": ["perplexity"] * 3 + ["random"] * 6, "blocks_removed": [0, 1, 2] * 3,
-                          "score": [80, 70, 10, 80, 20, 0, 80, 40, 0]}).assign(low=0, high=100)  # fmt: skip
-    ax = figures.figure_sweeps(sweep, {"perplexity": 1}).axes[0]
-    rings = [line for line in ax.lines if line.get_markersize() == 13 and len(line.get_xdata())]
-    assert [line.get_ydata().tolist() for line in rings] == [[70]]
-    assert any(line.get_ydata().tolist() == [80, 30, 0] for line in ax.lines), "draws of the control are averaged"
-    with pytest.raises(ValueError, match="lacks the columns"):
-        figures.figure_sweeps(sweep.drop(columns="low"))
-    ranks, overlaps = ranking.stability(rows_table({0: [1, 2], 1: [2, 1], 2: [9, 9]}), "ab", [1, 2], draws=20)
-    left, right = figures.figure_stability(ranks, overlaps).axes
-    assert [t.get_text() for t in left.get_xticklabels()] == ["0", "1", "2"]
-    assert len(right.lines) == 3

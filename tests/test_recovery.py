@@ -1,28 +1,35 @@
 """Ways back after pruning: what each recipe trains and on which loss, held-out loss, early stop."""
 
 import copy
+import json
+import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from medprune.tuning import recovery
-from medprune.settings import RECIPES, resolve
-from medprune.results.figures import figure_recipes
-from medprune.answers.prompts import IGNORED, collator, encode_conversation
-from medprune.tuning.finetune import add_lora, answer_loss, train
-from medprune.answers.prompts import encode, prompt_text
+from medprune.answers.decoding import answer, answer_rows
+from medprune.answers.prompts import IGNORED, collator, encode_conversation, image_pixels
+from medprune.data.questions import load_conditions, load_questions
+from medprune.data.record import Record
 from medprune.models.families import parts
 from medprune.models.loading import load
+from medprune.pruning.leave_one_out import leave_one_out
 from medprune.pruning.plan import apply_plan, make_plan
+from medprune.results.figures import figure_recipes
+from medprune.settings import RECIPES, of_job, resolve
+from medprune.store import Units, made
+from medprune.tuning import finetune, processes, recovery, tower
+from medprune.tuning.finetune import add_lora, answer_loss, train
 
 
 def conversation(answer="Psoriasis, with silvery scale."):
     text = {"type": "text", "text": "What is the name of this disease?"}
-    return [{"role": "user", "content": [{"type": "image"}, text]},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]}]  # fmt: skip
+    said = {"type": "text", "text": answer}
+    return [{"role": "user", "content": [{"type": "image"}, text]}, {"role": "assistant", "content": [said]}]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def batch(base, items):
     processor = load(base, dtype=torch.float32)[1]
     rows = [encode_conversation(processor, said) for _, said in items[:2]]
     for row, (path, _) in zip(rows, items, strict=False):
-        row["pixel_values"] = encode(processor, [prompt_text(processor, "")], [Image.open(path)], torch.float32)["pixel_values"][0]
+        row["pixel_values"] = image_pixels(processor, path, torch.float32)
     return collator(processor.tokenizer.pad_token_id)(rows)
 
 
@@ -56,11 +63,14 @@ def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, base, items, tmp
     found = changed(model, before)
     projector = {n for n in before if "projector" in n}
     linears = {n for n in before if "language_model.layers" in n and n.endswith("_proj.weight")}
-    last = {n for n in before if any(f"language_model.layers.{b}." in n for b in (2, 3, 4))} | {"model.language_model.norm.weight"}
-    may = {"lora": projector | linears, "distill": projector | linears, "projector": projector, "last_blocks": last}[recipe]
+    last = {n for n in before if any(f"language_model.layers.{b}." in n for b in (2, 3, 4))}
+    last |= {"model.language_model.norm.weight"}
+    adapted = projector | linears
+    may = {"lora": adapted, "distill": adapted, "projector": projector, "last_blocks": last}[recipe]
     assert found and found <= may, "and the embeddings, which the tied head is, among what stays"
     assert len(found) > 0.8 * len(may)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
     counted = sum(before[n].numel() for n in may) if recipe in ("projector", "last_blocks") else None
     assert costs["trainable_params"] == (counted or costs["trainable_params"]) > 0
     assert costs["steps"] == 2 and costs["train_s"] > 0 and costs["loss"] > 0
@@ -75,7 +85,7 @@ def test_last_blocks_train_an_untied_head(base):
 
 
 def test_recipes_that_cannot_be_are_refused_in_a_sentence(base):
-    with pytest.raises(ValueError, match="choose lora, projector, last_blocks or distill"):
+    with pytest.raises(ValueError, match="choose lora, projector, last_blocks, distill"):
         recovery.trainable(load(base)[0], "lorra", resolve("smoke"))
     with pytest.raises(ValueError, match="base_bits"):
         recovery.trainable(load(base, bits=4)[0], "last_blocks", resolve("smoke"))
@@ -102,9 +112,6 @@ def test_distillation_adds_the_distance_to_the_teacher_where_answers_are_predict
 
 
 def test_training_items_are_a_balanced_share_of_the_images(base):
-    from medprune.data.questions import load_conditions, load_questions
-    from medprune.data.record import Record
-
     names = list(load_conditions())
     records = [Record(f"{c}{i}", f"/{c}/{i}.png", c, "train", None, None) for c in names for i in range(10)]
     found = recovery.training_items(records, 0.2, 100, load_conditions(), load_questions(), 0)
@@ -131,35 +138,35 @@ def test_recipes_are_drawn_with_their_shares_and_budgets():
                           "budget": ["steps", "steps", "steps", "time"], "train_s": [30.0, 30, 20, 30], "score": [80.0, 70, 50, 55],
                           "low": 40.0, "high": 90.0, "score_before": 45.0})  # fmt: skip
     ax = figure_recipes(table).axes[0]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["lora, same steps", "projector, same steps", "projector, same time"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "lora, same steps",
+        "projector, same steps",
+        "projector, same time",
+    ]
     with pytest.raises(ValueError, match="lacks the columns"):
         figure_recipes(table.drop(columns="budget"))
 
 
 def test_two_processes_learn_what_one_does(base, items, tmp_path):
-    from safetensors.torch import load_file
-
-    from medprune.store import read_json
-    from medprune.tuning.processes import launch, write_job
-
     config = resolve("smoke", {"batch_size": 2, "learning_rate": 1e-2, "save_every": 2})
-    found = {}
+    plan, found = make_plan(load(base)[0].config, [3], ""), {}
     for n in (1, 2):
-        job = write_job(tmp_path / f"job{n}.json", base, items, config, 3, tmp_path / f"checkpoints{n}", tmp_path / f"out{n}")
-        found[n] = [c["loss"] for c in launch(job, n)]
-        assert read_json(tmp_path / f"out{n}" / "training.json")["processes"] == n
+        out, job = tmp_path / f"out{n}", (base, plan, "lora", items, (), 3, config, tmp_path / f"checkpoints{n}")
+        processes.train(tmp_path / "job.json", *job, out, "its context", n)
+        record = made(out, "its context")
+        assert record["processes"] == n and record["steps"] == 3 and record["trainable_params"] > 0
+        found[n] = [c["loss"] for c in record["curve"]]
     assert found[1] == pytest.approx(found[2], rel=1e-2) and found[1][-1] < found[1][0]
     one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
-    before = load_file(next(Path(base).glob("*.safetensors")))
+    before = apply_plan(load(base)[0], plan)
+    before.save_pretrained(tmp_path / "before")
+    before = load_file(tmp_path / "before" / "model.safetensors")
     moved = sum((one[k] - before[k]).float().norm() ** 2 for k in before) ** 0.5
     apart = sum((one[k] - two[k]).float().norm() ** 2 for k in before) ** 0.5
     assert apart < 0.1 * moved
 
 
 def test_a_merged_model_says_what_the_adapted_one_did(base, items):
-    from medprune.tuning.finetune import merge
-    from medprune.answers.decoding import answer
-
     model, processor = load(base, dtype=torch.float32)
     adapted = add_lora(model, 4, 8)
     torch.manual_seed(0)
@@ -170,12 +177,10 @@ def test_a_merged_model_says_what_the_adapted_one_did(base, items):
     plain = answer(load(base, dtype=torch.float32)[0], processor, rows, 12)
     before = answer(adapted.eval(), processor, rows, 12)
     assert before != plain, "the adapters do something"
-    assert answer(merge(adapted), processor, rows, 12) == before
+    assert answer(finetune.merge(adapted), processor, rows, 12) == before
 
 
 def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, monkeypatch):
-    from medprune.tuning import finetune
-
     real = finetune.merge
 
     def lossy(model, into=None):
@@ -184,7 +189,8 @@ def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, mon
         return merged
 
     def train(folder):
-        return recovery.recover(Path(base), None, "lora", items, tmp_path / folder, resolve("smoke"), 1, "cpu", torch.bfloat16)
+        config = resolve("smoke")
+        return recovery.recover(base, None, "lora", items, tmp_path / folder, config, 1, "cpu", torch.bfloat16)
 
     assert 0 <= train("whole")[2]["merge_kl_nats"] < recovery.MAX_MERGE_KL
     monkeypatch.setattr(finetune, "merge", lossy)
@@ -193,25 +199,61 @@ def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, mon
 
 
 def test_two_processes_answer_and_score_what_one_does(base, items, tmp_path, monkeypatch):
-    from medprune.pruning import leave_one_out
-    from medprune.tuning import processes
-    from medprune.store import Units
-    from medprune.answers.decoding import answer_rows
-
     config = resolve("smoke", {"processes": 2, "max_new_tokens": 6, "calibration_tokens": 6})
     rows = [{"id": f"{path} {k}", "path": path, "question": q} for path, _ in items[:4] for k, q in enumerate("ab")]
     model, processor = load(base)
-    alone, together = (Units(tmp_path / name / "units.jsonl", "x") for name in ("one", "two"))
-    leave_one_out.leave_one_out(model, processor, rows, [1, 2, 3, 4], alone, 6, config.batch_rows)
+    alone, together = (Units(tmp_path / name / "units.sqlite", "x") for name in ("one", "two"))
+    leave_one_out(model, processor, rows, [1, 2, 3, 4], alone, 6, config.batch_rows)
     answer_rows(model, processor, rows, "whole", alone, config)
     processes.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
     processes.fill(together, "answers", base, rows, config, label="whole")
     assert len(together) == len(alone) == 1 + 4 + len(rows)
     assert all(together[key] == alone[key] for key in [f"block {b}" for b in (1, 2, 3, 4)] + ["original"])
     assert all(together[f"whole {r['id']}"] == alone[f"whole {r['id']}"] for r in rows)
-    for part in (0, 1):
-        assert len(Units(tmp_path / "two" / "units-parts" / f"{part}.jsonl", "x")) == 1 + 2 + len(rows) // 2
-    monkeypatch.setattr(processes, "run_processes", lambda *_: pytest.fail("nothing was left to do"))
+    monkeypatch.setattr(processes, "_run", lambda *_: pytest.fail("nothing was left to do"))
     processes.fill(together, "answers", base, rows, config, label="whole")
+    processes.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
     with pytest.raises(ValueError, match="leave_one_out, answers"):
         processes.fill(together, "answer", base, rows, config)
+
+
+def test_processes_are_asked_for_what_is_missing_and_take_their_share(base, items, tmp_path, monkeypatch):
+    config = resolve("smoke", {"processes": 2, "max_new_tokens": 6, "calibration_tokens": 6})
+    rows = [{"id": f"{path} {k}", "path": path, "question": q} for path, _ in items[:4] for k, q in enumerate("ab")]
+    units, state = Units(tmp_path / "units.sqlite", "x"), types.SimpleNamespace(process_index=1, num_processes=2)
+    units.add(f"whole {rows[0]['id']}", {"text": "", "tokens": 0, "ended": True})
+    jobs = []
+    monkeypatch.setattr(processes, "_run", lambda path, n: jobs.append((json.loads(path.read_text()), n)))
+    processes.fill(units, "answers", base, rows, config, label="whole", removed=(2,))
+    job, n = jobs[0]
+    assert n == 2 and [r["id"] for r in job["rows"]] == [r["id"] for r in rows[1:]] and job["removed"] == [2]
+    processes._answer(job, of_job(job["settings"]), state, "cpu", torch.bfloat16)
+    second = list(dict.fromkeys(path for path, _ in items))[1::2]
+    assert {r["path"] for r in rows if f"whole {r['id']}" in units} == {rows[0]["path"], *second}
+
+
+def test_the_tower_is_trained_again_where_what_it_saw_is_other(base, items, tmp_path, monkeypatch):
+    records = [Record(f"{i}", path, c, "train", None, None) for i, (path, c) in enumerate(zip(
+        [p for p, _ in items], list(load_conditions()) * 2, strict=False))]  # fmt: skip
+    monkeypatch.setattr(tower, "prepare_base", lambda name: {"tiny": str(base)}.get(name, name))
+    run, trained = types.SimpleNamespace(dir=tmp_path), []
+    align = tower.align_vision
+    monkeypatch.setattr(tower, "align_vision", lambda *args: trained.append(1) or align(*args))
+
+    def prepare(**changes):
+        config = resolve("smoke", vision_steps=2, **changes)
+        assert tower.prepare_tuned_tower(config, run, records, load_conditions()) == str(tmp_path / "base")
+        return len(trained)
+
+    assert prepare() == prepare() == 1
+    record = json.loads((tmp_path / "base" / "medprune.json").read_text())
+    assert [c["step"] for c in record["curve"]] == [1, 2] and not (tmp_path / "vision.json").exists()
+    before = {n: p.clone() for n, p in load(base)[0].named_parameters()}
+    moved = {n for n in changed(load(tmp_path / "base")[0], before)}
+    assert moved and all("vision_tower" in n or "projector" in n for n in moved)
+    assert [prepare(image_size=32), prepare(seed=1), prepare()] == [2, 3, 4], "A, B, A is trained three times"
+    pixels = Path(records[0].path).read_bytes()
+    Image.new("RGB", (40, 48), "white").save(records[0].path)
+    assert prepare() == 5, "another picture under the same name"
+    Path(records[0].path).write_bytes(pixels)
+    assert tower.prepare_tuned_tower(resolve("smoke", base=str(base)), run, records, {}) == str(base)

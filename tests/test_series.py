@@ -1,24 +1,25 @@
-"""The whole series at `smoke` through the command line: run, run again, and killed in the middle of 02 and of 03."""
+"""The whole series at `smoke` through the command line: run, run again, killed in the middle of 02 and of 03; and what
+counts as done, with notebooks that only play."""
 
-import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import nbformat
 import pandas as pd
 import psutil
 import pytest
 
-from medprune.settings import STAGES
-from medprune.store import read_json, write_csv
-from medprune.settings import REPO
+from medprune.runs import series as running
+from medprune.runs import upkeep
+from medprune.settings import REPO, STAGES
+from medprune.store import finish, open_stage, read_json, write_json, write_text
 
-CLI = [sys.executable, "-c", "from medprune.cli import main; main()"]
+CLI = [sys.executable, "-m", "medprune"]
 MEASURED = ["ms_per_token", "peak_bytes"]
 
 
@@ -55,43 +56,180 @@ def test_executed_notebooks_hold_no_error_and_every_cell_ran(series):
 def test_second_run_finds_everything_done(series):
     root, _ = series
     files = {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file()}
-    again = medprune("run", "--profile", "smoke", "--name", root.name, "--runs-dir", root.parent)
+    words = ("run", "--profile", "smoke", "--name", root.name, "--runs-dir", root.parent)
+    begun = time.monotonic()
+    again = medprune(*words)
     assert again.returncode == 0, again.stderr
+    assert time.monotonic() - begun < 20  # a few seconds, with none of the libraries that notebooks need
     assert again.stderr.splitlines() == [f"{stage}: done" for stage in STAGES]
     assert again.stdout == series[1].stdout
-    assert {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file()} == files
+    assert {f: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file() and f.name != ".lock"} == {
+        f: t for f, t in files.items() if f.name != ".lock"
+    }
+    dry = medprune(*words, "--dry-run", "-p", "group_size", 32)
+    assert "05_awq_vs_bnb: would run, as group_size was 64 and is 32" in dry.stdout and dry.returncode == 0
+    assert dry.stdout.count("done") == 5
 
 
-def test_other_parameters_run_again_from_the_stage_they_touch(series, monkeypatch):
-    from medprune.runs import series
-
+def test_the_folder_holds_what_somebody_needs(series):
     root, _ = series
-    said, ran = [], []
-    monkeypatch.setattr(series, "_execute", lambda source, *_: ran.append(source.stem) or 0.0)
-    kept = {stage: (root / stage / "done.json").read_text() for stage in STAGES}
-    try:
-        arguments = (root.name, "smoke", None, {"blocks_removed": [0, 1]}, str(root.parent))
-        series.run_series(*arguments, say=said.append)
-    finally:
-        for stage, text in kept.items():
-            (root / stage / "done.json").write_text(text)
-    assert said == ["01_finetune: done"] and ran == list(STAGES[1:])
+    assert upkeep.needless(root) == [] and upkeep.stale_units(root) == 0
+    assert not list(root.rglob("checkpoints-*")) and not list(root.rglob("tried-*"))
+    kept = {f.name for f in (root / "05_awq_vs_bnb" / "quantized").iterdir()}
+    assert kept == {"awq-original", "awq-recovered-1", "awq-recovered-2"}
+    table = upkeep.list_runs(root.parent).set_index("run").loc["first"]
+    assert (table["profile"], table["stages"]) == ("smoke", "01 02 03 04 05 06") and 0 <= table["score"] <= 100
 
 
-def test_empty_answers_are_texts_when_scores_are_read_again(tmp_path):
-    from medprune.judging.scores import read_scores
+def test_cards_name_the_true_base(series):
+    root, _ = series
+    card = (root / "05_awq_vs_bnb" / "quantized" / "awq-recovered-1" / "README.md").read_text()
+    assert "random weights" in card and "Apache" not in card and "Scores: " in card and "not evaluated" not in card
 
-    table = pd.DataFrame({"answer": ["", "NA", "Rosacea, \"red\"."], "score_percent": [None, 0.0, 100.0]})
-    write_csv(tmp_path / "scores.csv", table)
-    again = read_scores(tmp_path)
-    assert again.answer.tolist() == table.answer.tolist() and again.score_percent.isna().tolist() == [True, False, False]
+
+# ---- what is done, with notebooks that only play: they read what earlier ones wrote and write what they were told
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """Run the series with notebooks that play; return a function that does so and gives (stages run, sentence)."""
+    ran, skill = [], {"result": lambda stage, config: {}}
+
+    def execute(stage, root, values, say, reasons):
+        takes = running.parameters_of(stage)
+        given = {k: v for k, v in values.items() if k in takes}
+        run, config = open_stage(stage, given.pop("run_name"), given.pop("runs_dir"), given.pop("profile"), **given)
+        earlier = {s: read_json(run.read(s, "out.json")) for s in STAGES[: STAGES.index(stage)]}
+        seen = {k: v for k, v in vars(config).items() if k in ("sft_steps", "recover", "group_size", "judge", "seed")}
+        write_json(run.dir / "out.json", {"seen": seen, "read": len(earlier), **skill["result"](stage, config)})
+        if skill.get("killed") == stage:
+            raise ValueError(f"{stage} was killed.")
+        finish(run, {})
+        ran.append(stage)
+
+    monkeypatch.setattr(running, "_execute", execute)
+
+    def run(start=None, **parameters):
+        ran.clear()
+        try:
+            running.run_series("demo", "smoke", start, parameters, str(tmp_path / "runs"), say=lambda line: None)
+        except ValueError as error:
+            return list(ran), str(error)
+        return list(ran), ""
+
+    run.root, run.skill = tmp_path / "runs" / "demo", skill
+    return run
+
+
+def test_a_stage_runs_when_a_setting_that_it_reads_has_changed(played):
+    assert played() == (list(STAGES), "")
+    assert played() == ([], "")
+    assert played(group_size=32)[0] == list(STAGES[4:])  # 06 reads what 05 wrote
+    assert played()[0] == list(STAGES[4:])
+    assert played(sft_steps=5)[0] == list(STAGES)
+
+
+def test_results_that_come_out_the_same_stop_the_chain(played):
+    played()
+    assert played(batch_rows=64)[0] == list(STAGES[:5])  # 06 neither reads it nor finds anything changed
+
+
+def test_from_with_a_parameter_of_an_earlier_stage_is_refused_and_poisons_nothing(played):
+    played(sft_steps=2)
+    ran, said = played("03_prune_sweep", sft_steps=200)
+    assert ran == [] and "'sft_steps' would change nothing: 01_finetune takes it" in said and "--from 03_prune_sweep" in said
+    ran, said = played("03_prune_sweep", settings={"n_held_out": 1})
+    assert ran == [] and "'n_held_out' would change nothing: 01_finetune takes it" in said
+    assert played(sft_steps=200)[0] == list(STAGES)
+
+
+def test_from_with_a_setting_that_stages_before_were_run_without_is_refused(played):
+    """A judge given to 06 alone would stand beside scores of another."""
+    played()
+    for start, given in (("06_judge_eval", {"judge": "cosine", "card_judges": []}), ("05_awq_vs_bnb", {"max_new_tokens": 9})):
+        ran, said = played(start, settings=given)
+        assert ran == [] and "is read by 01_finetune too" in said and f"--from {start} leaves as it is" in said
+    assert played("05_awq_vs_bnb", group_size=32) == (list(STAGES[4:]), "")
+
+
+def test_what_a_stage_was_given_reaches_the_stages_after_it(played):
+    played(blocks_removed=[0, 1, 3])
+    assert read_json(played.root / STAGES[5] / "out.json")["seen"]["recover"] == [1]
+    assert played("05_awq_vs_bnb") == ([STAGES[4]], "")  # its settings are the run's, and its results as before
+
+
+def test_settings_a_b_a(played):
+    played()
+    first = {stage: (played.root / stage / "out.json").read_text() for stage in STAGES}
+    assert played(seed=1)[0] == list(STAGES)
+    assert played()[0] == list(STAGES)
+    assert {stage: (played.root / stage / "out.json").read_text() for stage in STAGES} == first
+
+
+def test_a_kill_in_01_leaves_no_other_model_for_02(played):
+    played()
+    played.skill["killed"] = STAGES[0]
+    assert played(sft_steps=9)[1].startswith("01_finetune was killed")
+    played.skill.pop("killed")
+    ran, said = played("02_layer_importance")
+    assert ran == [] and "has no finished 01_finetune: run 01_finetune first" in said
+    assert played()[0] == list(STAGES[:1])  # with the old settings the old results, which 02 to 06 have read
+
+
+def test_a_stage_that_ran_with_other_settings_than_asked_for_is_not_believed(played, monkeypatch):
+    monkeypatch.setattr(running, "seen_by", lambda stage, values: {"seed": 5})
+    with pytest.raises(RuntimeError, match="01_finetune ran with seed=0, which was not asked for"):
+        played()
+
+
+def test_photographs_in_the_callers_folder(played, tmp_path, monkeypatch):
+    from medprune.data import synthetic
+
+    for condition in ("rosacea", "psoriasis"):
+        for n in range(3):
+            (tmp_path / "photos" / condition).mkdir(parents=True, exist_ok=True)
+            synthetic.draw(condition, n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
+    shutil.copyfile(REPO / "data" / "conditions.json", tmp_path / "facts.json")
+    monkeypatch.chdir(tmp_path)
+    given = {"images": "photos", "settings": {"conditions": "facts.json", "n_train": 4, "n_test": 2, "n_held_out": 0}}
+    assert played(**given) == (list(STAGES), "")
+    assert read_json(played.root / "run.json")["settings"]["images"] == str(tmp_path / "photos")
+    assert played(**given) == ([], "")
+    synthetic.draw("rosacea", 99, 64)[0].save(tmp_path / "photos" / "rosacea" / "0.png")  # new pixels, the same name
+    assert STAGES[0] in played(**given)[0]
+
+
+# ---- upkeep
+def test_clean_removes_what_nobody_needs(played, tmp_path):
+    played()
+    for stage in STAGES[:2]:
+        write_text(played.root / stage / "checkpoints-1" / "optimizer.pt", "x" * 1000)
+    (played.root / STAGES[1] / "manifest.json").unlink()
+    write_text(played.root / STAGES[0] / "answers.jsonl", "of an older version")
+    found = {str(path.relative_to(played.root)) for path in upkeep.needless(played.root)}
+    assert found == {"01_finetune/checkpoints-1", "01_finetune/answers.jsonl"}  # 02 goes on from its own
+    assert upkeep.clean(played.root) >= 1000
+    assert not (played.root / STAGES[0] / "checkpoints-1").exists() and (played.root / STAGES[1] / "checkpoints-1").exists()
+    with pytest.raises(ValueError, match="is no run"):
+        upkeep.needless(tmp_path / "nowhere")
+
+
+def test_clean_forgets_units_of_settings_that_nobody_has(played):
+    from medprune.store import Units
+
+    played()
+    manifest = read_json(played.root / STAGES[0] / "manifest.json")
+    write_json(played.root / STAGES[0] / "manifest.json", manifest | {"contexts": ["now"]})
+    for mark in ("now", "before"):
+        Units(played.root / "units.sqlite", mark).add("one", 1)
+    assert upkeep.stale_units(played.root) == 1
+    upkeep.clean(played.root)
+    assert "one" in Units(played.root / "units.sqlite", "now") and "one" not in Units(played.root / "units.sqlite", "before")
 
 
 def papermill(root, stage, *more):
-    """Start one notebook of a run, as the series does."""
+    """Start one notebook of a run, as a user may."""
     notebook = root / stage / f"{stage}.ipynb"
     notebook.parent.mkdir(parents=True, exist_ok=True)
-    words = ["-p", "profile", "smoke", "-p", "run_name", root.name, "-p", "runs_dir", str(root.parent), *more]
+    words = ["-p", "run_name", root.name, "-p", "runs_dir", str(root.parent), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "papermill", str(REPO / "notebooks" / f"{stage}.ipynb"), str(notebook), *words,
          "--cwd", str(REPO / "notebooks"), "--no-progress-bar", "-k", "python3"],
@@ -100,11 +238,18 @@ def papermill(root, stage, *more):
     )  # fmt: skip
 
 
-def kill_at_first_line(root, stage, units):
+def units_of(root):
+    """Return a run's units as {(context, key): value}, in the order in which they were written."""
+    with sqlite3.connect(root / "units.sqlite", timeout=60) as base:
+        return {(c, k): v for c, k, v in base.execute("SELECT context, key, value FROM units ORDER BY rowid")}
+
+
+def kill_at_first_unit(root, stage):
     """Kill a notebook, its kernel too, as soon as it has written its first unit of work; return what it had written."""
+    before = len(units_of(root))
     process = papermill(root, stage)
     deadline = time.monotonic() + 600
-    while not (units.exists() and b"\n" in units.read_bytes()):
+    while len(units_of(root)) == before:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.002)
     # the kernel leads a session of its own, so it is not in papermill's process group
@@ -112,12 +257,7 @@ def kill_at_first_line(root, stage, units):
         victim.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (root / stage / "manifest.json").exists(), "killed too late to be in the middle"
-    return units.read_bytes()
-
-
-def keys(units):
-    lines = [json.loads(line) for line in units.read_text().splitlines()]
-    return Counter((line["context"], line["key"]) for line in lines)
+    return units_of(root)
 
 
 def test_killed_in_02_and_in_03_it_ends_with_the_same_tables(series, tmp_path):
@@ -125,15 +265,21 @@ def test_killed_in_02_and_in_03_it_ends_with_the_same_tables(series, tmp_path):
     root = tmp_path / "killed"
     # the images that 01's splits name stay where the first run drew them
     shutil.copytree(undisturbed / "01_finetune", root / "01_finetune", ignore=shutil.ignore_patterns("images", "base"))
-    for stage, name in (("02_layer_importance", "leave_one_out.jsonl"), ("03_prune_sweep", "answers.jsonl")):
-        units = root / stage / name
-        before = kill_at_first_line(root, stage, units)
-        whole = before[: before.rindex(b"\n") + 1]
+    shutil.copyfile(undisturbed / "run.json", root / "run.json")
+    shutil.copyfile(undisturbed / "units.sqlite", root / "units.sqlite")
+    everything = units_of(root)
+    of_01 = set(read_json(root / "01_finetune" / "manifest.json")["contexts"])
+    with sqlite3.connect(root / "units.sqlite") as base:
+        base.execute(f"DELETE FROM units WHERE context NOT IN ({', '.join('?' * len(of_01))})", sorted(of_01))
+        base.execute("DELETE FROM units WHERE key LIKE 'without %'")
+    for stage in ("02_layer_importance", "03_prune_sweep"):
+        before = kill_at_first_unit(root, stage)
         again = papermill(root, stage)
         assert again.wait(timeout=600) == 0, again.stderr.read()
-        assert units.read_bytes().startswith(whole), "what was written before the kill is kept"
-        assert set(keys(units).values()) == {1}, "a unit of work was done twice"
-        assert keys(units) == keys(undisturbed / stage / name) and len(keys(units)) > len(whole.splitlines())
+        after = units_of(root)
+        assert list(after.items())[: len(before)] == list(before.items()), "what was written before the kill is kept"
+        assert len(after) > len(before)
+    assert {k: v for k, v in units_of(root).items() if "speed" not in k[1]}.items() <= everything.items()
     importance = [pd.read_csv(r / "02_layer_importance" / "importance.csv") for r in (root, undisturbed)]
     pd.testing.assert_frame_equal(*importance)
     orders = [read_json(r / "02_layer_importance" / "removal_order.json") for r in (root, undisturbed)]
@@ -143,11 +289,11 @@ def test_killed_in_02_and_in_03_it_ends_with_the_same_tables(series, tmp_path):
 
 
 def test_ways_back_of_another_pruned_model_are_trained_anew(series, tmp_path):
-    """They stand in one file under the same labels; what a model without one block was tuned to is not another's."""
+    """They have the same labels; what a model without one block was tuned to is not another's."""
     done, _ = series
     root = tmp_path / "other"
     shutil.copytree(done, root, ignore=shutil.ignore_patterns("images", "base", "quantized"))
-    process = papermill(root, "04_sft_recovery", "-y", "{recover: [2]}")
+    process = papermill(root, "04_sft_recovery", "-p", "recover", "[2]")
     assert process.wait(600) == 0, process.stderr.read()
     trained = [
         pd.read_csv(r / "04_sft_recovery" / "recipes.csv").set_index("method").trainable_params["lora 50% of images, same steps"]

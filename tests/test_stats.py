@@ -119,9 +119,7 @@ def test_balanced_paired_difference_is_the_t_test_on_image_means():
         [(a - b).mean(), bounds.low, bounds.high, test.pvalue]
     )
     back = stats.paired_difference(b, a, CLUSTERS)
-    assert (back["diff"], back["low"], back["p"]) == pytest.approx(
-        (-found["diff"], -found["high"], found["p"])
-    )
+    assert (back["diff"], back["low"], back["p"]) == pytest.approx((-found["diff"], -found["high"], found["p"]))
 
 
 def test_paired_difference_without_variance():
@@ -220,6 +218,42 @@ def test_compare_refuses_pairs_that_cannot_be_paired():
         stats.compare(moved, [("a", "b")])
 
 
+def test_scores_of_two_judges_are_neither_compared_nor_averaged():
+    scores = make_scores({"a": 0, "b": 0}).assign(judge="reference", judged_by="r1")
+    assert len(stats.compare(scores, [("a", "b")])) == len(stats.score_table(scores)) - 1 == 1
+    other = scores.assign(judge=scores["method"].map({"a": "reference", "b": "cosine"}))
+    other["judged_by"] = scores["method"].map({"a": "r1", "b": "c1"})
+    with pytest.raises(
+        ValueError, match=r"of a and b were scored by different judges: reference \(r1\), cosine \(c1\)"
+    ):
+        stats.compare(other, [("a", "b")])
+    with pytest.raises(ValueError, match="different judges"):
+        stats.cluster_differences(other, "a", "b")
+    assert len(stats.score_table(other)) == 2  # each method has one judge
+    mixed = scores.copy()
+    mixed.loc[3, "judged_by"] = "r2"  # another version of the same name
+    for refused in (lambda: stats.score_table(mixed), lambda: stats.compare(mixed, [("b", "a")])):
+        with pytest.raises(
+            ValueError, match=r"of a were scored by different judges: reference \(r1\), reference \(r2\)"
+        ):
+            refused()
+    mixed.loc[3, "judged_by"] = None  # of a table from before judges were recorded
+    with pytest.raises(ValueError, match="not recorded"):
+        stats.score_table(mixed.drop(columns="judge"))
+
+
+def test_compare_refuses_an_id_that_was_asked_differently():
+    scores = make_scores({"a": 0, "b": 0}).assign(asked=lambda t: "asked " + t["id"])
+    assert stats.compare(scores, [("a", "b")])["n"][0] == 117
+    scores.loc[(scores["method"] == "b") & (scores["id"] == "2-7"), "asked"] = "another question"
+    for refused in (lambda: stats.compare(scores, [("a", "b")]), lambda: stats.cluster_differences(scores, "a", "b")):
+        with pytest.raises(ValueError, match="id '2-7' was asked differently in 'a' and 'b'"):
+            refused()
+    assert len(stats.score_table(scores)) == 2
+    with pytest.raises(ValueError, match="asked differently"):  # one side does not say what was asked
+        stats.compare(scores.assign(asked=scores["asked"].where(scores["method"] == "a")), [("a", "b")])
+
+
 def test_scores_that_are_all_unparsed_may_be_none():
     scores = make_scores({"a": 0, "b": 0}).assign(score_percent=None)
     assert stats.score_table(scores)["unparsed"].tolist() == [117, 117]
@@ -243,9 +277,7 @@ def test_minimum_detectable_effect_and_images_needed_are_inverse(n_images, sd):
 
 
 def test_minimum_detectable_effect_scales():
-    assert stats.minimum_detectable_effect(20, 39) == pytest.approx(
-        2 * stats.minimum_detectable_effect(10, 39)
-    )
+    assert stats.minimum_detectable_effect(20, 39) == pytest.approx(2 * stats.minimum_detectable_effect(10, 39))
     assert stats.minimum_detectable_effect(10, 39, power=0.9) > stats.minimum_detectable_effect(10, 39)
     assert stats.minimum_detectable_effect(0, 39) == 0
     assert stats.images_needed(50, 0.1) == stats.images_needed(5, 0) == 2
@@ -273,9 +305,7 @@ def test_simulated_power_agrees_with_the_formula():
     effect = stats.minimum_detectable_effect(diffs.std(ddof=1), 39)
     assert stats.simulate_detection(diffs, 39, effect, draws=4000) == pytest.approx(0.8, abs=0.03)
     assert stats.simulate_detection(diffs, 39, 0, draws=4000) == pytest.approx(0.05, abs=0.015)
-    assert stats.simulate_detection(diffs, 39, effect, seed=4) == stats.simulate_detection(
-        diffs, 39, effect, seed=4
-    )
+    assert stats.simulate_detection(diffs, 39, effect, seed=4) == stats.simulate_detection(diffs, 39, effect, seed=4)
     assert stats.simulate_detection([2.0, 2.0], 5, 4) == 1 and stats.simulate_detection([2.0, 2.0], 5, 0) == 0
 
 

@@ -1,12 +1,12 @@
-"""Tests for medprune.synthetic: seeds, skin tones, files, and signs that can be told apart."""
+"""Tests for medprune.data.synthetic: seeds, skin tones, files, and signs that can be told apart."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from medprune.data import synthetic
-from medprune.data.synthetic import CONDITIONS, SKIN_TONES, SPLITS, contact_sheet, draw, write_images
 from medprune.data.canvas import bare_skin
+from medprune.data.synthetic import CONDITIONS, SKIN_TONES, SPLITS, draw, write_images
 
 
 def pixels(condition, seed, size=64):
@@ -160,9 +160,3 @@ def test_write_images_keeps_whole_files_and_redraws_the_rest(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in paths[4:]} == times
     write_images(tmp_path, 2, size=32, seed=1)
     assert all(path.read_bytes() != old for path, old in zip(paths, whole, strict=True))
-
-
-def test_contact_sheet_has_a_row_per_condition():
-    sheet = contact_sheet(2, 40)
-    assert sheet.size == (80, 320)
-    assert np.array_equal(np.asarray(sheet)[40:80, 40:], np.asarray(draw(CONDITIONS[1], 1, 40)[0]))

@@ -23,15 +23,14 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from medprune.settings import STAGES
-from medprune.store import read_json
-from medprune.quantizing.checkpoint import load_quantized
-from medprune.settings import DATA
-from medprune.tuning.finetune import add_lora, merge
 from medprune.answers.decoding import answer
-from medprune.models.loading import load, load_processor
-from medprune.runs.series import run_series
 from medprune.data.synthetic import draw
+from medprune.models.loading import load, load_processor
+from medprune.quantizing.checkpoint import load_quantized
+from medprune.runs.series import run_series
+from medprune.settings import DATA, STAGES
+from medprune.store import read_json
+from medprune.tuning.finetune import add_lora, merge
 
 # How llava-1.5-7b-hf's own template writes a chat.
 LLAVA_CHAT = (
@@ -145,7 +144,7 @@ def series(tmp_path_factory):
     save_llava(folder / "llava")
     save_judge(folder / "judge")
     save_pictures(folder / "dermnet")
-    sizes = {"batch_size": 2, "save_every": 1, "max_new_tokens": 8, "batch_rows": 6, "awq_rows": 4}
+    sizes = {"batch_size": 2, "save_every": 1, "max_new_tokens": 8, "batch_rows": 6, "awq_rows": 4, "kept_methods": ["bnb"]}
     paths = {"embedding": "minilm", "judge": str(folder / "judge")}
     parameters = {
         "base": str(folder / "llava"), "images": str(folder / "dermnet"), "n_train": 16, "n_test": 8, "sft_steps": 2,
@@ -184,7 +183,7 @@ def test_merging_nf4_adapters_adds_their_product_to_the_16_bit_weights(series):
 
 def test_every_stage_ran_with_the_settings_of_the_profile(series):
     _, root = series
-    made_with = read_json(root / "01_finetune" / "manifest.json")["parameters"]
+    made_with = read_json(root / "01_finetune" / "manifest.json")["settings"]
     assert all((root / stage / "manifest.json").exists() for stage in STAGES)
     assert (made_with["base_bits"], made_with["judge_bits"], made_with["lora_r"]) == (4, 4, 16)
     conditions = [r["condition"] for r in read_json(root / "01_finetune" / "splits.json")["test"]]

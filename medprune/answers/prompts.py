@@ -3,11 +3,15 @@
 Only answers and their end of sequence carry a label; questions of one conversation may be kept from seeing one another.
 """
 
+from functools import cache, partial
+
 import torch
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from medprune.data.pictures import open_image
+
+IGNORED = -100  # label of a token that carries no loss
 
 
 def prompt_text(processor, question: str) -> str:
@@ -25,36 +29,14 @@ def encode(processor, texts: list[str], images: list, dtype) -> dict:
     }
 
 
-IGNORED = -100  # label of a token that carries no loss
+def image_pixels(processor, path, dtype) -> torch.Tensor:
+    """Return the pixels (3, side, side) of an image file, as the vision tower takes them."""
+    return encode(processor, [prompt_text(processor, "")], [open_image(path)], dtype)["pixel_values"][0]
 
 
 def encode_conversation(processor, messages: list[dict]) -> dict:
-    """Return input_ids and labels (seq,) of a conversation; only answers and their end of sequence carry a label.
-
-    The text is built of the chat template's own pieces: each prompt as it stands when the answer is generated, then
-    the answer, then the end-of-sequence token (which some templates leave out).
-    """
-    eos = processor.tokenizer.eos_token
-    text, spans = "", []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = processor.apply_chat_template(messages[:i], add_generation_prompt=True)
-        said = "".join(part["text"] for part in message["content"])
-        earlier = processor.apply_chat_template(messages[: i - 1]) if i > 1 else ""
-        if not prompt.startswith(earlier):
-            raise ValueError("the processor's chat template rewrites earlier turns, so answers cannot be told apart.")
-        text += prompt[len(earlier) :]
-        gap = "" if text.endswith((" ", "\n")) else " "
-        spans.append((len(text), len(text) + len(gap + said + eos)))
-        text += gap + said + eos + ("\n" if "\n" in prompt[-1:] else "")
-    if not spans:
-        raise ValueError("a conversation without an answer carries no loss: give at least one assistant turn.")
-    n_images = _image_tokens(processor)
-    shift = len(processor.image_token) * (n_images - 1)
-    at = text.index(processor.image_token)
-    text = text.replace(processor.image_token, processor.image_token * n_images)
-    spans = [(a + shift, b + shift) if a > at else (a, b) for a, b in spans]
+    """Return input_ids and labels (seq,) of a conversation; only answers and their end of sequence carry a label."""
+    text, spans = _text_and_spans(processor, messages)
     tokens = processor.tokenizer(text, return_offsets_mapping=True)
     ids = torch.tensor(tokens["input_ids"])
     labels = torch.full_like(ids, IGNORED)
@@ -62,6 +44,31 @@ def encode_conversation(processor, messages: list[dict]) -> dict:
         if b > a and any(start <= a and b <= end for start, end in spans):
             labels[k] = ids[k]
     return {"input_ids": ids, "labels": labels}
+
+
+def _text_and_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation's text, image tokens expanded, and where in it each answer with its end starts and ends.
+
+    The text is built of the chat template's own pieces: each prompt as it stands when the answer is generated, then
+    the answer, then the end-of-sequence token (which some templates leave out).
+    """
+    image_token, text, spans = processor.image_token, "", []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = processor.apply_chat_template(messages[:i], add_generation_prompt=True)
+        earlier = processor.apply_chat_template(messages[: i - 1]) if i > 1 else ""
+        if not prompt.startswith(earlier):
+            raise ValueError("the processor's chat template rewrites earlier turns, so answers cannot be told apart.")
+        text += prompt[len(earlier) :].replace(image_token, image_token * _image_tokens(processor))
+        said = "".join(part["text"] for part in message["content"]) + processor.tokenizer.eos_token
+        start, gap = len(text), "" if text.endswith((" ", "\n")) else " "
+        text += gap + said
+        spans.append((start, len(text)))
+        text += "\n" if prompt.endswith("\n") else ""
+    if not spans:
+        raise ValueError("a conversation without an answer carries no loss: give at least one assistant turn.")
+    return text, spans
 
 
 def encode_questions(processor, messages: list[dict]) -> dict:
@@ -72,17 +79,17 @@ def encode_questions(processor, messages: list[dict]) -> dict:
     in the image: the later ones can be told from what was said before.
     """
     opening = next(p for p in messages[0]["content"] if p["type"] == "image")
-    parts_of, image_token = [], processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    alone = []
     for asked, said in zip(messages[::2], messages[1::2], strict=True):
         text = [p for p in asked["content"] if p["type"] == "text"]
-        parts_of.append(encode_conversation(processor, [{"role": "user", "content": [opening, *text]}, said]))
-    start = int((parts_of[0]["input_ids"] == image_token).nonzero()[-1]) + 1
-    pieces = {k: [x[k][start:] for x in parts_of] for k in ("input_ids", "labels")}
-    turns = [torch.full((len(x),), k) for k, x in enumerate(pieces["labels"], 1)]
+        alone.append(encode_conversation(processor, [{"role": "user", "content": [opening, *text]}, said]))
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    start = int((alone[0]["input_ids"] == image_token).nonzero()[-1]) + 1
+    lengths = torch.tensor([start, *(len(x["input_ids"]) - start for x in alone)])
     return {
-        "input_ids": torch.cat([parts_of[0]["input_ids"][:start], *pieces["input_ids"]]),
-        "labels": torch.cat([torch.full((start,), IGNORED), *pieces["labels"]]),
-        "turns": torch.cat([torch.zeros(start, dtype=torch.long), *turns]),
+        "input_ids": torch.cat([alone[0]["input_ids"][:start], *(x["input_ids"][start:] for x in alone)]),
+        "labels": torch.cat([torch.full((start,), IGNORED), *(x["labels"][start:] for x in alone)]),
+        "turns": torch.arange(len(lengths)).repeat_interleave(lengths),
     }
 
 
@@ -97,26 +104,22 @@ class Conversations(Dataset):
     """Encoded conversations; pixels are read when asked for and kept, if they fit, in memory."""
 
     def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool, multi_turn: bool):
-        self.processor, self.items, self.dtype = processor, items, dtype
+        self.processor, self.items = processor, items
         self.encode = encode_conversation if multi_turn else encode_questions
-        self.pixels = {} if keep_pixels else None
+        pixels = partial(image_pixels, processor, dtype=dtype)
+        self.pixels = cache(pixels) if keep_pixels else pixels
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
         path, messages = self.items[i]
-        return self.encode(self.processor, messages) | {"pixel_values": self._pixels(path)}
+        return self.encode(self.processor, messages) | {"pixel_values": self.pixels(path)}
 
-    def _pixels(self, path):
-        if self.pixels is not None and path in self.pixels:
-            return self.pixels[path]
-        pixels = encode(self.processor, [prompt_text(self.processor, "")], [open_image(path)], self.dtype)[
-            "pixel_values"
-        ][0]
-        if self.pixels is not None:
-            self.pixels[path] = pixels
-        return pixels
+
+def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    """Return 1-D tensors as one (rows, longest), filled up with `value` on the right."""
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def collator(pad_token_id: int):
@@ -127,22 +130,18 @@ def collator(pad_token_id: int):
     """
 
     def collate(rows):
-        n = max(len(r["input_ids"]) for r in rows)
-        ids = torch.stack([F.pad(r["input_ids"], (0, n - len(r["input_ids"])), value=pad_token_id) for r in rows])
-        labels = torch.stack([F.pad(r["labels"], (0, n - len(r["labels"])), value=IGNORED) for r in rows])
-        mask = torch.stack([torch.arange(n) < len(r["input_ids"]) for r in rows]).long()
-        targets = labels[:, 1:]  # token t is predicted at t - 1
+        ids = padded([r["input_ids"] for r in rows], pad_token_id)
+        targets = padded([r["labels"] for r in rows], IGNORED)[:, 1:]  # token t is predicted at t - 1
         kept = (targets != IGNORED).any(0).nonzero()[:, 0]
         batch = {
             "input_ids": ids,
-            "attention_mask": mask,
+            "attention_mask": padded([torch.ones_like(r["input_ids"]) for r in rows], 0),
             "labels": targets[:, kept],
             "logits_to_keep": kept,
             "pixel_values": torch.stack([r["pixel_values"] for r in rows]),
         }
         if "turns" in rows[0]:
-            turns = torch.stack([F.pad(r["turns"], (0, n - len(r["turns"])), value=-1) for r in rows])
-            batch |= _apart(turns, batch["pixel_values"].dtype)
+            batch |= _apart(padded([r["turns"] for r in rows], -1), batch["pixel_values"].dtype)
         return batch
 
     return collate
@@ -152,9 +151,8 @@ def _apart(turns: torch.Tensor, dtype) -> dict:
     """Return the attention mask (batch, 1, seq, seq), added to scores, and position_ids (batch, seq) of `turns`."""
     n = turns.shape[1]
     seen = (turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(
-        ~(seen & torch.ones(n, n).tril().bool()), torch.finfo(dtype).min
-    )
+    seen &= torch.ones(n, n, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     image = (turns == 0).sum(1, keepdim=True)
     first = (turns[:, :, None] == turns[:, None]).int().argmax(-1)  # where each turn starts
     place = torch.arange(n) - first + torch.where(turns == 0, 0, image)

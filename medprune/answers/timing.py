@@ -3,21 +3,16 @@
 import gc
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event, Thread
 
 import psutil
 import torch
 
-from medprune.answers import decoding
-from medprune.answers.decoding import _forward, roomy_cache
+from medprune.answers.decoding import answer_rows, forward, roomy_cache
 from medprune.answers.prompts import encode, prompt_text
 from medprune.data.pictures import open_image
-from medprune.models import loading
 from medprune.models.families import parts
 from medprune.models.loading import weight_bytes
-from medprune.settings import Profile
-from medprune.store import Units
 
 
 @torch.inference_mode()
@@ -31,26 +26,35 @@ def measure_decoding(model, processor, row: dict, new_tokens: int = 8, repeats: 
     """
     image = row["image"] if "image" in row else open_image(row["path"])
     batch = encode(processor, [prompt_text(processor, row["question"])], [image], model.dtype)
+    ids, pixels = batch["input_ids"][0][None], batch["pixel_values"]
+    best, begun = float("inf"), time.perf_counter()
     with peak_memory(model) as peak:
-        best, begun = float("inf"), time.perf_counter()
         for number in range(repeats):
             if number and time.perf_counter() - begun > limit_s:
                 break
-            cache = roomy_cache(len(parts(model).blocks), len(batch["input_ids"][0]) + new_tokens)  # as answers have it
-            logits, cache = _forward(model, batch["input_ids"][0][None], cache, batch["pixel_values"])
+            cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)  # as answers have it
+            logits, cache = forward(model, ids, cache, pixels)
+            wait(model.device)
             start = time.perf_counter()
             for _ in range(new_tokens):
-                logits, cache = _forward(model, logits.argmax(-1)[:, None].cpu(), cache)
+                logits, cache = forward(model, logits.argmax(-1)[:, None].cpu(), cache)
+            wait(model.device)
             best = min(best, time.perf_counter() - start)
     return {"ms_per_token": best / new_tokens * 1e3, "peak_bytes": peak["bytes"]}
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, so that a clock measures it; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
 def peak_memory(model):
     """Measure the most memory a model takes during a `with` block: yields a dict that holds "bytes" afterwards.
 
-    On CUDA the allocator's high-water mark. On CPU the model's weights plus what the process's resident set, sampled
-    every 5 ms, grows by: Python and the libraries are left out.
+    On CUDA the allocator's high-water mark. On CPU the weights that the model came with plus what the process's
+    resident set, sampled every 5 ms, grows by: Python and the libraries are left out.
     """
     result = {}
     gc.collect()
@@ -59,13 +63,13 @@ def peak_memory(model):
         yield result
         result["bytes"] = torch.cuda.max_memory_allocated()
         return
-    process, stop = psutil.Process(), Event()
-    start = process.memory_info().rss
-    high = [start]
+    process, stop, weights = psutil.Process(), Event(), weight_bytes(model)
+    start = high = process.memory_info().rss
 
     def watch():
+        nonlocal high
         while not stop.wait(0.005):
-            high.append(max(high.pop(), process.memory_info().rss))
+            high = max(high, process.memory_info().rss)
 
     thread = Thread(target=watch, daemon=True)
     thread.start()
@@ -74,29 +78,13 @@ def peak_memory(model):
     finally:
         stop.set()
         thread.join()
-    result["bytes"] = weight_bytes(model) + high[0] - start
+    result["bytes"] = weights + max(high, process.memory_info().rss) - start
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start VmHWM anew
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
-
-
-def evaluate(llava, processor, label: str, questions: list[dict], units: Units, config: Profile):
+def evaluate(llava, processor, label: str, questions: list[dict], units, config):
     """Answer the test questions and time one answer; return (rows, {"ms_per_token", "peak_bytes", "weight_bytes"})."""
-    rows = decoding.answer_rows(llava, processor, questions, label, units, config)
+    rows = answer_rows(llava, processor, questions, label, units, config)
     key = f"{label} speed"
     if key not in units:
-        measured = measure_decoding(llava, processor, questions[0])
-        units.add(key, measured | {"weight_bytes": loading.weight_bytes(llava)})
+        units.add(key, measure_decoding(llava, processor, questions[0]) | {"weight_bytes": weight_bytes(llava)})
     return rows, units[key]

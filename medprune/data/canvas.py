@@ -1,4 +1,4 @@
-"""The canvas under `medprune.synthetic`: healthy skin, the marks that signs are made of, and the light.
+"""The canvas under `medprune.data.synthetic`: healthy skin, the marks that signs are made of, and the light.
 
 A picture is a colour, a height and a gloss map at twice the wanted size; the render lights them with one lamp
 (Phong's shading with the half vector of Blinn, SIGGRAPH 1977) and averages down. Lengths are in image widths,
@@ -14,8 +14,6 @@ from scipy.ndimage import gaussian_filter
 
 # sRGB of healthy skin from light to very dark, and how far along the way from light to dark lesion colours
 _TONE_RGB = ((242, 212, 196), (231, 190, 166), (209, 163, 132), (174, 125, 94), (126, 85, 63), (84, 57, 45))
-
-
 _TONE_DARK = (0.0, 0.08, 0.25, 0.5, 0.8, 1.0)
 
 

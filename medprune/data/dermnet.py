@@ -1,15 +1,16 @@
 """Tell which condition a DermNet picture shows, by its file name and data/dermnet_classes.json."""
 
 import functools
-import json
 import re
 
-from medprune.data.questions import DATA, words
+from medprune.data.questions import words
+from medprune.settings import DATA
+from medprune.store import read_json
 
 
 @functools.cache
 def _rules() -> dict:
-    return json.loads((DATA / "dermnet_classes.json").read_text(encoding="utf-8"))
+    return read_json(DATA / "dermnet_classes.json")
 
 
 def dermnet_slug(file_name: str) -> str:
@@ -27,14 +28,12 @@ def classify_dermnet(
     without a rule is found by its name and aliases at the start of the file name. `conditions` is a facts
     dict; None takes the conditions that have rules.
     """
-    rules, slug = _rules(), dermnet_slug(file_name)
+    rules, slug, directory = _rules(), dermnet_slug(file_name), class_dir.casefold()
 
     def first(candidates: list[dict]) -> dict | None:
-        for rule in candidates:
-            by_directory = re.search(rule.get("directory", ""), class_dir.casefold())
-            if by_directory and re.search(rule.get("name", ""), slug):
-                return rule
-        return None
+        tests = (("directory", directory), ("name", slug))
+        fits = (rule for rule in candidates if all(re.search(rule.get(part, ""), text) for part, text in tests))
+        return next(fits, None)
 
     hits, traps = [], []
     for name in rules["conditions"] if conditions is None else conditions:

@@ -1,43 +1,48 @@
 """Open pictures of any kind as RGB, and find the same picture twice."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
 import imagehash
 import numpy as np
 from PIL import Image, ImageOps
+from scipy.cluster.hierarchy import DisjointSet
 
 from medprune.data.record import Record
+from medprune.store import content
 
 MIN_SIDE = 16  # pixels
-
-
 MAX_ASPECT = 16  # longer side over shorter side; the image processor would scale a sliver up to a huge input
+WHITES = (1, 3, 15, 63, 255, 1023, 4095, 16383, 65535)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale a 16-bit, 32-bit or float picture to 8-bit grey, by the least white of 1, 255, 65535 it fits."""
+    """Scale a deep picture to 8 bits a channel by what it holds: white is the least of WHITES above 99% of the values.
+
+    So 12 bits in 16 are no black picture, nor is a float one of 0..1 with a few values above.
+    """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-    whites = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-    white = next((w for w in whites if values.max() <= w), values.max())
+    colours = values[..., :3] if values.ndim == 3 else values
+    held = np.quantile(colours, 0.99, method="lower")
+    white = next((w for w in WHITES if held <= w), held)
     return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 
 
 def open_image(path: str | Path, max_side: int = 1024) -> Image.Image:
     """Open any picture as upright 8-bit RGB of at most max_side pixels a side.
 
-    A JPEG is decoded at reduced size, so that a large one is cheap. Orientation tags are applied,
-    transparency is laid on white, 16-bit is scaled. Raises ValueError naming the file where it cannot be
-    decoded to its end, has a side under 16 pixels, or is over 16 times as long as wide.
+    A JPEG is decoded at reduced size, so that a large one is cheap. Orientation tags are applied, transparency is laid
+    on white, more than 8 bits are scaled. Raises ValueError naming the file where it cannot be decoded to its end, has
+    a side under 16 pixels, or is over 16 times as long as wide.
     """
     try:
         # A 12,000-pixel picture makes Pillow warn; one of twice its safe size still raises.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             width, height = image.size
+            is_deep = image.mode[0] in "FI" or ";16" in str(image.tile)  # of 16 bits in RGB, Pillow keeps the high 8
             image.draft("RGB", (max_side, max_side))
             upright = ImageOps.exif_transpose(image)
-            if upright.mode == "F" or upright.mode.startswith("I"):
+            if is_deep:
                 upright = _to_8_bit(upright)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
@@ -53,24 +58,15 @@ def open_image(path: str | Path, max_side: int = 1024) -> Image.Image:
 
 
 def merge_groups(groups: list[list[str]]) -> list[list[str]]:
-    """Join groups that share a key, over any number of steps; each key then stands in one group."""
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
+    """Join groups that share a key, over any number of steps; each key then stands in one group, all in order."""
+    sets = DisjointSet(key for group in groups for key in group)
     for group in groups:
         for key in group:
-            parent[root(key)] = root(group[0])
-    merged: dict[str, list[str]] = {}
-    for key in sorted(parent):
-        merged.setdefault(root(key), []).append(key)
-    return list(merged.values())
+            sets.merge(group[0], key)
+    return sorted(sorted(group) for group in sets.subsets())
 
 
-def find_duplicates(records: "list[Record]", near: bool = True, threshold: int = 6) -> list[list[str]]:
+def find_duplicates(records: list[Record], near: bool = True, threshold: int = 6) -> list[list[str]]:
     """Return groups of keys of the same picture: equal bytes and, with `near`, a like perceptual hash.
 
     Near means that the 64-bit hashes of imagehash.phash differ in at most `threshold` bits, which re-encoding
@@ -81,7 +77,7 @@ def find_duplicates(records: "list[Record]", near: bool = True, threshold: int =
         raise ValueError(f"threshold is {threshold}; it must be 0..16 of 64 bits, or all are alike.")
     same: dict[str, list[Record]] = {}
     for record in records:
-        same.setdefault(hashlib.sha256(Path(record.path).read_bytes()).hexdigest(), []).append(record)
+        same.setdefault(content(record.path), []).append(record)
     groups = [[r.key for r in group] for group in same.values()]
     if near:
         bits = [imagehash.phash(open_image(group[0].path, 256)).hash for group in same.values()]

@@ -7,11 +7,56 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from medprune.data.record import Record
 from medprune.settings import DATA
+from medprune.store import content, fingerprint
 
 QUESTION_KINDS = ("name", "definition", "features", "treatment")
+Text = Annotated[str, Field(pattern=r"\S")]
+Texts = Annotated[list[Text], Field(min_length=1)]
+
+
+class Facts(BaseModel):
+    """What a facts file must say of a condition; "not" may list phrases that hold a name but mean another disease."""
+
+    aliases: list[Text]
+    definition: Text
+    clinical_features: list[Text]
+    treatment: list[Text]
+    sources: list[Text]
+    answers: create_model("Answers", **dict.fromkeys(QUESTION_KINDS, Text))
+    key_facts: create_model("KeyFacts", **dict.fromkeys(QUESTION_KINDS[1:], Texts))  # phrases of the answers
+
+    @model_validator(mode="after")
+    def _find_key_facts(self):
+        for kind, phrases in self.key_facts:
+            for phrase in phrases:
+                if phrase.casefold() not in getattr(self.answers, kind).casefold():
+                    raise ValueError(f"has no key fact {phrase!r} in its {kind!r} answer")
+        return self
+
+
+FACTS_FILE = TypeAdapter(Annotated[dict[str, Facts], Field(min_length=1)])
+QUESTIONS_FILE = TypeAdapter(create_model("Questions", **dict.fromkeys(QUESTION_KINDS, Texts)))
+
+
+def _read(path: Path, form: TypeAdapter) -> dict:
+    """Read a JSON file of a form; ValueError names the file, the entry that does not fit, and what it must be."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        form.validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = {"missing": "is missing", "string_pattern_mismatch": "must be a text", "too_short": "must not be empty"}
+        why = said.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "must"))
+        raise ValueError(f"{path}: {' '.join(map(repr, first['loc'])) or 'the whole'} {why}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
+    return found
 
 
 def words(text: str) -> list[str]:
@@ -21,85 +66,48 @@ def words(text: str) -> list[str]:
     return [w[:-1] if w[-1] == "s" and len(w) > 3 and w[-2] not in "siu" else w for w in found]
 
 
+def plain(text: str) -> str:
+    """Reduce a name to what counts in it: "Basal-cell carcinomas" reads basalcellcarcinoma."""
+    return "".join(words(text))
+
+
 def name_index(conditions: dict[str, dict]) -> dict[str, str]:
-    """Map each name and alias, as `words` without spaces, to its condition; ValueError if two share one."""
+    """Map each name and alias, made `plain`, to its condition; ValueError if two share one."""
     index = {}
     for name, facts in conditions.items():
         for alias in (name, *facts["aliases"]):
-            if index.setdefault("".join(words(alias)), name) != name:
-                raise ValueError(f"{alias!r} names both {index[''.join(words(alias))]!r} and {name!r}.")
+            if (other := index.setdefault(plain(alias), name)) != name:
+                raise ValueError(f"{alias!r} names both {other!r} and {name!r}.")
     return index
 
 
-def _read_json_object(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path} must hold a JSON object with at least one entry.")
-    return found
+def load_conditions(path: str | Path | None = None) -> dict[str, dict]:
+    """Load the facts file {condition: `Facts`}; None takes the paper's eight conditions.
 
-
-def _is_text(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_texts(value) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
-def load_conditions(path: Path | None = None) -> dict[str, dict]:
-    """Load the facts file {condition: facts}; None takes the paper's eight conditions.
-
-    Facts are "aliases", "definition", "clinical_features", "treatment", "sources", "answers" (one per
-    question kind) and "key_facts" (phrases of the answers to definition, features and treatment); optionally
-    "not", phrases that hold a name but mean another disease. Raises ValueError, naming the condition, where a
-    part is missing, a key fact does not occur in its answer, or two conditions share a name.
+    Raises ValueError, naming the condition, where a part is missing, a key fact does not occur in its answer, or two
+    conditions share a name.
     """
-    path = Path(path or DATA / "conditions.json")
-    conditions = _read_json_object(path)
-    for name, facts in conditions.items():
-        facts = facts if isinstance(facts, dict) else {}
-        for part in ("aliases", "clinical_features", "treatment", "sources"):
-            if not _are_texts(facts.get(part)):
-                raise ValueError(f"{path}: {name!r} needs {part!r} as a list of texts.")
-        if not _is_text(facts.get("definition")):
-            raise ValueError(f"{path}: {name!r} needs 'definition' as a text.")
-        for part in ("answers", "key_facts"):
-            if not isinstance(facts.get(part), dict):
-                raise ValueError(f"{path}: {name!r} needs {part!r} as an object by question kind.")
-        for kind in QUESTION_KINDS:
-            answer, phrases = facts["answers"].get(kind), facts["key_facts"].get(kind)
-            if not _is_text(answer):
-                raise ValueError(f"{path}: {name!r} needs a text answers[{kind!r}].")
-            if kind != "name" and not (phrases and _are_texts(phrases)):
-                raise ValueError(f"{path}: {name!r} needs a list of phrases key_facts[{kind!r}].")
-            for phrase in phrases or ():
-                if phrase.casefold() not in answer.casefold():
-                    raise ValueError(f"{path}: {name!r} has no key fact {phrase!r} in its {kind!r} answer.")
+    conditions = _read(Path(path or DATA / "conditions.json"), FACTS_FILE)
     name_index(conditions)
     return conditions
 
 
-def load_questions(path: Path | None = None) -> dict[str, list[str]]:
+def load_questions(path: str | Path | None = None) -> dict[str, list[str]]:
     """Load {question kind: paraphrases}, the first one canonical; None takes the questions that ship.
 
     A paraphrase other than the first may hold {condition}. Raises ValueError where a kind has none, or none
     without.
     """
     path = Path(path or DATA / "questions.json")
-    questions = _read_json_object(path)
+    questions = _read(path, QUESTIONS_FILE)
     for kind in QUESTION_KINDS:
-        if not (questions.get(kind) and _are_texts(questions[kind])):
-            raise ValueError(f"{path} needs a list of questions for {kind!r}.")
         if "{condition}" in questions[kind][0]:
             raise ValueError(f"{path}: the first {kind!r} question, the test's, must not hold {{condition}}.")
     return questions
 
 
 def conversation(
-    record: "Record", conditions: dict[str, dict], questions: dict[str, list[str]], rng: random.Random
+    record: Record, conditions: dict[str, dict], questions: dict[str, list[str]], rng: random.Random
 ) -> list[dict]:
     """Make one chat of four questions about a picture, in the message format of transformers' chat templates.
 
@@ -120,29 +128,25 @@ def conversation(
 
 
 def test_questions(
-    records: "list[Record]",
+    records: list[Record],
     conditions: dict[str, dict],
     questions: dict[str, list[str]],
     kinds: tuple[str, ...] = ("name", "features", "treatment"),
 ) -> list[dict]:
-    """List the test's rows, one per picture and kind, with the canonical question and its reference."""
-    wrong = [kind for kind in kinds if kind not in QUESTION_KINDS]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} is no kind of question; the kinds are {', '.join(QUESTION_KINDS)}.")
-    return [
-        {
-            "id": f"{r.key}#{kind}",
-            "key": r.key,
-            "path": r.path,
-            "condition": r.condition,
-            "kind": kind,
-            "question": questions[kind][0],
-            "reference": conditions[r.condition]["answers"][kind],
-            "skin_tone": r.skin_tone,
-        }
-        for r in records
-        for kind in kinds
-    ]
+    """List the test's rows, one per picture and kind, with the canonical question and its reference.
+
+    `asked` is a hash of the question, the reference and the picture's bytes: what an answer is an answer to.
+    """
+    for wrong in set(kinds) - set(QUESTION_KINDS):
+        raise ValueError(f"{wrong!r} is no kind of question; the kinds are {', '.join(QUESTION_KINDS)}.")
+    rows = []
+    for r in records:
+        for kind in kinds:
+            question, reference = questions[kind][0], conditions[r.condition]["answers"][kind]
+            row = {"id": f"{r.key}#{kind}", "key": r.key, "path": r.path, "condition": r.condition, "kind": kind}
+            row |= {"question": question, "reference": reference, "skin_tone": r.skin_tone}
+            rows.append(row | {"asked": fingerprint(question, reference, content(r.path))})
+    return rows
 
 
 test_questions.__test__ = False  # keeps pytest from collecting it where a test imports it by name

@@ -3,29 +3,36 @@
 DermNet as Kaggle ships it, one directory per condition, and a table become the same list of `Record`.
 """
 
+import os
 import random
-from collections import Counter
+import re
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
 
 from medprune.data import synthetic
 from medprune.data.dermnet import classify_dermnet
 from medprune.data.pictures import find_duplicates, merge_groups, open_image
-from medprune.data.questions import load_conditions, name_index, words
+from medprune.data.questions import load_conditions, name_index, plain
 from medprune.data.record import Record
-from medprune.settings import Profile
-from medprune.store import Run, read_json, write_json
+from medprune.store import read_json, write_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-
-
+TABLE_SUFFIXES = {".csv", ".parquet"}
+SIDES = ("train", "test")
+UNKNOWN = {"", "-1", "?", "-", "unknown", "nan", "none", "null", "na", "n/a"}  # no patient, no skin type
+KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
 LAYOUTS = (
     "DIR/{train,test}/<DermNet directory>/*.jpg, DIR/<condition>/*.{jpg,png,...}, or a CSV or Parquet table "
     "with the columns path, condition and optionally patient, skin_type, split"
 )
+
+Found = Iterator[tuple[Record | None, str, str]]  # (record or None, key, "kept" or "reason: detail")
 
 
 @dataclass(frozen=True)
@@ -37,62 +44,140 @@ class SplitReport:
     notes: tuple[str, ...]
 
 
-def _read_directory(source: Path, conditions: dict) -> Iterator[tuple[Record | None, str, str]]:
-    """Yield (record or None, key, reason) for all in a DermNet folder or a folder of condition folders."""
+def printable(text) -> str:
+    r"""Return a text that can be written as UTF-8: a name of other bytes shows them, as L\xe4sion.jpg."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+
+
+def find_source(source: str | Path) -> Path:
+    """Return the folder or table of photographs that `source` names, in either place where Kaggle mounts it.
+
+    Raises ValueError, naming what was tried, where there is none.
+    """
+    source, also = Path(source), ""
+    if source.is_relative_to(KAGGLE) and not source.exists():
+        pattern = f"datasets/*/{source.relative_to(KAGGLE)}"
+        also = f", and there is no {KAGGLE / pattern}"
+        source = min(KAGGLE.glob(pattern), default=source)
+    if source.is_dir() or (source.is_file() and source.suffix.lower() in TABLE_SUFFIXES):
+        return source
+    raise ValueError(f"{printable(source)} is neither a folder nor a CSV or Parquet table{also}; expected {LAYOUTS}.")
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """List the files below a folder, without hidden ones and hidden folders; links are followed, but not upwards."""
+    found = []
+    for home, folders, names in os.walk(folder, followlinks=True):
+        here = Path(home).resolve()
+        folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
+        found += [Path(home, name) for name in names if name[0] != "."]
+    return sorted(found)
+
+
+def _read_directory(source: Path, conditions: dict) -> Found:
+    """Read each visible file of a DermNet folder or a folder of condition folders."""
     index = name_index(conditions)
-    roots = [(d.name.lower(), d) for d in sorted(source.iterdir()) if d.name.lower() in ("train", "test")]
-    for split, root in roots or [(None, source)]:
-        for entry in sorted(p for p in root.iterdir() if not p.name.startswith(".")):
-            prefix, label = f"{split}/" if split else "", index.get("".join(words(entry.name)))
-            if entry.is_file() or not (label or split):
-                why = "file outside the directories" if entry.is_file() else "directory names no condition"
-                yield None, prefix + entry.name, f"{why}: {entry.name}"
-                continue
-            for path in sorted(p for p in entry.rglob("*") if p.is_file() and not p.name.startswith(".")):
-                key = f"{prefix}{entry.name}/{path.relative_to(entry).as_posix()}"
-                if path.suffix.lower() not in IMAGE_SUFFIXES:
-                    yield None, key, f"not an image file: {path.name}"
-                    continue
-                found = (label, "kept") if label else classify_dermnet(entry.name, path.name, conditions)
-                yield (Record(key, str(path), found[0], split) if found[0] else None), key, found[1]
+    sides = {d.name: d.name.lower() for d in source.iterdir() if d.is_dir() and d.name.lower() in SIDES}
+    for path in _visible_files(source):
+        top, *below = path.relative_to(source).parts
+        split = sides.get(top)
+        if sides and not split:
+            yield None, "/".join((top, *below)), f"beside train and test: {top}"
+            continue
+        parts = below if split else [top, *below]
+        key = "/".join(filter(None, (split, *parts)))
+        label = index.get(plain(parts[0]))
+        if len(parts) == 1:
+            yield None, key, f"file outside the directories: {path.name}"
+        elif not (label or split):
+            yield None, key, f"directory names no condition: {parts[0]}"
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            yield None, key, f"not an image file: {path.name}"
+        else:
+            condition, why = (label, "kept") if label else classify_dermnet(parts[0], path.name, conditions)
+            yield Record(key, str(path), condition, split) if condition else None, key, why
 
 
-def _as_text(value) -> str | None:
-    """Render a cell: None where empty, 4.0 as "4" (a column of whole numbers with gaps is read as floats)."""
-    if pd.isna(value):
-        return None
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip() or None
-
-
-def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record | None, str, str]]:
-    """Yield (record or None, key, reason) for each row; relative paths start at the table's folder."""
+def _table_rows(source: Path) -> list[dict[str, str | None]]:
+    """Return a table's rows as texts by column, None where a cell is empty."""
     try:
-        frame = pd.read_csv(source, dtype=str) if source.suffix.lower() == ".csv" else pd.read_parquet(source)
+        if source.suffix.lower() == ".csv":
+            frame = pd.read_csv(source, dtype=str, index_col=False, skipinitialspace=True)
+        else:
+            frame = pd.read_parquet(source)
     except Exception as error:  # pandas and pyarrow have their own exception trees
-        raise ValueError(f"{source} cannot be read as a table: {error}") from error
+        raise ValueError(f"{source} cannot be read as a table: {' '.join(str(error).split())}") from error
+    frame.columns = [str(column).strip().lower() for column in frame.columns]
     missing = {"path", "condition"} - set(frame.columns)
     if missing:
-        raise ValueError(f"{source} lacks the column {min(missing)!r}; a table needs path and condition.")
-    index, seen = name_index(conditions), set()
-    labels = frame.groupby("path")["condition"].nunique()
-    for row in frame.astype(object).to_dict("records"):
-        row = {column: _as_text(value) for column, value in row.items()}
-        given, split = row["path"] or "", (row.get("split") or "").lower() or None
-        if split not in (None, "train", "test"):
+        has = ", ".join(map(repr, frame.columns)) + (": is the separator a comma?" if len(frame.columns) == 1 else "")
+        raise ValueError(f"{source} lacks the column {min(missing)!r} of path and condition; it has {has}.")
+    rows = frame.astype(object).to_dict("records")
+    return [{name: None if pd.isna(cell) else str(cell).strip() or None for name, cell in row.items()} for row in rows]
+
+
+def _known(text: str | None) -> str | None:
+    """Return a patient or skin type: None for one that is unknown; "3.0" is 3."""
+    text = re.sub(r"\.0+$", "", text or "")
+    return None if text.casefold() in UNKNOWN else text
+
+
+def _is_windows(given: str) -> bool:
+    return "\\" in given or bool(PureWindowsPath(given).drive)
+
+
+def _find(folder: Path, given: str) -> Path:
+    """Return the file that a table names; of a Windows path, the longest end that there is in the table's folder."""
+    parts = PureWindowsPath(given).parts if _is_windows(given) else ()
+    ends = [folder / given, *(folder.joinpath(*parts[i:]) for i in range(len(parts)))]
+    return next(filter(os.path.isfile, ends), folder / given)
+
+
+def _read_table(source: Path, conditions: dict) -> Found:
+    """Read each row; relative paths start at the table's folder."""
+    index, rows, labels, seen = name_index(conditions), _table_rows(source), defaultdict(set), set()
+    for row in rows:
+        row["file"] = _find(source.parent, row["path"] or "")
+        row["named"] = index.get(plain(row["condition"] or ""))
+        labels[row["file"]].add(row["named"] or row["condition"])
+    for row in rows:
+        path, given, split = row["file"], row["path"] or "", (row.get("split") or "").lower() or None
+        if split not in (None, *SIDES):
             raise ValueError(f"{source}: split {row['split']!r} of {given!r} must be train, test or empty.")
-        key = "/".join(filter(None, (split, given.lstrip("/"))))
-        condition = index.get("".join(words(row["condition"] or "")))
-        path = source.parent / given
-        reasons = {
-            "not among the conditions": condition is None,
-            "listed under two conditions": labels.get(given, 0) > 1,
-            "listed twice": given in seen,
-            "no such file": not path.is_file(),
-        }
-        seen.add(given)
-        reason = next((f"{text}: {row['condition']}" for text, applies in reasons.items() if applies), "kept")
-        record = Record(key, str(path), condition, split, row.get("patient"), row.get("skin_type"))
-        yield (record if reason == "kept" else None), key, reason
+        key, why = "/".join(filter(None, (split, given.lstrip("/")))), "kept"
+        if row["named"] is None:
+            why = f"not among the conditions: {row['condition']}"
+        elif len(labels[path]) > 1:
+            why = f"listed under two conditions: {given}"
+        elif path in seen:
+            why = f"listed twice: {given}"
+        elif not os.path.isfile(path):
+            why = f"no such file{' (a Windows path)' if _is_windows(given) else ''}: {path}"
+        seen.add(path)
+        about = _known(row.get("patient")), _known(row.get("skin_type"))
+        yield Record(key, str(path), row["named"], split, *about) if why == "kept" else None, key, why
+
+
+def _unusable(path: str, check: bool) -> str | None:
+    """Say why a picture cannot be used; None where it can, as far as is checked."""
+    if path != printable(path):
+        return f"name is not UTF-8: {path}"
+    if check:
+        try:
+            open_image(path, max_side=64)
+        except ValueError as error:
+            return f"unusable image: {error}"
+    return None
+
+
+def _most_often(reasons: list[str]) -> str:
+    """Say in words why most was left out, with up to three examples."""
+    if not reasons:
+        return "it is empty"
+    kinds = [reason.partition(": ")[0] for reason in reasons]
+    most = Counter(kinds).most_common(1)[0][0]
+    details = dict.fromkeys(r.removeprefix(f"{most}: ") for r, kind in zip(reasons, kinds, strict=True) if kind == most)
+    return f"{len(reasons)} entries left out, most often as {most!r}, such as {', '.join(list(details)[:3])}"
 
 
 def load_images(
@@ -103,47 +188,50 @@ def load_images(
     `conditions` is a facts dict as `load_conditions` gives it. With `check` every picture is decoded, small,
     and one that `open_image` refuses is reported and skipped. Raises ValueError where no picture is usable.
     """
-    source, conditions = Path(source), load_conditions() if conditions is None else conditions
-    if not source.is_dir() and not (source.is_file() and source.suffix.lower() in (".csv", ".parquet")):
-        raise ValueError(f"{source} is neither a folder nor a CSV or Parquet table; expected {LAYOUTS}.")
+    source, conditions = find_source(source), load_conditions() if conditions is None else conditions
     records, left_out = [], []
-    for record, key, reason in (_read_directory if source.is_dir() else _read_table)(source, conditions):
-        if record and check:
-            try:
-                open_image(record.path, max_side=64)
-            except ValueError as error:
-                record, reason = None, f"unusable image: {error}"
-        records.append(record) if record else left_out.append((key, reason))
+    for record, key, why in (_read_directory if source.is_dir() else _read_table)(source, conditions):
+        fault = _unusable(record.path, check) if record else why
+        if fault:
+            left_out.append((printable(key), printable(fault)))
+        else:
+            records.append(record)
     if not records:
-        most = Counter(reason.split(": ")[0] for _, reason in left_out).most_common(1)
-        why = f"{len(left_out)} entries left out, most often as {most[0][0]!r}" if most else "it is empty"
-        raise ValueError(f"{source} holds no usable image ({why}); expected {LAYOUTS}.")
+        why = _most_often([reason for _, reason in left_out])
+        raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}.")
     return records, pd.DataFrame(left_out, columns=["key", "reason"])
 
 
 def class_counts(records: list[Record], report: pd.DataFrame) -> pd.DataFrame:
     """Count images by condition, then by reason left out; columns kept, train, test, unassigned, total."""
-    rows = [(r.condition, True, r.split or "unassigned") for r in records]
-    for key, reason in report[["key", "reason"]].itertuples(index=False):
-        split = key.split("/")[0]
-        rows.append((reason.split(": ")[0], False, split if split in ("train", "test") else "unassigned"))
+    rows = [(r.condition, True, r.split) for r in records]
+    rows += [(why.partition(": ")[0], False, key.split("/")[0]) for key, why in report[["key", "reason"]].values]
     frame = pd.DataFrame(rows, columns=["condition or reason", "kept", "split"])
-    table = pd.crosstab([frame["condition or reason"], frame["kept"]], frame["split"])
-    table = table.reindex(columns=["train", "test", "unassigned"], fill_value=0).reset_index("kept")
-    table["total"] = table[["train", "test", "unassigned"]].sum(axis=1)
+    side = frame["split"].where(frame["split"].isin(SIDES), "unassigned")
+    table = pd.crosstab([frame["condition or reason"], frame["kept"]], side)
+    table = table.reindex(columns=[*SIDES, "unassigned"], fill_value=0).reset_index("kept")
+    table["total"] = table[[*SIDES, "unassigned"]].sum(axis=1)
     table.columns.name = None
     return table.sort_values(["kept", "total"], ascending=False, kind="stable")
 
 
+def _deal(records: list[Record]) -> list[Record]:
+    """Deal one record of each condition in turn, in their order: every prefix is as balanced as can be."""
+    piles = defaultdict(list)
+    for record in records:
+        piles[record.condition].append(record)
+    deals = sorted((i, name) for name, pile in piles.items() for i in range(len(pile)))
+    return [piles[name][i] for i, name in deals]
+
+
 def _balanced_order(records: list[Record], seed: int) -> list[Record]:
-    """Shuffle within each condition, then deal one of each in turn: every prefix is as balanced as can be."""
+    """Shuffle within each condition, then deal."""
     rng, piles = random.Random(seed), {}
     for record in sorted(records, key=lambda r: r.key):
         piles.setdefault(record.condition, []).append(record)
     for name in sorted(piles):
         rng.shuffle(piles[name])
-    deals = sorted((i, name) for name, pile in piles.items() for i in range(len(pile)))
-    return [piles[name][i] for i, name in deals]
+    return _deal([record for pile in piles.values() for record in pile])
 
 
 def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
@@ -153,23 +241,76 @@ def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
     return _balanced_order(records, seed)[:n]
 
 
-def _count(records: list[Record]) -> Counter:
-    return Counter(r.condition for r in records)
+def _drop_copies(exact: list[list[str]], order: dict[str, Record]) -> dict[str, str]:
+    """Return {key: reason} of equal files: all but the first in `order`, or all where their conditions differ."""
+    rank = {key: i for i, key in enumerate(order)}
+    dropped = {}
+    for group in exact:
+        keys = sorted((key for key in group if key in order), key=rank.get)
+        labels = sorted({order[key].condition for key in keys})
+        if len(labels) > 1:
+            dropped |= dict.fromkeys(keys, f"same file under {' and '.join(labels)}")
+        else:
+            dropped |= dict.fromkeys(keys[1:], f"same file as {keys[0]}" if keys else "")
+    return dropped
 
 
-def _choose_test(units: list[list[Record]], want: Counter, seed: int) -> list[list[Record]]:
-    """Choose units for the test side until each condition has the wanted images, leaving some to train on."""
-    total, have, chosen, rest = _count([r for unit in units for r in unit]), Counter(), [], []
-    for unit in random.Random(seed).sample(units, len(units)):
-        gain = _count(unit)
-        fits = all(have[c] + k <= want[c] and have[c] + k < total[c] for c, k in gain.items())
-        (chosen if fits else rest).append(unit)
-        have += gain if fits else Counter()
-    for unit in sorted(rest, key=len):  # a condition that still has no test image gets its smallest unit
-        if any(want[r.condition] and not have[r.condition] for r in unit):
-            chosen.append(unit)
-            have += _count(unit)
-    return chosen
+def _breadth(groups: list[list[Record]]) -> tuple[int, int]:
+    return len({r.condition for group in groups for r in group}), len(groups)
+
+
+def _draw_sides(groups: list[list[Record]], n_test: int | None, seed: int) -> dict[str, list[Record]]:
+    """Draw n_test images, or a third, from groups so that each condition is on both sides where it can be.
+
+    StratifiedGroupKFold cuts the groups into halves, or thirds; the fold that shows most conditions is taken, without
+    groups that have a condition which it alone has. Conditions come in turn, small groups first, and groups without a
+    test image are trained on.
+    """
+    numbers = [i for i, group in enumerate(groups) for _ in group]
+    labels = [r.condition for group in groups for r in group]
+    n_folds = min(2 if n_test else 3, len(groups), max(Counter(labels).values(), default=0))
+    if n_folds < 2:
+        return {"train": [r for group in groups for r in group], "test": []}
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, numbers)
+    best = []
+    with warnings.catch_warnings(action="ignore"):  # that a condition has fewer images than there are folds
+        for trained, held in folds:
+            rest = {labels[i] for i in trained}
+            fold = [groups[number] for number in sorted({numbers[i] for i in held})]
+            best = max(best, [group for group in fold if rest.issuperset(r.condition for r in group)], key=_breadth)
+    random.Random(seed).shuffle(best)
+    test = _deal([r for group in sorted(best, key=len) for r in group])[:n_test]
+    tested = set(test)
+    return {"train": [r for group in groups if tested.isdisjoint(group) for r in group], "test": test}
+
+
+def _keep_given(groups: list[list[Record]]) -> tuple[dict[str, list[Record]], list[str]]:
+    """Put each group where most of its images are given, the test at a tie; return (sides, keys that moved)."""
+    sides, moved = {side: [] for side in SIDES}, []
+    for group in groups:
+        votes = Counter(r.split for r in group)
+        side = "test" if votes["test"] and votes["test"] >= votes["train"] else "train"
+        sides[side] += group
+        moved += [r.key for r in group if r.split not in (None, side)]
+    return sides, moved
+
+
+def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]]) -> None:
+    """Raise ValueError for an empty side, or a condition that is tested without an image to train on."""
+    trained, tested = ({r.condition for r in split[side]} for side in SIDES)
+    if not (trained and tested):
+        why = "a patient's images stay together, as do copies, and one file under two conditions is dropped"
+        names = ", ".join(sorted(trained | tested)) or "any condition"
+        raise ValueError(f"No image of {names} is left to {'test' if trained else 'train'} on: {why}.")
+    for condition in sorted(tested - trained):
+        n = sum(r.condition == condition for r in split["test"])
+        is_cut = any(r.condition == condition for r in sides["train"])
+        why = (
+            f"n_train={len(split['train'])} holds none"
+            if is_cut
+            else "the given splits, patients and copies leave none"
+        )
+        raise ValueError(f"{condition!r} has {n} test images and none to train on: {why}.")
 
 
 def split_records(
@@ -179,97 +320,68 @@ def split_records(
     seed: int = 0,
     exact: list[list[str]] | None = None,
     near: list[list[str]] | None = None,
-    test_frac: float = 1 / 3,
 ) -> tuple[dict[str, list[Record]], SplitReport]:
     """Split into {"train": [...], "test": [...]}, disjoint by content and patient, class-balanced and seeded.
 
-    Splits that the records carry are kept; where they carry one side or none, `n_test` images (None:
-    `test_frac` of each condition, at least one) go to the test. Duplicates and patients on both sides go
-    whole to the side with most of their images, the test at a tie. Of equal files one is kept, the test's
-    first; equal files under different conditions are all dropped. `exact` and `near` are groups as
-    `find_duplicates` gives them, None to compute them. None for a size takes all; a size out of reach gives
-    what there is, and a note. Raises ValueError for sizes below 1, a test_frac outside 0..1, or keys that are
-    not unique.
+    Splits that the records carry are kept, and images without one are trained on; where they carry one side or none,
+    `n_test` images (at most half; None: a third) go to the test. Duplicates and patients on both sides go whole to the
+    side with most of their images, the test at a tie. Of equal files one is kept, the test's first; equal files under
+    different conditions are all dropped. `exact` and `near` are groups as `find_duplicates` gives them, None to compute
+    them. None for a size takes all; a size out of reach gives what there is, and a note. Raises ValueError for sizes
+    below 1, keys that are not unique, an empty side, and a condition that is tested without an image to train on.
     """
-    if any(size is not None and size < 1 for size in (n_train, n_test)) or not 0 < test_frac < 1:
-        raise ValueError(f"{n_train=}, {n_test=}, {test_frac=}: sizes must be 1 or more, test_frac in 0..1.")
+    if any(size is not None and size < 1 for size in (n_train, n_test)):
+        raise ValueError(f"{n_train=}, {n_test=}: sizes must be 1 or more.")
     order = {r.key: r for r in sorted(records, key=lambda r: (r.split != "test", r.key))}
     if len(order) < len(records):
         raise ValueError(f"{len(records)} records share {len(order)} keys; each needs its own.")
     exact = find_duplicates(records, near=False) if exact is None else exact
     near = find_duplicates(records) if near is None else near
-    rank = {key: i for i, key in enumerate(order)}
-    dropped: dict[str, str] = {}
-    notes: list[str] = []
-    for group in exact:
-        keys = sorted((key for key in group if key in order), key=rank.get)
-        labels = sorted({order[key].condition for key in keys})
-        for key in keys if len(labels) > 1 else keys[1:]:
-            conflict = f"same file under {' and '.join(labels)}"
-            dropped[key] = conflict if len(labels) > 1 else f"same file as {keys[0]}"
-    left = [{order[key].condition for key in group if key in order and key not in dropped} for group in near]
-    if mixed := sum(len(labels) > 1 for labels in left):
-        notes.append(f"{mixed} groups of near duplicates hold several conditions; each went to one side.")
-    patients: dict[str, list[str]] = {}
+    dropped, notes, patients = _drop_copies(exact, order), [], defaultdict(list)
     for r in records:
-        patients.setdefault(r.group or f"only {r.key}", []).append(r.key)
-    merged = merge_groups([*exact, *near, *patients.values()])
-    units = [[order[key] for key in unit if key in order and key not in dropped] for unit in merged]
+        patients[r.group or ("only", r.key)].append(r.key)
+    kept = {key: r for key, r in order.items() if key not in dropped}
+    alike, groups = (
+        [[kept[key] for key in keys if key in kept] for keys in found]
+        for found in (near, merge_groups([*exact, *near, *patients.values()]))
+    )
+    if mixed := sum(len({r.condition for r in group}) > 1 for group in alike):
+        notes.append(f"{mixed} groups of near duplicates hold several conditions; each went to one side.")
     given = {r.split for r in records if r.split}
     if len(given) == 1:
         notes.append(f"Only the {min(given)} split is given; all was split afresh.")
-    sides: dict[str, list[Record]] = {"train": [], "test": []}
-    moved, free = [], []
-    for unit in filter(None, units):
-        votes = Counter(r.split for r in unit if r.split)
-        if len(given) < 2 or not votes:
-            free.append(unit)
-            continue
-        side = "train" if votes["train"] > votes["test"] else "test"
-        sides[side] += unit
-        moved += [r.key for r in unit if r.split not in (None, side)]
-    pool = [r for unit in free for r in unit]
-    in_pool, want = _count(pool), Counter()
-    if n_test:
-        stays = {r.condition: r for r in pool if in_pool[r.condition] > 1}  # one of each to train on
-        may_go = [r for r in pool if r is not stays.get(r.condition)]
-        want = _count(_balanced_order([*sides["test"], *may_go], seed)[:n_test]) - _count(sides["test"])
-    elif not sides["test"]:
-        want = Counter({c: max(1, round(test_frac * k)) for c, k in in_pool.items()})
-    for unit in _choose_test(free, want, seed):
-        sides["test"] += unit
-    in_test = {r.key for r in sides["test"]}
-    sides["train"] += [r for r in pool if r.key not in in_test]
+    groups = [group for group in groups if group]
+    sides, moved = _keep_given(groups) if len(given) == 2 else (_draw_sides(groups, n_test, seed), [])
     split = {}
-    for side, size in (("train", n_train), ("test", n_test)):
+    for side, size in zip(SIDES, (n_train, n_test), strict=True):
         split[side] = _balanced_order(sides[side], seed)[:size]
         if size and len(split[side]) < size:
             notes.append(f"{size} {side} images were asked for; {len(split[side])} can be given.")
         absent = {r.condition for r in records} - {r.condition for r in split[side]}
         notes += [f"No {side} image shows {condition}." for condition in sorted(absent)]
+    _check_split(split, sides)
     return split, SplitReport(tuple(sorted(moved)), tuple(sorted(dropped.items())), tuple(notes))
 
 
-def gather_images(config: Profile, run: Run, conditions: dict):
+def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataFrame]:
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
         return load_images(config.images, conditions)
-    folder = run.dir / "images"
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):
-        rows = synthetic.write_images(folder, n // len(synthetic.CONDITIONS), config.image_size, config.seed, split)
-        for row in rows:
-            path = Path(row["path"])
-            key = f"{split}/{path.parent.name}/{path.name}"
-            records.append(Record(key, str(path), row["condition"], split, None, row["skin_tone"]))
-    return records, pd.DataFrame({"key": [], "reason": []})
+        n_each = n // len(synthetic.CONDITIONS)
+        for row in synthetic.write_images(run.dir / "images", n_each, config.image_size, config.seed, split):
+            key = "/".join((split, *Path(row["path"]).parts[-2:]))
+            records.append(Record(key, row["path"], row["condition"], split, None, row["skin_tone"]))
+    return records, pd.DataFrame(columns=["key", "reason"])
 
 
-def save_splits(run: Run, splits: dict) -> None:
+def save_splits(run, splits: dict[str, list[Record]]) -> None:
+    """Write splits.json into the folder of the stage that writes."""
     write_json(run.dir / "splits.json", {name: [asdict(r) for r in records] for name, records in splits.items()})
 
 
-def load_splits(run: Run) -> dict:
+def load_splits(run) -> dict[str, list[Record]]:
     """Return {"train": records, "test": records} as notebook 01 made them."""
     raw = read_json(run.of("01_finetune") / "splits.json")
     return {name: [Record(**r) for r in records] for name, records in raw.items()}

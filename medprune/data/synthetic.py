@@ -2,7 +2,7 @@
 
 The images are synthetic: textbook signs of each condition on six skin tones, so that the series runs
 anywhere. They are no clinical material, and a score on them says nothing about patients. Each condition
-paints its signs on the colour, height and gloss maps of `medprune.synthetic_canvas`.
+paints its signs on the colour, height and gloss maps of `medprune.data.canvas`.
 """
 
 import math
@@ -16,14 +16,8 @@ from scipy.ndimage import gaussian_filter
 from medprune.data.canvas import Skin, bare_skin, cells, domes, inside, ramp, render, shape, strokes
 
 SPLITS = ("train", "test", "calibration")
-
-
 SKIN_TONES = ("I", "II", "III", "IV", "V", "VI")
-
-
 _PER_SPLIT = 1_000_000
-
-
 _DRAWING = "1"  # raise when the pictures change, so that write_images redraws the files of an older drawing
 
 
@@ -217,8 +211,6 @@ _PAINTERS = {
     "lichen planus": _lichen_planus,
     "seborrheic keratosis": _seborrheic_keratosis,
 }
-
-
 CONDITIONS: tuple[str, ...] = tuple(_PAINTERS)
 
 
@@ -281,12 +273,3 @@ def write_images(folder, n_per_condition: int, size: int = 112, seed: int = 0, s
             tone = SKIN_TONES[image_seed % len(SKIN_TONES)]
             rows.append({"path": str(path), "condition": condition, "skin_tone": tone, "split": split})
     return rows
-
-
-def contact_sheet(per_condition: int = 6, size: int = 112) -> Image.Image:
-    """Lay out one row per condition, in the order of CONDITIONS; the columns go through the skin tones."""
-    sheet = Image.new("RGB", (per_condition * size, len(CONDITIONS) * size))
-    for row, condition in enumerate(CONDITIONS):
-        for column in range(per_condition):
-            sheet.paste(draw(condition, column, size)[0], (column * size, row * size))
-    return sheet

@@ -1,35 +1,28 @@
 """The judge card: how far a judge can be trusted, measured on answers whose worth is known by construction."""
 
+import functools
+import operator
 import random
 import string
 from collections.abc import Callable
 from itertools import combinations
-from math import nan
-from pathlib import Path
+from math import inf, nan
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
 from medprune.data.questions import named_conditions
-from medprune.judging.judge import ASPECTS, Judge, Judgement, judge_answers
+from medprune.judging.judge import ASPECTS, Judge, Judgement, judge_in_run
 
 LEVELS = ("right", "truncated", "wrong disease", "shuffled words", "gibberish")  # must score in this order
-
-
 PADDING = "As with every case, much more could be said about it, and a doctor can tell you more."
-
-
 MAX_DRIFT = 1.0  # percent points of mean absolute change that still count as the same score
-
-
 MAX_FAILURES = 0.02  # share of replies that may be unreadable
-
-
 MIN_NAMING = 0.95  # share of naming answers on which judge and exact naming must agree
-
-
 PASS_MARK = 50.0  # percent score from which the judge is taken to call a name right
+NAMING = f"naming: share that agrees with the exact name (right from {PASS_MARK:g} %)"
+WHOLE = ("given", "right", "wrong disease")  # whether a name cut short or shuffled is given is a matter of taste
 
 
 def graded_answers(row: dict, conditions: dict, rng: random.Random) -> dict[str, dict]:
@@ -69,78 +62,56 @@ def judge_card(judge: Judge, rows: list[dict], conditions: dict, seed: int = 0) 
         raise ValueError("rows hold no question of kind 'name', which the naming check needs.")
     rng = random.Random(seed)
     references = {(r["condition"], r["kind"], r["reference"]): r for r in rows}
-    graded = [graded_answers(row, conditions, rng) for row in references.values()]
-    asked = [*rows, *(g[level] for g in graded for level in LEVELS)]
+    graded = [pair for row in references.values() for pair in graded_answers(row, conditions, rng).items()]
+    asked = [*rows, *(row for _, row in graded)]
+    levels = pd.Series(["given"] * len(rows) + [level for level, _ in graded])
     # a cut answer is closed with a full stop first, so that padding is compared with the same words, ended
-    closed = [g[level] for g in graded for level in LEVELS[:3]]
-    closed = [{**row, "answer": _closed(row["answer"]), "ended": True} for row in closed]
+    closed = [{**row, "answer": _closed(row["answer"]), "ended": True} for level, row in graded if level in LEVELS[:3]]
     padded = [{**row, "answer": f"{row['answer']} {PADDING}"} for row in closed]
+    replies = (judge(asked), judge(rows), judge(rows[::-1])[::-1], judge(closed), judge(padded))
+    first, again, reverse, plain, longer = scores = [_percent(judgements) for judgements in replies]
 
-    replies = {
-        "first": judge(asked),
-        "again": judge(rows),
-        "reverse": judge(rows[::-1])[::-1],
-        "closed": judge(closed),
-        "padded": judge(padded),
-    }
-    score = {name: np.array([_percent(j) for j in js]) for name, js in replies.items()}
-    everything = np.concatenate(list(score.values()))
-    n = len(rows)
+    given, by_level = first[: len(rows)], [first[levels == level] for level in LEVELS]
     checks = [
-        _check(
-            "repeatability: mean |difference|, same answer twice",
-            np.abs(score["first"][:n] - score["again"]),
-            f"<= {MAX_DRIFT:g}",
-            lambda v: v <= MAX_DRIFT,
-        ),
-        _check(
-            "parse failures: share of replies",
-            np.isnan(everything).astype(float),
-            f"<= {MAX_FAILURES:g}",
-            lambda v: v <= MAX_FAILURES,
-        ),
-        _check(
-            "order bias: mean |difference|, rows in reverse order",
-            np.abs(score["first"][:n] - score["reverse"]),
-            f"<= {MAX_DRIFT:g}",
-            lambda v: v <= MAX_DRIFT,
-        ),
-        _check(
-            "length bias: mean change by true but empty words",
-            score["padded"] - score["closed"],
-            "<= 0",
-            lambda v: v <= 0,
-        ),
+        ("repeatability: mean |difference|, same answer twice", (given - again).abs(), *_at_most(MAX_DRIFT)),
+        ("parse failures: share of replies", pd.concat(scores).isna(), *_at_most(MAX_FAILURES)),
+        ("order bias: mean |difference|, rows in reverse order", (given - reverse).abs(), *_at_most(MAX_DRIFT)),
+        ("length bias: mean change by true but empty words", longer - plain, *_at_most(0)),
     ]
-    by_level, above = score["first"][n:].reshape(-1, len(LEVELS)), nan
-    for i, level in enumerate(LEVELS):
-        wanted = f"< {LEVELS[i - 1]}" if i else "the highest"
-        checks.append(
-            _check(
-                f"graded: {level}, mean score",
-                by_level[:, i],
-                wanted,
-                lambda v, i=i, above=above: v < above if i else True,
-            )
-        )
-        above = checks[-1]["value"]
-    # whole answers only: of a name cut short or shuffled it is a matter of taste whether it is given
-    whole = [i for i in range(len(asked)) if i < n or LEVELS[(i - n) % len(LEVELS)] in ("right", "wrong disease")]
-    naming = [i for i in whole if asked[i]["kind"] == "name"]
-    exact = np.array([named_conditions(asked[i]["answer"], conditions) == [asked[i]["condition"]] for i in naming])
-    called = score["first"][naming]
-    agree = np.where(np.isnan(called), nan, (called >= PASS_MARK) == exact)
+    wanted, limit = "the highest", inf
+    for level, values in zip(LEVELS, by_level, strict=True):
+        checks.append((f"graded: {level}, mean score", values, wanted, functools.partial(operator.gt, limit)))
+        wanted, limit = f"< {level}", values.mean()
+    whole = [level in WHOLE and row["kind"] == "name" for level, row in zip(levels, asked, strict=True)]
     checks.append(
-        _check(
-            f"naming: share that agrees with the exact name (right from {PASS_MARK:g} %)",
-            agree,
-            f">= {MIN_NAMING:g}",
-            lambda v: v >= MIN_NAMING,
-        )
+        (NAMING, _naming(asked, first, conditions)[whole], f">= {MIN_NAMING:g}", lambda value: value >= MIN_NAMING)
     )
-    table = pd.DataFrame(checks)
-    table.insert(0, "judge", judge.name)
-    return table
+    return pd.DataFrame([{"judge": judge.name, **_result(*check)} for check in checks])
+
+
+def _at_most(limit: float) -> tuple[str, Callable[[float], bool]]:
+    return f"<= {limit:g}", lambda value: value <= limit
+
+
+def _result(check: str, values: pd.Series, wanted: str, passes: Callable[[float], bool]) -> dict:
+    value, n = values.mean(), values.count()  # of what is not NaN
+    return {"check": check, "value": value, "wanted": wanted, "passed": bool(n and passes(value)), "n": n}
+
+
+def _naming(rows: list[dict], scores: pd.Series, conditions: dict) -> pd.Series:
+    """Return, for each answer, 1 where judge and exact naming agree on the name, 0 where not, NaN if unread."""
+    exact = [named_conditions(row["answer"], conditions) == [row["condition"]] for row in rows]
+    return ((scores >= PASS_MARK) == exact).astype(float).where(scores.notna())
+
+
+def _percent(judgements: list[Judgement]) -> pd.Series:
+    """Return scores in percent, NaN where a reply could not be read."""
+    return pd.Series([np.mean([getattr(j, aspect) for aspect in ASPECTS]) * 20 for j in judgements], dtype=float)
+
+
+def _closed(text: str) -> str:
+    text = text.strip()
+    return text if not text or text[-1] in ".!?" else text + "."
 
 
 def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
@@ -161,59 +132,31 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
         p, q = np.floor(x + 0.5).astype(int), np.floor(y + 0.5).astype(int)
         varies = len(set(p) | set(q)) > 1
         kappa = cohen_kappa_score(p, q, weights="quadratic", labels=range(6)) if varies else nan
-        found.append(
-            {
-                "aspect": aspect,
-                "kappa": kappa,
-                "mean_difference": (x - y).mean(),
-                "n": len(read),
-                "n_unparsed": len(both) - len(read),
-            }
-        )
-    return pd.DataFrame(found)
+        found.append((aspect, kappa, (x - y).mean(), len(read), len(both) - len(read)))
+    return pd.DataFrame(found, columns=["aspect", "kappa", "mean_difference", "n", "n_unparsed"])
 
 
-def agreements(rows: list[dict], judges: list[Judge], store: Path | None) -> pd.DataFrame:
+def agreements(rows: list[dict], judges: list[Judge], run) -> pd.DataFrame:
     """Return `agreement` of every two judges on the same rows, with their names; empty for one judge.
 
-    What stands in `store` is not asked again.
+    What stands among the run's units is not asked again.
     """
-    tables = {j.name: judge_answers(rows, j, store, progress=False) for j in judges}
+    tables = {judge.name: judge_in_run(rows, judge, run) for judge in judges}
     found = [agreement(tables[a], tables[b]).assign(judges=f"{a} - {b}") for a, b in combinations(tables, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def cosine_judge(embed: Callable[[list[str]], np.ndarray]) -> Judge:
+def cosine_judge(embed: Callable[[list[str]], np.ndarray], embedder: str) -> Judge:
     """Make a control for the card: the cosine of answer and reference (the paper's eq. 4), times 5, for all three.
 
-    embed returns (n, d) unit-norm sentence embeddings. What output similarity can see of an answer's worth, no more.
+    embed returns (n, d) unit-norm sentence embeddings, of the model that `embedder` identifies. What output similarity
+    can see of an answer's worth, no more.
     """
 
     def score(rows):
         cosines = np.sum(embed([r["answer"] for r in rows]) * embed([r["reference"] for r in rows]), axis=1)  # (rows,)
         for i, cosine in enumerate(np.clip(cosines, 0, 1)):
             value = round(float(5 * cosine), 2)
-            yield i, Judgement(value, value, value, f"cosine {cosine:.3f}", True)
+            yield i, Judgement(value, value, value, f"cosine {cosine:.3f}")
 
-    return Judge("cosine", "1", score, ("answer", "reference"))
-
-
-def _closed(text: str) -> str:
-    text = text.strip()
-    return text if not text or text[-1] in ".!?" else text + "."
-
-
-def _percent(judgement) -> float:
-    return float(np.mean([getattr(judgement, aspect) for aspect in ASPECTS])) * 20 if judgement.parsed else nan
-
-
-def _check(name: str, values: np.ndarray, wanted: str, passes) -> dict:
-    values = values[~np.isnan(values)]
-    value = float(values.mean()) if len(values) else nan
-    return {
-        "check": name,
-        "value": value,
-        "wanted": wanted,
-        "passed": bool(len(values) and passes(value)),
-        "n": len(values),
-    }
+    return Judge("cosine", embedder, score, ("answer", "reference"), __name__)

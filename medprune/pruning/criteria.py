@@ -1,4 +1,11 @@
-"""Criteria that look at weights or hidden states, the controls, and the removal order of any scores."""
+"""Criteria that look at weights or hidden states, the controls, and the removal order of any scores.
+
+One score per decoder block, higher = keep, blocks counted from 0. Criteria that need no data return {block:
+importance_score}; `block_influence` a table by calibration row, as those of leave_one_out.py.
+"""
+
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -6,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from medprune.models.families import parts
-from medprune.pruning.leave_one_out import SHARED, _n_rows
+from medprune.pruning.leave_one_out import SHARED, TeacherBatch
 
 
 def magnitude(model) -> dict[int, float]:
@@ -27,7 +34,7 @@ def random(n_blocks: int, seed: int) -> dict[int, float]:
     return dict(enumerate(np.random.default_rng([seed, 7]).random(n_blocks).tolist()))
 
 
-def block_influence(model, batches: list[dict]) -> pd.DataFrame:
+def block_influence(model, batches: list[TeacherBatch]) -> pd.DataFrame:
     """Score blocks by 1 - cosine of hidden states before and after them, averaged over tokens (ShortGPT, Men 2024).
 
     batches: as `teacher_batches` gives them. Returns one row per block and calibration row (block, row, score,
@@ -35,40 +42,41 @@ def block_influence(model, batches: list[dict]) -> pd.DataFrame:
     """
     tables, first = [], 0
     for batch in batches:
-        tables.append(_influence(model, batch).assign(row=lambda t, first=first: t["row"] + first))
-        first += _n_rows(batch)
+        for b, change in _changes(model, batch):
+            found = {kind: _row_means(batch, change, which) for kind, which in _kinds(model, batch).items()}
+            tables.append(pd.DataFrame({"block": b, "row": range(first, first + len(batch.ids)), **found}))
+        first += len(batch.ids)
     return pd.concat(tables, ignore_index=True)
 
 
 @torch.inference_mode()
-def _influence(model, batch: dict) -> pd.DataFrame:
-    image, owner, n = batch["input_ids"] == model.config.image_token_id, batch["owner"], _n_rows(batch)
-    item = torch.stack([(owner == row).any(1).nonzero()[0, 0] for row in range(n)])  # which image a row is about
-    tables = []
+def _changes(model, batch: TeacherBatch) -> list[tuple[int, torch.Tensor]]:
+    """Return (block, 1 - cosine of each token's hidden states before and after it (images, seq)) of every block."""
+    changes = []
 
-    def means(change, which):
-        """Average (images, seq) over each row's tokens: its own, and those that all rows of its image see."""
-        own, shared = which & (owner >= 0), which & (owner == SHARED)
-        sums = torch.zeros(n).index_add(0, owner[own], change[own]) + (change * shared).sum(1)[item]
-        return sums / (torch.zeros(n).index_add(0, owner[own], torch.ones(int(own.sum()))) + shared.sum(1)[item])
+    def compare(block, _, inputs, output):
+        changes.append((block, 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()))
 
-    def compare(block):
-        def hook(_, inputs, output):
-            change = 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()  # (images, seq)
-            kinds = {"score": torch.ones_like(image), "image_tokens": image, "text_tokens": ~image}
-            found = {kind: means(change, which) for kind, which in kinds.items()}
-            tables.append(pd.DataFrame({"block": block, "row": range(n), **found}))
+    with ExitStack() as hooks:
+        for b, block in enumerate(parts(model).blocks):
+            hooks.enter_context(block.register_forward_hook(partial(compare, b)))
+        model(**{k: v.to(model.device) for k, v in batch.inputs.items()}, use_cache=False, logits_to_keep=1)
+    return changes
 
-        return hook
 
-    handles = [block.register_forward_hook(compare(b)) for b, block in enumerate(parts(model).blocks)]
-    inputs = {k: v.to(model.device) for k, v in batch.items() if k not in ("labels", "logits_to_keep", "owner")}
-    try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return pd.concat(tables, ignore_index=True)
+def _kinds(model, batch: TeacherBatch) -> dict[str, torch.Tensor]:
+    """Return, by column, which tokens (images, seq) it is the mean of."""
+    image = batch.inputs["input_ids"] == model.config.image_token_id
+    return {"score": torch.ones_like(image), "image_tokens": image, "text_tokens": ~image}
+
+
+def _row_means(batch: TeacherBatch, change: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Average (images, seq) over the tokens of each row: its own, and those that all rows of its image see."""
+    n, owner = len(batch.ids), batch.owner
+    image = torch.stack([(owner == row).any(1).nonzero()[0, 0] for row in range(n)])  # which image a row is about
+    own, shared = which & (owner >= 0), which & (owner == SHARED)
+    sums = torch.zeros(n).index_add(0, owner[own], change[own]) + (change * shared).sum(1)[image]
+    return sums / (torch.zeros(n).index_add(0, owner[own], torch.ones(int(own.sum()))) + shared.sum(1)[image])
 
 
 def removal_order(scores: dict[int, float], protected) -> list[int]:

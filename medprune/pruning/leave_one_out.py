@@ -1,20 +1,22 @@
-"""Importance criteria: one score per decoder block, higher = keep, blocks counted from 0 in the original model.
+"""Importance criteria that leave out one block at a time: by answers (the paper), by loss, by log-probabilities.
 
-Criteria that need no data return {block: importance_score}; the others a table of one score per block and
-calibration row (block, row, score), whose mean over rows is the importance_score: `ranking.block_scores` adds the
-interval. The leave-one-out batch answers for many blocks at once: see `generate.RowSkip`.
+Scores are per decoder block, higher = keep, blocks counted from 0 in the model at hand. A table of one score per block
+and calibration row (block, row, score) has the importance_score as its mean over rows. The leave-one-out batch answers
+for many blocks at once: see `decoding.RowSkip`.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 
-from medprune.answers.decoding import Answer, answer
-from medprune.answers.prompts import IGNORED, collator, encode, encode_questions, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.decoding import answer, chunks
+from medprune.answers.prompts import IGNORED, collator, encode_questions, image_pixels, padded
 from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.store import Units
@@ -27,60 +29,48 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
 
     For each block b and calibration row i: cosine of the embedded answer without b and the embedded answer with all
     blocks, averaged over rows; importance_score = 1 - mean cosine, 0 for a block whose absence changes nothing.
-    Returns a table (block, importance_score, mean_cosine, cosines, answers). batch_rows bounds the memory: blocks are
-    left out in chunks of batch_rows / 2 images x blocks, at least one block. A chunk is the unit of work that a kill
-    can cost: its answers are written to `units` when it is done, one line per block, and never asked again.
+    Returns a table (block, importance_score, mean_cosine, cosines, answers). batch_rows bounds the memory, as
+    `leave_one_out` says, which writes the answers to `units`.
     """
     leave_one_out(model, processor, rows, blocks, units, max_new_tokens, batch_rows)
     original = embed([a["text"] for a in units["original"]])
     table = []
     for b in blocks:
-        said = [Answer(**a) for a in units[f"block {b}"]]
-        cosines = cosine(original, embed([a.text for a in said]))
-        table.append(
-            {
-                "block": b,
-                "importance_score": 1 - float(cosines.mean()),
-                "mean_cosine": float(cosines.mean()),
-                "cosines": cosines.tolist(),
-                "answers": [a.text for a in said],
-            }
-        )
+        answers = [a["text"] for a in units[f"block {b}"]]
+        cosines = cosine(original, embed(answers))
+        mean = float(cosines.mean())
+        scored = {"block": b, "importance_score": 1 - mean, "mean_cosine": mean}
+        table.append(scored | {"cosines": cosines.tolist(), "answers": answers})
     return pd.DataFrame(table)
 
 
 def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: int, batch_rows: int) -> None:
-    """Write the answers with all blocks, and without each, to `units`, where they are not there yet."""
+    """Write the answers with all blocks, and without each, to `units`, where they are not there yet.
+
+    Blocks are left out in chunks of batch_rows / 2 images x blocks, at least one block: half a batch, which is as fast
+    on a CPU, and a kill, which costs the chunk at work, costs half as much.
+    """
     if "original" not in units:
         said = answer(model, processor, rows, max_new_tokens, batch_rows, label="answers with all blocks")
         units.add("original", [vars(a) for a in said])
     todo = [b for b in blocks if f"block {b}" not in units]
     n_images = len({r["path"] for r in rows})
-    step = max(1, batch_rows // (2 * n_images))  # half a batch: as fast on CPU, and a kill costs half as much
-    for start in range(0, len(todo), step):
-        chunk = todo[start : start + step]
-        said = answer(
-            model,
-            processor,
-            rows * len(chunk),
-            max_new_tokens,
-            batch_rows,
-            skip=[b for b in chunk for _ in rows],
-            label=f"without block {chunk[0]}..{chunk[-1]}",
-        )
-        for k, b in enumerate(chunk):
-            units.add(f"block {b}", [vars(a) for a in said[k * len(rows) : (k + 1) * len(rows)]])
+    for chunk in chunks(todo, max(1, batch_rows // (2 * n_images))):
+        skip, label = [b for b in chunk for _ in rows], f"without block {chunk[0]}..{chunk[-1]}"
+        said = answer(model, processor, rows * len(chunk), max_new_tokens, batch_rows, skip=skip, label=label)
+        for b, without_b in zip(chunk, chunks(said, len(rows)), strict=True):
+            units.add(f"block {b}", [vars(a) for a in without_b])
 
 
 def similarity_rows(similarity: pd.DataFrame) -> pd.DataFrame:
     """Return `output_similarity`'s table as one row per block and calibration row: block, row, score = 1 - cosine."""
-    return pd.DataFrame(
-        [
-            {"block": b, "row": i, "score": 1 - c}
-            for b, found in zip(similarity["block"], similarity["cosines"], strict=True)
-            for i, c in enumerate(found)
-        ]
-    )
+    found = zip(similarity["block"], similarity["cosines"], strict=True)
+    return _by_row({b: [1 - c for c in cosines] for b, cosines in found})
+
+
+def _by_row(scores: dict[int, list[float]]) -> pd.DataFrame:
+    rows = [{"block": b, "row": i, "score": score} for b, found in scores.items() for i, score in enumerate(found)]
+    return pd.DataFrame(rows)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -88,27 +78,46 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> dict:
-    """Return one padded batch of questions and given answers, with labels on the answers alone.
+@dataclass(frozen=True)
+class TeacherBatch:
+    """Questions with given answers, to be run through a model: one padded sequence per image.
+
+    ids: the rows' ids. inputs: input_ids (images, seq), attention mask, positions and pixels. kept (kept,): where
+    answers are predicted; labels (images, kept) there, IGNORED where another image's are. owner (images, seq): the
+    number of each token's row, SHARED for the image's part, -1 for padding.
+    """
+
+    ids: list[str]
+    inputs: dict[str, torch.Tensor]
+    kept: torch.Tensor
+    labels: torch.Tensor
+    owner: torch.Tensor
+
+
+def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> TeacherBatch:
+    """Return one batch of rows {"id", "path", "question"} with given answers.
 
     Neighbouring rows about one image share it: a sequence per image, in which the questions do not see one another.
-    `owner` (images, seq) names each token's row, SHARED for the image's part, -1 for padding.
     """
     items, owners = [], []
     for path, numbers in _by_image(rows):
-        messages = []
-        for i in numbers:
-            messages += [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows[i]["question"]}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answers[i]}]},
-            ]
-        pixels = encode(processor, [prompt_text(processor, "")], [open_image(path)], dtype)["pixel_values"][0]
-        item = encode_questions(processor, messages) | {"pixel_values": pixels}
-        items.append(item)
+        messages = [message for i in numbers for message in _exchange(rows[i]["question"], answers[i])]
+        item = encode_questions(processor, messages)
+        items.append(item | {"pixel_values": image_pixels(processor, path, dtype)})
         owners.append(torch.tensor([SHARED, *numbers])[item["turns"]])
-    n = max(map(len, owners))
-    owner = torch.stack([F.pad(o, (0, n - len(o)), value=-1) for o in owners])
-    return collator(processor.tokenizer.pad_token_id)(items) | {"owner": owner}
+    inputs = collator(processor.tokenizer.pad_token_id)(items)
+    labels, kept = inputs.pop("labels"), inputs.pop("logits_to_keep")
+    return TeacherBatch([row["id"] for row in rows], inputs, kept, labels, padded(owners, -1))
+
+
+def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[TeacherBatch]:
+    """Return `teacher_batch`es of at most batch_rows rows, or one image, each, in the order of the rows."""
+    numbers = [[]]
+    for _, about_image in _by_image(rows):
+        if numbers[-1] and len(numbers[-1]) + len(about_image) > batch_rows:
+            numbers.append([])
+        numbers[-1] += about_image
+    return [teacher_batch(processor, [rows[i] for i in some], [answers[i] for i in some], dtype) for some in numbers]
 
 
 def _by_image(rows: list[dict]):
@@ -117,22 +126,14 @@ def _by_image(rows: list[dict]):
         yield path, list(group)
 
 
-def _n_rows(batch: dict) -> int:
-    return int(batch["owner"].max()) + 1
-
-
-def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[dict]:
-    """Return `teacher_batch`es of at most batch_rows rows, or one image, each, in the order of the rows."""
-    chunks = [[]]
-    for _, numbers in _by_image(rows):
-        if chunks[-1] and len(chunks[-1]) + len(numbers) > batch_rows:
-            chunks.append([])
-        chunks[-1] += numbers
-    return [teacher_batch(processor, [rows[i] for i in c], [answers[i] for i in c], dtype) for c in chunks]
+def _exchange(question: str, said: str) -> list[dict]:
+    """Return a question about an image and its answer as the messages of a chat."""
+    asked = [{"type": "image"}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": said}]}]
 
 
 @torch.inference_mode()
-def leave_one_out_logits(model, batch: dict, blocks):
+def leave_one_out_logits(model, batch: TeacherBatch, blocks):
     """Yield (block or None, log-probabilities (targets, vocab), labels (targets,), rows (targets,)) of a batch.
 
     Teacher-forced on the batch's answers; rows tells which row of the batch a target belongs to. None comes first:
@@ -140,85 +141,83 @@ def leave_one_out_logits(model, batch: dict, blocks):
     about n / 2 forward passes. Works on any decoder whose blocks take hidden states first.
     """
     inner = parts(model)
-    batch = {k: v.to(model.device) for k, v in batch.items()}
-    labels, kept, owner = batch.pop("labels"), batch.pop("logits_to_keep"), batch.pop("owner")
+    inputs = {k: v.to(model.device) for k, v in batch.inputs.items()}
+    labels, kept, owner = (t.to(model.device) for t in (batch.labels, batch.kept, batch.owner))
     chosen = labels != IGNORED
     targets, rows = labels[chosen], owner[:, 1:][:, kept][chosen]
-    inputs, arguments = {}, {}
+    seen = {}  # block -> the hidden states it takes, and its other arguments
 
-    def remember(block):
-        def hook(_, args, kwargs):
-            inputs[block] = args[0]
-            arguments[block] = kwargs
+    def remember(block, _, hidden, others):
+        seen[block] = hidden[0], others
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(remember(b), with_kwargs=True) for b, m in enumerate(inner.blocks)]
-    try:
-        out = model(**batch, use_cache=False, logits_to_keep=kept)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for b, block in enumerate(inner.blocks):
+            hooks.enter_context(block.register_forward_pre_hook(partial(remember, b), with_kwargs=True))
+        out = model(**inputs, use_cache=False, logits_to_keep=kept)
     yield None, out.logits[chosen].float().log_softmax(-1), targets, rows
     for b in blocks:
-        hidden = inputs[b]
+        hidden = seen[b][0]
         for later in range(b + 1, len(inner.blocks)):
-            hidden = inner.blocks[later](hidden, **arguments[later])
+            hidden = inner.blocks[later](hidden, **seen[later][1])
         logits = inner.head(inner.text_model.norm(hidden[:, kept]))
         yield b, logits[chosen].float().log_softmax(-1), targets, rows
 
 
-def perplexity(model, batches: list[dict], blocks, units: Units) -> pd.DataFrame:
+def perplexity(model, batches: list[TeacherBatch], blocks, units: Units) -> pd.DataFrame:
     """Score blocks by the loss (nats a token) on the reference answers without them (shortened-llm, Kim 2024).
 
     batches: `teacher_batches` of the references. Returns one row per block and calibration row (block, row, score),
-    the mean over the row's tokens; higher = keep. Each block of each batch is one unit, never computed twice.
+    the mean over the row's tokens; higher = keep. Each block of each row is one unit, never computed twice.
     """
-    return _teacher_forced(
-        "perplexity",
-        model,
-        batches,
-        blocks,
-        units,
-        lambda i, original, logp, labels: -logp.gather(1, labels[:, None])[:, 0],
-    )
+
+    def loss(number, original, logp, labels):
+        return -logp.gather(1, labels[:, None])[:, 0]
+
+    return _teacher_forced("perplexity", model, batches, blocks, units, loss)
 
 
-def logit_divergence(model, batches: list[dict], blocks, units: Units, reference=None) -> pd.DataFrame:
+def logit_divergence(model, batches: list[TeacherBatch], blocks, units: Units, reference=None) -> pd.DataFrame:
     """Score blocks by KL(p || p without the block) of the next token, in nats, on the original's own answers.
 
     batches: `teacher_batches` of the original's answers. p is this model's, or `reference`, the `original_logits`
     of the model that other blocks are gone from already. Returns and resumes as `perplexity` does.
     """
 
-    def divergence(i, original, logp, _):
-        p = original if reference is None else reference[i]
+    def divergence(number, original, logp, labels):
+        p = original if reference is None else reference[number]
         return (p.exp() * (p - logp)).sum(-1)
 
     return _teacher_forced("logit divergence", model, batches, blocks, units, divergence)
 
 
-def original_logits(model, batches: list[dict]) -> list[torch.Tensor]:
+def original_logits(model, batches: list[TeacherBatch]) -> list[torch.Tensor]:
     """Return log-probabilities (targets, vocab) per batch, float32: 4 bytes x targets x vocabulary are held."""
     return [next(leave_one_out_logits(model, batch, []))[1] for batch in batches]
 
 
-def _teacher_forced(name, model, batches, blocks, units, score) -> pd.DataFrame:
-    """Return (block, row, score) with the mean of score(batch number, original, logp, labels) over a row's targets."""
-    tables, first = [], 0
+def _teacher_forced(name: str, model, batches: list[TeacherBatch], blocks, units: Units, score) -> pd.DataFrame:
+    """Return (block, row, score): the mean of score(batch's number, original, logp, labels) over a row's targets."""
+
+    def key(row: str, block: int) -> str:
+        return f"{name} of {row} without block {block}"
+
     with progress(len(blocks) * len(batches), name, "block") as bar:
-        for i, batch in enumerate(batches):
-            n, todo = _n_rows(batch), [b for b in blocks if f"{name} {i} {b}" not in units]
-            for b, logp, labels, rows in leave_one_out_logits(model, batch, todo) if todo else ():
-                if b is None:
-                    original = logp
-                    continue
-                sums = torch.zeros(n, device=rows.device).index_add(0, rows, score(i, original, logp, labels))
-                units.add(f"{name} {i} {b}", (sums / rows.bincount(minlength=n)).tolist())
+        for number, batch in enumerate(batches):
+            todo = [b for b in blocks if any(key(row, b) not in units for row in batch.ids)]
+            for b, means in _row_means(model, batch, todo, partial(score, number)):
+                for row, mean in zip(batch.ids, means, strict=True):
+                    units.add(key(row, b), mean)
                 bar.update()
-            tables += [
-                pd.DataFrame({"block": b, "row": range(first, first + n), "score": units[f"{name} {i} {b}"]})
-                for b in blocks
-            ]
-            first += n
-    return pd.concat(tables, ignore_index=True)
+    rows = [row for batch in batches for row in batch.ids]
+    return _by_row({b: [units[key(row, b)] for row in rows] for b in blocks})
+
+
+def _row_means(model, batch: TeacherBatch, blocks, score: Callable):
+    """Yield (block, mean of score(original, logp, labels) over the targets of each of the batch's rows)."""
+    if not blocks:
+        return
+    found, n = leave_one_out_logits(model, batch, blocks), len(batch.ids)
+    _, original, _, _ = next(found)
+    for b, logp, labels, rows in found:
+        sums = torch.zeros(n, device=rows.device).index_add(0, rows, score(original, logp, labels))
+        yield b, (sums / rows.bincount(minlength=n)).tolist()

@@ -1,15 +1,17 @@
-"""Depth pruning: a plan names the blocks that are kept, applying it selects them, and a gate checks nothing else changed.
+"""Depth pruning: a plan names the blocks that are kept, applying it selects them, a gate checks nothing else changed.
 
 Block numbers are always the ORIGINAL model's, counted from 0. No weight is copied: kept blocks are the same modules.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from medprune.models.families import n_blocks, parts, protected
+from medprune.models.families import attention, block_number, n_blocks, parts, protected
 from medprune.store import read_json, write_json
 
 
@@ -19,7 +21,7 @@ class Plan:
 
     base: str
     n_blocks: int
-    kept: tuple[int, ...]
+    kept: Sequence[int]
     criterion: str = ""
 
     @property
@@ -27,21 +29,26 @@ class Plan:
         return tuple(b for b in range(self.n_blocks) if b not in set(self.kept))
 
     def save(self, path: Path) -> None:
-        write_json(
-            path,
-            {
-                "base": self.base,
-                "n_blocks": self.n_blocks,
-                "kept": list(self.kept),
-                "removed": list(self.removed),
-                "criterion": self.criterion,
-            },
+        write_json(path, asdict(self) | {"removed": self.removed})
+
+
+def load_plan(path: Path, base: str | None = None) -> Plan:
+    """Read a plan; ValueError names a file that holds none, or, where a `base` is given, one made for another."""
+    try:
+        raw = read_json(path)
+        plan = Plan(raw["base"], raw["n_blocks"], tuple(raw["kept"]), raw["criterion"])
+    except (OSError, ValueError, KeyError, TypeError):
+        plan = Plan("", 0, ())
+    texts, numbers = (plan.base, plan.criterion), (-1, *plan.kept, plan.n_blocks)
+    whole = all(type(t) is str for t in texts) and all(type(n) is int for n in numbers)
+    if not (whole and plan.kept and all(a < b for a, b in pairwise(numbers))):
+        raise ValueError(
+            f"{path} is no plan: it must be JSON with the texts base and criterion, the number n_blocks, and kept, "
+            "the rising numbers of blocks below n_blocks that stay, as notebook 03 writes it."
         )
-
-
-def load_plan(path: Path) -> Plan:
-    raw = read_json(path)
-    return Plan(raw["base"], raw["n_blocks"], tuple(raw["kept"]), raw["criterion"])
+    if base is not None and plan.base != base:
+        raise ValueError(f"{path} is for the model {plan.base!r}, not for this one, {base!r}: give a plan made for it.")
+    return plan
 
 
 def make_plan(config, removed, base: str, protect=(0, 1, -1), criterion: str = "") -> Plan:
@@ -69,33 +76,52 @@ def plans_from_order(config, order: list[int], counts, base: str, protect, crite
 def apply_plan(model, plan: Plan):
     """Remove blocks in place: select from the ModuleList, renumber cache indices, update the configuration.
 
-    Returns the model. Raises ValueError where the plan is for another number of blocks, or the gate finds a tensor
-    that is missing, new, or not bit for bit the one the model had.
+    Returns the model. Raises ValueError, and leaves the model whole, where the plan is for another number of blocks, or
+    the gate finds a tensor that is missing, new, or not bit for bit the one the model had.
     """
-    inner = parts(model)
-    if len(inner.blocks) != plan.n_blocks:
-        raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(inner.blocks)}.")
+    whole, kinds = _blocks_of(model)
+    if len(whole) != plan.n_blocks:
+        raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(whole)}.")
     source = dict(model.state_dict())
-    text_config = inner.text_model.config
-    blocks = torch.nn.ModuleList([inner.blocks[b] for b in plan.kept])
-    for index, block in enumerate(blocks):
-        block.self_attn.layer_idx = index
-    inner.text_model.layers = blocks
-    text_config.num_hidden_layers = len(blocks)
-    model.config.text_config.num_hidden_layers = len(blocks)
-    if getattr(text_config, "layer_types", None):
-        text_config.layer_types = [text_config.layer_types[b] for b in plan.kept]
-    check_kept(model.state_dict(), source, plan)
+    try:
+        kept = torch.nn.ModuleList([whole[b] for b in plan.kept])
+        _set_blocks(model, kept, kinds and [kinds[b] for b in plan.kept])
+        check_kept(model.state_dict(), source, plan)
+    except BaseException:
+        _set_blocks(model, whole, kinds)
+        raise
     return model
 
 
-def original_name(name: str, plan: Plan) -> str:
-    """Return what a tensor of the pruned model was called in the original."""
-    head, dot, tail = name.partition(".layers.")
-    if not dot or not head.endswith("language_model"):
-        return name
-    index, _, rest = tail.partition(".")
-    return f"{head}.layers.{plan.kept[int(index)]}.{rest}"
+@contextmanager
+def without(model, removed):
+    """Take blocks out of a model for a `with` block, through the integrity gate; no weight is copied.
+
+    removed: numbers in the model as it stands. Its blocks, numbering and configuration are put back at the end.
+    """
+    whole, kinds = _blocks_of(model)
+    apply_plan(model, make_plan(model.config, removed, "", protect=()))
+    try:
+        yield model
+    finally:
+        _set_blocks(model, whole, kinds)
+
+
+def _blocks_of(model) -> tuple[torch.nn.ModuleList, list[str]]:
+    """Return a model's blocks, and the kind of attention of each where its configuration lists them."""
+    inner = parts(model)
+    return inner.blocks, list(getattr(inner.text_model.config, "layer_types", None) or [])
+
+
+def _set_blocks(model, blocks: torch.nn.ModuleList, kinds: list[str]) -> None:
+    text_model = parts(model).text_model
+    text_model.layers = blocks
+    for index, block in enumerate(blocks):
+        attention(block).layer_idx = index
+    for config in (text_model.config, model.config.text_config):
+        config.num_hidden_layers = len(blocks)
+        if kinds:
+            config.layer_types = list(kinds)
 
 
 def check_kept(pruned: dict, source: dict, plan: Plan) -> None:
@@ -103,9 +129,9 @@ def check_kept(pruned: dict, source: dict, plan: Plan) -> None:
 
     pruned, source: state dicts of the pruned and of the original model.
     """
-    gone = {f".layers.{b}." for b in plan.removed}
-    expected = {n for n in source if not ("language_model" in n and any(g in n for g in gone))}
-    found = {original_name(n, plan): n for n in pruned}
+    gone = set(plan.removed)
+    expected = {name for name in source if block_number(name) not in gone}
+    found = {original_name(name, plan): name for name in pruned}
     for name in sorted(expected - set(found)):
         raise ValueError(f"the pruned model lacks {name}, which its plan keeps.")
     for name in sorted(set(found) - expected):
@@ -117,39 +143,7 @@ def check_kept(pruned: dict, source: dict, plan: Plan) -> None:
             raise ValueError(f"{found[name]} of the pruned model is not bit for bit {name} of the original.")
 
 
-def load_pruned(folder: Path, plan: Plan, base_folder: Path, **load_options):
-    """Load a saved pruned model and hold it against its base, tensor by tensor; returns (model, processor)."""
-    from medprune.models.loading import load
-
-    model, processor = load(folder, **load_options)
-    if len(parts(model).blocks) != len(plan.kept):
-        raise ValueError(f"{folder} has {len(parts(model).blocks)} blocks, but its plan keeps {len(plan.kept)}.")
-    check_kept(dict(model.state_dict()), read_tensors(base_folder, model), plan)
-    return model, processor
-
-
-def read_tensors(folder: Path, model) -> dict:
-    """Return a checkpoint's tensors by name, with the head where it is tied to the embeddings, in the model's dtype."""
-    tensors = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            tensors.update({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
-    if not tensors:
-        raise ValueError(f"{folder} holds no safetensors file.")
-    names = {_current_name(n): t for n, t in tensors.items()}
-    if model.config.tie_word_embeddings:
-        names.setdefault("lm_head.weight", names["model.language_model.embed_tokens.weight"])
-    return {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in names.items()}
-
-
-def _current_name(name: str) -> str:
-    """Return a tensor's name in transformers 5: the hub's LLaVA checkpoints carry the names of 4.x."""
-    for old, new in (
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("vision_tower.", "model.vision_tower."),
-        ("multi_modal_projector.", "model.multi_modal_projector."),
-    ):
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+def original_name(name: str, plan: Plan) -> str:
+    """Return what a tensor of the pruned model was called in the original."""
+    number = block_number(name)
+    return name if number is None else name.replace(f".{number}.", f".{plan.kept[number]}.", 1)

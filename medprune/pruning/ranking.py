@@ -4,15 +4,13 @@ A criterion's scores are {block: importance_score}, or a table of one score per 
 score; higher = keep). Three questions share an image, so rows are resampled, and intervals drawn, by image.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from medprune.models.families import n_blocks, parts, protected
+from medprune.models.families import n_blocks, protected
 from medprune.pruning.criteria import removal_order
-from medprune.pruning.plan import apply_plan, make_plan
+from medprune.pruning.plan import without
 from medprune.store import Units
 
 
@@ -86,40 +84,19 @@ def stability(scores: pd.DataFrame, clusters, n_removed, draws: int = 1000, seed
     return ranks, pd.DataFrame(rows)
 
 
-@contextmanager
-def without(model, removed):
-    """Take blocks out of a model for a `with` block, through the integrity gate; no weight is copied.
-
-    removed: numbers in the model as it stands. Its blocks, numbering and configuration are put back at the end.
-    """
-    inner = parts(model)
-    config, whole, count = inner.text_model.config, inner.blocks, len(inner.blocks)
-    types = list(getattr(config, "layer_types", None) or [])
-    apply_plan(model, make_plan(model.config, removed, "", protect=()))
-    try:
-        yield model
-    finally:
-        inner.text_model.layers = whole
-        for index, block in enumerate(whole):
-            block.self_attn.layer_idx = index
-        config.num_hidden_layers = model.config.text_config.num_hidden_layers = count
-        if types:
-            config.layer_types = types
-
-
 def greedy_order(model, score_fn, protect, n: int, units: Units) -> list[int]:
     """Return n blocks, first to go first, scoring again after each removal (the paper's "pruned iteratively").
 
     score_fn(model, kept) scores a model whose block i is the original's kept[i], and returns {original block:
-    importance_score}. protect: the original's protected blocks; negative ones count from the end. One unit per step.
-    The model is left as it came.
+    importance_score}. protect: the original's protected blocks; negative ones count from the end. One unit per step
+    and protected set. The model is left as it came.
     """
     guarded, whole = protected(model, tuple(protect)), n_blocks(model.config)
     if not 0 <= n <= whole - len(guarded):
         raise ValueError(f"n={n} blocks cannot go: 0 to {whole - len(guarded)} of this model's {whole} may be removed.")
     removed: list[int] = []
     while len(removed) < n:
-        key = f"greedy without {removed}"
+        key = f"greedy without {removed}, {list(guarded)} protected"
         if key not in units:
             kept = [b for b in range(whole) if b not in removed]
             with without(model, removed):

@@ -5,8 +5,7 @@ this transformers or a CPU breaks. What comes out are `PackedLinear` layers with
 """
 
 import warnings
-from contextlib import contextmanager, nullcontext
-from unittest.mock import patch
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +15,12 @@ from medprune.progress import progress
 from medprune.quantizing.packed import PackedLinear
 
 with warnings.catch_warnings(record=True):  # awq announces its deprecation, and turns such warnings on for everyone
-    from awq.models._config import AwqConfig
     from awq.models.llava import LlavaAWQForCausalLM
     from awq.quantize import quantizer as autoawq
     from awq.quantize.quantizer import AwqQuantizer
     from awq.utils.module import get_op_name
 
-
 N_GRID = 20  # ratios 0, 0.05 ... 0.95 that autoawq tries: alpha of the paper's equation 5
-
-
-def _bar(numbers, desc):
-    """Stand in for the tqdm of autoawq's loop over blocks, which would print where it likes."""
-    with progress(len(numbers), desc, "block") as bar:
-        for number in numbers:
-            yield number
-            bar.update()
 
 
 class _Captured(Exception):
@@ -49,12 +38,8 @@ def _on_differences(module: nn.Module):
     def forward(linear, first):
         def run(x):
             if not first:
-                first.update(
-                    x=x,
-                    y=nn.functional.linear(x, linear.weight, linear.bias),
-                    weight=linear.weight.detach().clone(),
-                    rounded=x.bfloat16(),
-                )
+                y = nn.functional.linear(x, linear.weight, linear.bias)
+                first.update(x=x, y=y, weight=linear.weight.detach().clone(), rounded=x.bfloat16())
             y = first["y"]
             if not torch.equal(linear.weight, first["weight"]):
                 y = y + first["rounded"] @ (linear.weight - first["weight"]).bfloat16().t()
@@ -75,6 +60,10 @@ def _on_differences(module: nn.Module):
 
 
 class _Llava(LlavaAWQForCausalLM):
+    """Where autoawq finds the blocks, and what is scaled with what; never instantiated, as its methods are static."""
+
+    model_type = "llava"
+
     @staticmethod
     def get_model_layers(model):
         return parts(model).blocks
@@ -100,20 +89,32 @@ class _Quantizer(AwqQuantizer):
             caught["kwargs"] = dict(kwargs)
             raise _Captured
 
-        hook = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self.model(**{k: v.to(self.model.device) for k, v in self.calib_data.items()}, use_cache=False)
-        except _Captured:
-            hook.remove()
+        inputs = {k: v.to(self.model.device) for k, v in self.calib_data.items()}
+        with blocks[0].register_forward_pre_hook(catch, with_kwargs=True), torch.no_grad(), suppress(_Captured):
+            self.model(**inputs, use_cache=False)
         kwargs = caught["kwargs"]
         # A captured cache would grow with every forward of the search and move the positions of the next.
         kwargs.pop("past_key_values", None)
         kwargs["position_embeddings"] = tuple(t.float() for t in kwargs["position_embeddings"])
         return blocks, kwargs, caught["hidden"].float()
 
+    def quantize(self):
+        """Run autoawq's loop over the blocks under our bar, in place of its tqdm, which would print where it likes."""
+
+        def bar(numbers, desc):
+            with progress(len(numbers), desc, "block") as shown:
+                for number in numbers:
+                    yield number
+                    shown.update()
+
+        theirs, autoawq.tqdm = autoawq.tqdm, bar
+        try:
+            super().quantize()
+        finally:
+            autoawq.tqdm = theirs
+
     def pseudo_quantize_tensor(self, w: Tensor):
-        """Return (rounded, scales, zero points) by autoawq's arithmetic; its checks for NaN take longer than the work."""
+        """Return (rounded, scales, zero points) by autoawq's arithmetic, without its slow checks for NaN."""
         grouped = w.reshape(-1, self.group_size)
         low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)  # aminmax takes four times as long
         scales = (high - low).clamp_(min=1e-5) / 15
@@ -133,20 +134,12 @@ class _Quantizer(AwqQuantizer):
         # Where a single Linear is inspected and there are more tokens than inputs, ||D X||^2 = tr(D G D^T), G = X^T X.
         self._gram = x.T @ x / len(x) if isinstance(inspected, nn.Linear) and len(x) > x.shape[1] else None
         fast = self._gram is None and x.device.type == "cpu" and self.dtype != torch.float32
-        with _on_differences(inspected) if fast else nullcontext():
-            return super()._search_best_scale(module, prev_op, layers, inp, module2inspect, kwargs or {})
-
-    def _compute_best_scale(self, x, w_mean, x_mean, module2inspect, linears2scale, fp16_output, kwargs=None):
         # autoawq puts the weights back from v.cpu(), which on a CPU is the very tensor that it scales in place.
-        hook = module2inspect.register_state_dict_post_hook(
+        copies = inspected.register_state_dict_post_hook(
             lambda module, state, prefix, meta: state.update({k: v.clone() for k, v in state.items()})
         )
-        try:
-            return super()._compute_best_scale(
-                x, w_mean, x_mean, module2inspect, linears2scale, fp16_output, kwargs or {}
-            )
-        finally:
-            hook.remove()
+        with copies, _on_differences(inspected) if fast else nullcontext():
+            return super()._search_best_scale(module, prev_op, layers, inp, module2inspect, kwargs or {})
 
     def _module_forward(self, x, module, module_kwargs):
         if isinstance(module, nn.Linear) and self._gram is not None:
@@ -208,12 +201,7 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int) -> dict:
     that shares a scale, by its full name: the mean squared error of the inspected output (equation 4; lower is better).
     """
     device = model.device
-    adapter = _Llava(model, "llava", False, model.config, AwqConfig(), None)
-    with patch.object(autoawq, "tqdm", _bar):
-        adapter.quantize(
-            quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
-            calib_data=batch,
-            quantizer_cls=_Quantizer,
-        )
+    quantizer = _Quantizer(_Llava, model, None, 4, group_size, True, "gemm", batch, None, None, duo_scaling=True)
+    quantizer.quantize()
     model.to(device)
-    return {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": adapter.quantizer.loss_curves}
+    return {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": quantizer.loss_curves}

@@ -4,6 +4,7 @@ A weight is `w ~ (q - zero_point) * scale`, a scale and a zero point for each gr
 arXiv:2306.00978, the quantizer under its equation 1). Nothing is rounded that stays stored in floats.
 """
 
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -11,22 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BITS = (3, 4, 8)
+from medprune.settings import BITS, GROUP_SIZES
 
-
-GROUP_SIZES = (32, 64, 128)
-
-
-# Up to this many rows the int4 kernel beats unpacking once to bf16 and an ordinary matmul, on one AVX512-BF16 core.
-MAX_KERNEL_ROWS = 128
-
-
+MAX_KERNEL_ROWS = 128  # up to so many the int4 kernel beats unpacking to bf16 and a matmul, on one AVX512-BF16 core
 MAX_GPU_ROWS = 16
-
-
 SLICE_WEIGHTS = 2**22  # weights unpacked at once, so that a large layer needs no second copy of itself
-
-
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 neighbouring outputs stands in nibble i of an AWQ word
 
 
@@ -65,20 +55,11 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
         return packed
     if bits == 4:
         return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-    a, b, c = packed.reshape(*packed.shape[:-1], -1, 3).unbind(
-        -1
-    )  # in bytes throughout: a wider word takes 4 times as long
-    eight = [
-        a & 7,
-        (a >> 3) & 7,
-        (a >> 6) | ((b & 1) << 2),
-        (b >> 1) & 7,
-        (b >> 4) & 7,
-        (b >> 7) | ((c & 3) << 1),
-        (c >> 2) & 7,
-        c >> 5,
-    ]
-    return torch.stack(eight, -1).flatten(-2)
+    # In bytes throughout: a wider word takes 4 times as long.
+    a, b, c = packed.reshape(*packed.shape[:-1], -1, 3).unbind(-1)
+    first = [a & 7, (a >> 3) & 7, (a >> 6) | ((b & 1) << 2)]
+    middle = [(b >> 1) & 7, (b >> 4) & 7, (b >> 7) | ((c & 3) << 1)]
+    return torch.stack([*first, *middle, (c >> 2) & 7, c >> 5], -1).flatten(-2)
 
 
 @lru_cache(maxsize=1)
@@ -98,12 +79,40 @@ def kernel_width() -> int | None:
 
 @lru_cache(maxsize=8)
 def gpu_kernel(device: torch.device, dtype: torch.dtype):
-    """Return `gemv.gemv` where a GPU runs it and gives what unpacking gives, else None."""
+    """Return `kernels.gemv` where a GPU runs it and gives what unpacking gives, else None."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from medprune import gemv
+    from medprune.quantizing.kernels import gemv
 
-    return gemv.gemv if gemv.works(device, dtype) else None
+    return gemv if kernel_agrees(gemv, device, dtype) else None
+
+
+def kernel_agrees(gemv, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a kernel runs on a device and gives what unpacking gives; warn where it does not.
+
+    Tried are a layer that it reads in one turn and one of two turns, with the most rows and the largest groups.
+    """
+    try:
+        errors = [_kernel_error(gemv, *sizes, device, dtype) for sizes in ((3, 24, 3, 64), (16, 32, 11, 128))]
+    except Exception as problem:  # whatever a compiler or driver may raise: decoding is slower without, and not wrong
+        why = f"cannot be compiled for {device}: {problem}"
+    else:
+        if all(error <= 0.01 for error in errors):
+            return True
+        why = f"is off by {max(errors):.0%} on {device}."
+    warnings.warn(f"Weights are unpacked for every token, as the 4-bit kernel {why}", stacklevel=2)
+    return False
+
+
+def _kernel_error(gemv, rows, outs, groups, group_size, device, dtype) -> float:
+    """Return how far a kernel's product is from the unpacked weight's, as a share of the largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outs, groups * group_size, generator=generator)
+    layer = PackedLinear.from_codes(*rtn_codes(weight, 4, group_size), 4).to(device)
+    x = torch.randn(rows, groups * group_size, generator=generator).to(device, dtype)
+    wanted = x.float() @ layer.fake_quantized_weight().t()
+    found = gemv(x, layer.qweight, layer.scale, layer.zero_point, group_size).float()
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def _from_kernel(packed: Tensor, out_features: int, in_features: int, width: int) -> Tensor:
@@ -123,18 +132,12 @@ class PackedLinear(nn.Module):
     (groups, out), always fp16: bits + (16 + bits) / group_size bits a weight. On CPU, the first forward in bfloat16 of
     a 4-bit layer turns it into the running form of torch's int4 kernel: the same codes in the kernel's order, its
     bf16 tables, and 4 bits that lead back to the exact fp16 scale: 4 + 36 / group_size bits. Only one form is ever
-    held; saving and moving return to the stored one. On a GPU a Triton kernel (`gemv`) reads the stored form for up to
-    16 rows. Elsewhere the weight is unpacked for each call.
+    held; saving and moving return to the stored one. On a GPU a Triton kernel (`kernels.gemv`) reads the stored form
+    for up to 16 rows. Elsewhere the weight is unpacked for each call.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bits: int = 4,
-        group_size: int = 64,
-        bias: Tensor | None = None,
-        device=None,
+        self, in_features: int, out_features: int, bits: int = 4, group_size: int = 64, bias=None, device=None
     ):
         super().__init__()
         if bits not in BITS:
@@ -149,7 +152,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("qweight", torch.zeros(out_features, in_features * bits // 8, **byte))
         self.register_buffer("scale", torch.ones(groups, out_features, dtype=torch.float16, device=device))
         self.register_buffer("zero_point", torch.zeros(groups, out_features * bits // 8, **byte))
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("tables", None, persistent=False)  # running form: (groups, out, 2) bf16
         self.register_buffer("residual", None, persistent=False)  # running form: (groups, out / 2) uint8
 
@@ -157,7 +160,6 @@ class PackedLinear(nn.Module):
     def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None = None):
         """Build from codes (out, in), scale (groups, out) fp16 and zero_point (groups, out), all integers uint8."""
         out_features, in_features = codes.shape
-        bias = None if bias is None else bias.detach().clone()
         layer = cls(in_features, out_features, bits, in_features // len(scale), bias, device="meta")
         layer.qweight, layer.zero_point = pack_codes(codes, bits), pack_codes(zero_point, bits)
         layer.scale = scale.contiguous()
@@ -165,10 +167,9 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int = 4, group_size: int = 64):
-        """Round a Linear to nearest (RTN) and pack it, a few outputs at a time: a head in float32 is half a gigabyte."""
+        """Round a Linear to nearest (RTN) and pack it, a few outputs at a time: a head in float32 is large."""
         out_features, in_features = linear.weight.shape
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls(in_features, out_features, bits, group_size, bias, linear.weight.device)
+        layer = cls(in_features, out_features, bits, group_size, linear.bias, linear.weight.device)
         for i, j in layer._slices():
             codes, scale, zero_point = rtn_codes(linear.weight[i:j], bits, group_size)
             layer.qweight[i:j], layer.scale[:, i:j] = pack_codes(codes, bits), scale

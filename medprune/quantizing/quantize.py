@@ -5,35 +5,24 @@ import random
 import time
 from collections.abc import Sequence
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from medprune.answers import prompts
-from medprune.answers.timing import _peak_bytes, _reset_peak
-from medprune.data.pictures import open_image
+from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
 from medprune.models.families import parts
 from medprune.models.loading import weight_bytes
-from medprune.quantizing.packed import GROUP_SIZES, PackedLinear
+from medprune.quantizing.packed import PackedLinear
+from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
-METHODS = ("rtn", "awq", "bnb", "hqq")
-
-
-BITS_CHOICES = {"rtn": (3, 4, 8, 16), "awq": (4,), "bnb": (4,), "hqq": (3, 4, 8, 16)}  # 16: the block is left alone
-
-
+CHOICES = (*BITS, 16)  # 16: the block is left as it is
+MIXING = tuple(m for m in METHODS if len(WIDTHS[m]) > 1)  # take bits for each block, and head and tower too
 MIN_CALIBRATION_ROWS = 4
 
 
 def quantize(
-    model,
-    method: str,
-    bits: int | list[int] = 4,
-    group_size: int = 64,
-    calibration: dict[str, Tensor] | None = None,
-    quantize_head: bool = False,
-    quantize_vision: bool = False,
+    model, method: str, bits=4, group_size: int = 64, calibration=None, quantize_head=False, quantize_vision=False
 ):
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
@@ -44,94 +33,89 @@ def quantize(
     calibration, without them text-only.
 
     info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
-    quantizing: by the GPU's allocator, or the model's weights and what this process grew by; None where it cannot be
-    measured), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
     targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
-    started, extra = time.perf_counter(), {}
-    not_the_model = 0 if model.device.type == "cuda" else psutil.Process().memory_info().rss - weight_bytes(model)
-    _reset_peak(model.device)
-    if method == "awq":
-        from medprune.quantizing.awq import quantize_awq
-
-        batch = {k: v for k, v in calibration.items() if k != "attention_mask"}  # all ones, as checked
-        extra["loss_curve"] = quantize_awq(model, batch, group_size)
-        kind = "image-text" if "pixel_values" in batch else "text-only"
-        extra["calibration"] = f"{kind}, {len(batch['input_ids'])} rows of {batch['input_ids'].shape[1]} tokens"
-    else:
-        for name, layer_bits in targets.items():
-            linear = model.get_submodule(name)
-            if method == "rtn":
-                packed = PackedLinear.from_linear(linear, layer_bits, group_size)
-            elif method == "bnb":
-                packed = nf4(linear)
-            else:
-                packed = _hqq(linear, layer_bits, group_size)
-            model.set_submodule(name, packed)
-    if quantize_head:  # a quantized head has no weight to share with the embeddings
-        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if "lm_head" not in k}
-    model.eval()
-    seconds, peak = time.perf_counter() - started, _peak_bytes(model.device)
-    info = {
-        "method": method,
-        "bits": bits,
-        "group_size": group_size,
-        "quantize_head": quantize_head,
-        "quantize_vision": quantize_vision,
-        "seconds": seconds,
-        "peak_bytes": None if peak is None else peak - not_the_model,
-        "packed_bytes": packed_bytes(model),
-        **extra,
-    }
-    return model, info
+    with peak_memory(model) as peak:
+        started = time.perf_counter()
+        found = {}
+        if method == "awq":
+            found = _awq(model, calibration, group_size)
+        else:
+            _pack(model, method, targets, group_size)
+        if quantize_head:
+            _untie(model)
+        model.eval()
+        seconds = time.perf_counter() - started
+    info = {"method": method, "bits": bits, "group_size": group_size}
+    info |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    info |= {"seconds": seconds, "peak_bytes": peak["bytes"], "packed_bytes": packed_bytes(model)}
+    return model, info | found
 
 
-def target_linears(
-    model, bits: int | list[int], quantize_head: bool = False, quantize_vision: bool = False
-) -> dict[str, int]:
+def _awq(model, calibration: dict[str, Tensor], group_size: int) -> dict:
+    from medprune.quantizing.awq import quantize_awq
+
+    batch = {k: v for k, v in calibration.items() if k != "attention_mask"}  # all ones, as checked
+    kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
+    curve = quantize_awq(model, batch, group_size)
+    return {"loss_curve": curve, "calibration": f"{kind}, {rows} rows of {tokens} tokens"}
+
+
+def _pack(model, method: str, targets: dict[str, int], group_size: int) -> None:
+    pack = {"rtn": PackedLinear.from_linear, "bnb": lambda linear, *_: nf4(linear), "hqq": _hqq}[method]
+    for name, bits in targets.items():
+        model.set_submodule(name, pack(model.get_submodule(name), bits, group_size))
+
+
+def _untie(model) -> None:
+    """Let a quantized head be a copy: it has no weight to share with the embeddings."""
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k in weights}
+
+
+def target_linears(model, bits: int | list[int], quantize_head=False, quantize_vision=False) -> dict[str, int]:
     """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out."""
     found = parts(model)
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
-    names = {id(module): name for name, module in model.named_modules()}
-    targets = {
-        names[id(layer)]: b
-        for block, b in zip(found.blocks, block_bits, strict=True)
-        if b != 16
-        for layer in block.modules()
-        if isinstance(layer, nn.Linear)
-    }
-    others = [found.head] if quantize_head else []
-    others += [m for m in found.vision_tower.modules() if isinstance(m, nn.Linear)] if quantize_vision else []
-    return targets | {names[id(layer)]: min(block_bits) for layer in others}
+    groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
+    groups += [(found.head, min(block_bits))] if quantize_head else []
+    groups += [(found.vision_tower, min(block_bits))] if quantize_vision else []
+    names = {module: name for name, module in model.named_modules()}
+    return {names[m]: b for group, b in groups for m in group.modules() if isinstance(m, nn.Linear)}
 
 
-def check_request(
-    model, method, bits, group_size, calibration=None, quantize_head=False, quantize_vision=False
-) -> dict[str, int]:
-    """Return `target_linears`, or raise ValueError with one sentence on what cannot be done."""
+def check_storage(method: str, bits, group_size: int, quantize_head=False, quantize_vision=False) -> None:
+    """Raise ValueError with one sentence on what no model can be stored in; `bits` are one number or a block's each."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    if is_quantized(model):
-        raise ValueError("the model is already quantized; load the 16-bit model again and quantize that.")
-    n = len(parts(model).blocks)
     if isinstance(bits, bool) or not isinstance(bits, int | list | tuple):
         raise ValueError(f"bits must be a whole number or a list of one for each block, not {bits!r}.")
-    if not isinstance(bits, int) and len(bits) != n:
-        raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
     block_bits = [bits] if isinstance(bits, int) else list(bits)
-    if wrong := [b for b in block_bits if b not in BITS_CHOICES[method]]:
-        raise ValueError(f"bits for {method} must be one of {BITS_CHOICES[method]}, not {wrong[0]}.")
+    choices = CHOICES if method in MIXING else WIDTHS[method]
+    if wrong := [b for b in block_bits if b not in choices]:
+        raise ValueError(f"bits for {method} must be one of {choices}, not {wrong[0]}.")
     if set(block_bits) == {16}:
         raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
-    if method == "bnb" and group_size != 64:
-        raise ValueError(f"bnb has groups of 64 weights only, not {group_size}.")
+    if method == "bnb" and group_size != NF4_GROUP:
+        raise ValueError(f"bnb has groups of {NF4_GROUP} weights only, not {group_size}.")
     for option, wanted in (("quantize_head", quantize_head), ("quantize_vision", quantize_vision)):
-        if wanted and method not in ("rtn", "hqq"):
-            raise ValueError(f"{option} works with rtn and hqq, not with {method}.")
+        if wanted and method not in MIXING:
+            raise ValueError(f"{option} works with {' and '.join(MIXING)}, not with {method}.")
+
+
+def check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision) -> dict[str, int]:
+    """Return `target_linears`, or raise ValueError with one sentence on what cannot be done."""
+    if is_quantized(model):
+        raise ValueError("the model is already quantized; load the 16-bit model again and quantize that.")
+    n = len(parts(model).blocks)
+    if isinstance(bits, list | tuple) and len(bits) != n:
+        raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
+    check_storage(method, bits, group_size, quantize_head, quantize_vision)
     targets = target_linears(model, bits, quantize_head, quantize_vision)
     for name in targets:
         linear = model.get_submodule(name)
@@ -192,24 +176,10 @@ def nf4(linear: nn.Linear) -> nn.Module:
     """Pack a Linear as bitsandbytes NF4, blocks of 64 weights with a float32 absmax each (arXiv:2305.14314)."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    weight = linear.weight.detach()
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        weight.dtype,
-        compress_statistics=False,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.weight = Params4bit(
-        weight.contiguous(),
-        requires_grad=False,
-        compress_statistics=False,
-        quant_type="nf4",
-        blocksize=64,
-        module=layer,
-    ).to(weight.device)
+    weight, kind = linear.weight.detach(), {"compress_statistics": False, "quant_type": "nf4"}
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None, weight.dtype)
+    layer = Linear4bit(*sizes, **kind, device="meta")
+    layer.weight = Params4bit(weight.contiguous(), False, **kind, blocksize=NF4_GROUP, module=layer).to(weight.device)
     layer.bias = linear.bias
     return layer.eval()
 
@@ -223,12 +193,7 @@ def _hqq(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     return HQQLinear(linear, settings, compute_dtype=weight.dtype, device=str(weight.device))
 
 
-CHOICES = (3, 4, 8, 16)  # 16: the block is left as it is
-
-
-def bits_by_importance(
-    importance_scores: Sequence[float], target_mean_bits: float, choices: Sequence[int] = (3, 4, 8)
-) -> list[int]:
+def bits_by_importance(importance_scores: Sequence[float], target_mean_bits: float, choices=BITS) -> list[int]:
     """Return one bit width for each block, in the order of `importance_scores` (higher = keep), for `quantize`.
 
     The most important block takes the widest choice that leaves the narrowest for all others within the mean, then
@@ -254,19 +219,14 @@ def bits_by_importance(
     return bits
 
 
-def quantization_batch(
-    processor, records, conditions: dict, questions: dict, dtype, seed: int, most: int = 1024
-) -> dict:
+def quantization_batch(processor, records, conditions, questions, dtype, seed: int, most: int = 1024) -> dict:
     """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration.
 
     most: tokens per row, the image's among them.
     """
     rng = random.Random(seed)
-    ids = [
-        prompts.encode_conversation(processor, conversation(r, conditions, questions, rng))["input_ids"]
-        for r in records
-    ]
-    images = [open_image(r.path) for r in records]
-    pixels = prompts.encode(processor, [prompts.prompt_text(processor, "")] * len(images), images, dtype)
+    said = [conversation(record, conditions, questions, rng) for record in records]
+    ids = [prompts.encode_conversation(processor, turns)["input_ids"] for turns in said]
     shortest = min(most, *map(len, ids))
-    return {"input_ids": torch.stack([x[:shortest] for x in ids]), "pixel_values": pixels["pixel_values"]}
+    pixels = [prompts.image_pixels(processor, record.path, dtype) for record in records]
+    return {"input_ids": torch.stack([row[:shortest] for row in ids]), "pixel_values": torch.stack(pixels)}

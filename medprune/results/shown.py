@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from medprune.results.page import readable
-from medprune.settings import Profile, settings
+from medprune.settings import STAGES, values_of
 from medprune.store import Run, describe_machine, read_json, write_csv, write_json
 
 CHAPTERS = {
@@ -20,9 +20,7 @@ CHAPTERS = {
     "05_awq_vs_bnb": "Quantization (05)",
 }  # the results first: stage -> its chapter in the report
 
-
 _ENDS = {"table": ".csv", "figure": ".png", "image": ", picture.png"}
-
 
 _begun: set[Path] = set()  # folders whose list this process began: a new run of a notebook shows nothing of the last
 
@@ -32,17 +30,17 @@ def keep(run: Run, title: str, shown: pd.DataFrame | Figure, caption: str = "", 
 
     caption: how to read it. image: a picture that stands above it.
     """
-    folder = run.dir / "shown"
-    index = folder / "index.json"
+    folder, index = run.dir / "shown", run.dir / "shown" / "index.json"
     folder.mkdir(exist_ok=True)
-    for end in _ENDS.values():  # of an earlier run, which may have shown a table where this one shows a figure
-        (folder / f"{title}{end}").unlink(missing_ok=True)
+    files = {kind: folder / f"{title}{end}" for kind, end in _ENDS.items()}
+    for file in files.values():  # of an earlier run, which may have shown a table where this one shows a figure
+        file.unlink(missing_ok=True)
     if isinstance(shown, Figure):
-        shown.savefig(folder / f"{title}.png", dpi=110, bbox_inches="tight")
+        shown.savefig(files["figure"], dpi=110, bbox_inches="tight")
     else:
-        write_csv(folder / f"{title}.csv", shown)
+        write_csv(files["table"], shown)
     if image is not None:
-        image.save(folder / f"{title}, picture.png")
+        image.save(files["image"])
     entries = [e for e in (read_json(index) if folder in _begun else []) if e["title"] != title]
     write_json(index, [*entries, {"title": title, "caption": caption}])
     _begun.add(folder)
@@ -50,42 +48,38 @@ def keep(run: Run, title: str, shown: pd.DataFrame | Figure, caption: str = "", 
 
 
 def report_sections(root: Path) -> list[dict]:
-    """Return what the stages of a run kept, as sections of `report.html_report`, in the order it was shown."""
+    """Return what the stages of a run kept, as sections of `page.html_report`, in the order it was shown."""
     sections = []
     for stage, chapter in CHAPTERS.items():
         folder = root / stage / "shown"
         if not (folder / "index.json").exists():
             raise ValueError(f"{folder} has no index.json, which an earlier version did not write: run {stage} again.")
         for entry in read_json(folder / "index.json"):
-            file = {kind: folder / f"{entry['title']}{end}" for kind, end in _ENDS.items()}
-            sections.append(
-                {
-                    "chapter": chapter,
-                    "heading": entry["title"],
-                    "text": entry["caption"],
-                    # an answer may be the text "NA"
-                    "table": pd.read_csv(file["table"], keep_default_na=False, na_values=[""])
-                    if file["table"].exists()
-                    else None,
-                    "figure": Image.open(file["figure"]) if file["figure"].exists() else None,
-                    "image": Image.open(file["image"]) if file["image"].exists() else None,
-                }
-            )
+            words = {"chapter": chapter, "heading": entry["title"], "text": entry["caption"]}
+            files = {kind: folder / f"{entry['title']}{end}" for kind, end in _ENDS.items()}
+            sections.append(words | {kind: _read(file) for kind, file in files.items() if file.exists()})
     return sections
 
 
-def settings_table(run: Run, config: Profile) -> pd.DataFrame:
+def _read(file: Path):
+    if file.suffix == ".csv":
+        return pd.read_csv(file, keep_default_na=False, na_values=[""])  # an answer may be the text "NA"
+    return Image.open(file)
+
+
+def settings_table(run: Run, config) -> pd.DataFrame:
     """Return what a run was made with, as setting and value: the machine, every stage's settings, versions.
 
-    config: of the stage at hand. A setting that was not the same in all stages has the most frequent value, then the
-    others with their stages.
+    config: of the stage at hand. A setting that was not the same in all stages that read it has the most frequent
+    value, then the others with their stages.
     """
-    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in sorted(CHAPTERS) if stage != run.stage}
-    made = {stage: m["parameters"] for stage, m in manifests.items()} | {run.stage: settings(config)}
+    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in STAGES if stage != run.stage}
+    read = {stage: manifest["settings"] for stage, manifest in manifests.items()} | {run.stage: values_of(config)}
     rows = describe_machine()
-    for name in made[run.stage]:
-        values = {stage: json.dumps(parameters.get(name)) for stage, parameters in made.items()}
+    for name in dict.fromkeys(name for settings in read.values() for name in settings):
+        values = {stage: json.dumps(settings[name]) for stage, settings in read.items() if name in settings}
         usual = max(values.values(), key=list(values.values()).count)
         rows[name] = "; ".join([usual, *(f"{v} in {stage}" for stage, v in values.items() if v != usual)])
-    rows |= {k: v for m in manifests.values() for k, v in m["versions"].items()}
+    for manifest in manifests.values():
+        rows |= manifest["versions"]
     return pd.DataFrame([(k, str(v)) for k, v in rows.items()], columns=["setting", "value"])

@@ -2,15 +2,16 @@
 
 statsmodels and scipy do the estimating; this module arranges. Scores travel as a table with one row per
 answer: method, id (one image and one question), cluster (the image) and score_percent (0-100, higher is
-better, NaN where the judge's reply could not be parsed). Estimators refuse NaN; tables leave unparsed answers
-out of the mean and print how many, so a failure is never dropped in silence. Cluster-robust variance: Liang
-and Zeger 1986, with the finite-sample factor G/(G-1) and Student's t on G-1 degrees of freedom for G
-clusters. With equally large clusters this is the one-sample t test on the clusters' means.
+better, NaN where the judge's reply could not be parsed). Where it also says by which judge (judged_by; its name in
+judge) and what was asked (asked), scores of two judges, or of two questions, are refused. Estimators refuse NaN;
+tables leave unparsed answers out of the mean and print how many, so a failure is never dropped in silence.
+Cluster-robust variance: Liang and Zeger 1986, with the finite-sample factor G/(G-1) and Student's t on G-1 degrees
+of freedom for G clusters. With equally large clusters this is the one-sample t test on the clusters' means.
 """
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from statsmodels.stats.power import TTestPower
 
 # A standard error below this share of the largest value is what rounding leaves of a variance of zero.
 ROUNDING = 1e-12
+SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,16 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
     score, low and high are percent, of the n parsed answers on n_images images; unparsed answers are left out
     of all of these and counted. A method with no parsed answer gets NaN. Raises ValueError for an unusable
-    table.
+    table, such as one where two judges scored the same method.
     """
-    scores = _checked(scores)
     rows = []
-    for method, answers in scores.groupby("method", sort=False):
+    for method, answers in _checked(scores).groupby("method", sort=False):
         parsed = answers.dropna(subset="score_percent")
         found = Interval(math.nan, math.nan, math.nan, 0, 0)
         if len(parsed):
             found = clustered_mean(parsed["score_percent"], parsed["cluster"])
-        unparsed = len(answers) - len(parsed)
-        rows.append((method, found.mean, found.low, found.high, found.n, found.n_clusters, unparsed))
-    columns = ["method", "score", "low", "high", "n", "n_images", "unparsed"]
-    return pd.DataFrame(rows, columns=columns)
+        rows.append((method, *astuple(found), len(answers) - len(parsed)))
+    return pd.DataFrame(rows, columns=["method", "score", "low", "high", "n", "n_images", "unparsed"])
 
 
 def paired_difference(a, b, clusters, level: float = 0.95) -> dict:
@@ -97,17 +96,16 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
 
     Columns: a, b, diff, low, high, p, p_holm (adjusted for the number of rows with a p; Holm 1979), n answers
     on n_images, unmatched (ids that only one of the two has) and unparsed (shared ids left out because either
-    score is NaN). Raises ValueError if a method is unknown, a pair shares no scored id, or an id changes its
-    image.
+    score is NaN). Raises ValueError if a method is unknown, a pair shares no scored id or was scored by different
+    judges, or an id changes its image or what was asked.
     """
     scores = _checked(scores)
     rows = []
     for a, b in pairs:
-        left, right, both = _paired(scores, a, b)
-        parsed = both.dropna(subset=["score_percent_a", "score_percent_b"])
-        found = paired_difference(parsed["score_percent_a"], parsed["score_percent_b"], parsed["cluster"])
+        both, unmatched = _paired(scores, a, b)
+        parsed = both.dropna(subset=SIDES)
+        found = paired_difference(*(parsed[side] for side in SIDES), parsed["cluster"])
         found["n_images"] = found.pop("n_clusters")
-        unmatched = left + right - 2 * len(both)
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
     columns = ["a", "b", "diff", "low", "high", "p", "p_holm", "n", "n_images", "unmatched", "unparsed"]
     table = pd.DataFrame(rows, columns=columns)
@@ -124,8 +122,7 @@ def cluster_differences(scores: pd.DataFrame, a: str, b: str) -> pd.Series:
     Its standard deviation, `.std()`, is what the functions below call sd_cluster_diff. Answers without a
     score on either side are left out. Raises as `compare` does.
     """
-    scores = _checked(scores)
-    parsed = _paired(scores, a, b)[2].dropna(subset=["score_percent_a", "score_percent_b"])
+    parsed = _paired(_checked(scores), a, b)[0].dropna(subset=SIDES)
     diffs = parsed["score_percent_a"] - parsed["score_percent_b"]
     return diffs.groupby(parsed["cluster"]).mean().rename("diff")
 
@@ -173,10 +170,8 @@ def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, 
     """
     diffs = np.asarray(cluster_diffs, float)
     if diffs.size < 2 or n_images < 2 or draws < 1:
-        raise ValueError(
-            f"{diffs.size} cluster_diffs, n_images={n_images!r} and draws={draws!r}: "
-            "at least 2 differences, 2 images and 1 draw are needed."
-        )
+        given = f"{diffs.size} cluster_diffs, n_images={n_images!r} and draws={draws!r}"
+        raise ValueError(f"{given}: at least 2 differences, 2 images and 1 draw are needed.")
     if not np.isfinite(diffs).all():
         raise ValueError(f"cluster_diffs holds {(~np.isfinite(diffs)).sum()} values that are not finite.")
     # The bootstrap's variance is (n-1)/n of the sample's: widen, so that power refers to the sample's.
@@ -208,15 +203,10 @@ def _mean_and_error(values, clusters) -> tuple[float, float, int, int]:
     """Return mean, cluster-robust standard error (NaN for one cluster), number of values and of clusters."""
     values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
     if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
-        raise ValueError(
-            f"values of shape {values.shape} and clusters of shape {groups.shape} must be equally long "
-            "lists, not empty."
-        )
-    if not np.isfinite(values).all() or (groups < 0).any():
-        raise ValueError(
-            f"{(~np.isfinite(values)).sum()} values are not finite and {(groups < 0).sum()} clusters are "
-            "missing: leave unparsed answers out first, and report how many."
-        )
+        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
+    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
+    if bad or gone:
+        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
     n_clusters = int(groups.max()) + 1
     if n_clusters == 1:
         return float(values.mean()), math.nan, values.size, 1
@@ -244,6 +234,8 @@ def _checked(scores: pd.DataFrame) -> pd.DataFrame:
     outside = scores.loc[(scores["score_percent"] < 0) | (scores["score_percent"] > 100), "score_percent"]
     if len(outside):
         raise ValueError(f"score_percent={outside.iloc[0]:g} must lie between 0 and 100.")
+    for method in scores["method"].unique():
+        _one_judge(scores, method)
     twice = scores[scores.duplicated(["method", "id"])]
     if len(twice):
         first = twice.iloc[0]
@@ -265,18 +257,37 @@ def _check_power(sd_cluster_diff: float, power: float, alpha: float) -> None:
         raise ValueError(f"alpha={alpha!r} and power={power!r} must satisfy 0 < alpha < power < 1.")
 
 
-def _paired(scores: pd.DataFrame, a: str, b: str) -> tuple[int, int, pd.DataFrame]:
-    """Return how many ids a has and b has, and the answers to those both have, side by side."""
-    sides = []
-    for method, suffix in ((a, "a"), (b, "b")):
-        side = scores.loc[scores["method"] == method, ["id", "cluster", "score_percent"]]
-        if side.empty:
+def _one_judge(scores: pd.DataFrame, *methods: str) -> None:
+    """Raise ValueError if the table says that the answers of `methods` were not all scored by the same judge."""
+    if "judged_by" not in scores:
+        return
+    judges = scores[scores["method"].isin(methods)].fillna({"judged_by": ""}).drop_duplicates("judged_by")
+    if len(judges) > 1:
+        names = judges["judge"] if "judge" in judges else ["a judge"] * len(judges)
+        said = [f"{name} ({by or 'not recorded'})" for name, by in zip(names, judges["judged_by"], strict=True)]
+        raise ValueError(f"answers of {' and '.join(methods)} were scored by different judges: {', '.join(said)}.")
+
+
+def _paired(scores: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, int]:
+    """Return the answers to the ids both methods have, side by side, and how many ids only one of them has."""
+    for method in (a, b):
+        if method not in set(scores["method"]):
             raise ValueError(f"there is no method {method!r} among {list(scores['method'].unique())}.")
-        sides.append(side.set_index("id").add_suffix(f"_{suffix}").reset_index())
-    both = sides[0].merge(sides[1], on="id", how="inner")
-    if both[["score_percent_a", "score_percent_b"]].notna().all(axis=1).sum() == 0:
+    _one_judge(scores, a, b)
+    columns = [c for c in ("id", "cluster", "score_percent", "asked") if c in scores]
+    left, right = (scores.loc[scores["method"] == method, columns] for method in (a, b))
+    both = left.merge(right, on="id", suffixes=("_a", "_b"))
+    if both.dropna(subset=SIDES).empty:
         raise ValueError(f"{a!r} and {b!r} share no id that both have a score for, so they cannot be paired.")
-    moved = both[both["cluster_a"] != both["cluster_b"]]
-    if len(moved):
-        raise ValueError(f"id {moved['id'].iloc[0]!r} belongs to different images in {a!r} and {b!r}.")
-    return len(sides[0]), len(sides[1]), both.rename(columns={"cluster_a": "cluster"})
+    _same(both, "cluster", f"belongs to different images in {a!r} and {b!r}")
+    if "asked" in scores:
+        _same(both, "asked", f"was asked differently in {a!r} and {b!r}: question, reference or picture is another")
+    return both.rename(columns={"cluster_a": "cluster"}), len(left) + len(right) - 2 * len(both)
+
+
+def _same(both: pd.DataFrame, column: str, otherwise: str) -> None:
+    """Raise ValueError with the first id whose two sides differ in a column; where one side is missing they do."""
+    a, b = both[f"{column}_a"], both[f"{column}_b"]
+    differs = both["id"][(a != b) & ~(a.isna() & b.isna())]
+    if len(differs):
+        raise ValueError(f"id {differs.iloc[0]!r} {otherwise}.")

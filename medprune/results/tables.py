@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -15,121 +16,75 @@ from medprune.results import stats
 from medprune.settings import DATA
 
 PAPER_TABLES = DATA / "paper_tables.json"
+TOLERANCE = 5.0  # points of judge score that "no worse than the unpruned model" allows for
+
+# How a plan's model is stored unless it says otherwise: arguments of `account`, as are quantize_head and _vision.
+STORAGE = {"bits": 16, "group_size": 64, "method": "rtn", "context": 840, "batch": 1}
 
 
-def plan_table(
-    name_or_path,
-    removes: Sequence[int],
-    bits: float | Sequence[float] = 16,
-    group_size: int | None = 64,
-    context: int = 840,
-    batch: int = 1,
-    bandwidth: float = 320,
-    method: str = "rtn",
-    **also,
-) -> pd.DataFrame:
+def plan_table(model, removes: Sequence[int], storage: dict = STORAGE, bandwidth: float = 320) -> pd.DataFrame:
     """Return one row for each number of `removes`: parameters, bytes by part, and the floor in ms a token.
 
-    `bits` is as in `account`; a list of one for each block fits the one count of `removes` that leaves as many.
-    `bandwidth` is in GB/s (320: a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row
-    or `name_or_path` is another model. also: quantize_head and quantize_vision. Raises ValueError as `account` does.
+    model: a name, a folder or a config.json. storage: arguments of `account` that differ from STORAGE; `bits` may be
+    a list of one for each block, which fits the one count of `removes` that leaves as many. bandwidth is in GB/s (320:
+    a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row or `model` is another one. Raises
+    ValueError as `account` does.
     """
     if not removes:
         raise ValueError("removes is empty: give at least one number of blocks to remove, 0 for none.")
-    config = named_config(name_or_path)
+    config = named_config(model)
     paper = _paper_params_b(config)
     rows = []
     for removed in removes:
-        a = account(config, removed, bits, group_size, context, batch, method=method, **also)
-        row = {"blocks_removed": removed, "blocks_kept": shape_of(config).blocks - removed}
-        row |= {"params": a.total_params, "params_b": a.params_b}
-        row["paper_params_b"] = paper.get(removed, math.nan)
-        row |= {f"{part}_bytes": n for part, n in a.part_bytes.items()}
-        row |= {"kv_cache_bytes": a.kv_cache_bytes, "total_bytes": a.total_bytes}
-        row |= {"total_gib": a.total_bytes / GIB, "floor_ms_per_token": a.floor_ms_per_token(bandwidth)}
-        rows.append(row)
+        a = account(config, removed, **STORAGE | storage)
+        rows.append(
+            {"blocks_removed": removed, "blocks_kept": shape_of(config).blocks - removed}
+            | {"params": a.total_params, "params_b": a.params_b, "paper_params_b": paper.get(removed, math.nan)}
+            | {f"{part}_bytes": n for part, n in a.part_bytes.items()}
+            | {"kv_cache_bytes": a.kv_cache_bytes, "total_bytes": a.total_bytes, "total_gib": a.total_bytes / GIB}
+            | {"floor_ms_per_token": a.floor_ms_per_token(bandwidth)}
+        )
     return pd.DataFrame(rows)
 
 
-def _paper_params_b(config) -> dict[int, float]:
-    """Return the paper's billions of parameters by blocks removed; nothing if `config` is another model."""
-    rows = json.loads(PAPER_TABLES.read_text(encoding="utf-8"))["table1_prune_sweep"]
-    found = {row["blocks_removed"]: row["params_b"] for row in rows}
-    return found if round(account(config).params_b, 3) == found[0] else {}
-
-
-def plan_notes(name_or_path) -> list[str]:
+def plan_notes(model) -> list[str]:
     """Return what a reader of the plan should know: which model the paper's table 4 really prints."""
-    config = named_config(name_or_path)
+    config = named_config(model)
     if not _paper_params_b(config):
         return []
-    tables = json.loads(PAPER_TABLES.read_text(encoding="utf-8"))
-    printed = next(row["params_b"] for row in tables["table4_summary"] if row["method"] == "prune")
+    printed = paper_table(4).set_index("method")["params_b"]["prune"]
     left_b = [account(config, n).params_b for n in range(shape_of(config).blocks)]
     removed = next(n for n, b in enumerate(left_b) if round(b, 2) <= printed)
     # Table 2 calls the very model, with the same score, "5.6B": table 1's row of 20 %.
-    claimed = next(r["blocks_removed"] for r in tables["table1_prune_sweep"] if r["compression_pct"] == 20)
+    claimed = paper_table(1).set_index("compression_pct")["blocks_removed"][20]
     return [
         f"The paper's {printed}B model (table 4) has {removed} blocks removed, not {claimed}: "
         f"{removed} leave {left_b[removed]:.3f}B parameters, {claimed} leave {left_b[claimed]:.3f}B."
     ]
 
 
-def plan_text(
-    name_or_path,
-    removes: Sequence[int],
-    bits: float | Sequence[float] = 16,
-    group_size: int | None = 64,
-    context: int = 840,
-    batch: int = 1,
-    bandwidth: float = 320,
-    method: str = "rtn",
-    **also,
-) -> str:
+def plan_text(model, removes: Sequence[int], storage: dict = STORAGE, bandwidth: float = 320) -> str:
     """Return `plan_table` for reading: a column for each number of blocks removed, bytes in GiB."""
-    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
+    table, storage = plan_table(model, removes, storage, bandwidth), STORAGE | storage
     lines = {"parameters (B)": table["params_b"].map("{:.3f}".format)}
     if table["paper_params_b"].notna().any():
-        printed = table["paper_params_b"].map("{:.3f}".format)
-        lines["  the paper's table 1"] = printed.replace("nan", "")
+        lines["  the paper's table 1"] = table["paper_params_b"].map("{:.3f}".format).replace("nan", "")
     for column in [c for c in table if c.endswith("_bytes")]:
         label = column.removesuffix("_bytes").replace("_", " ")
         lines[f"{label} (GiB)"] = (table[column] / GIB).map("{:.3f}".format)
     lines["floor (ms/token)"] = table["floor_ms_per_token"].map("{:.1f}".format)
     shown = pd.DataFrame(lines).T.set_axis([f"{n} removed" for n in table["blocks_removed"]], axis=1)
-    stored = "all 16 bits"
-    if bits != 16:
-        widths = (
-            f"{bits:g}"
-            if not isinstance(bits, Sequence)
-            else " + ".join(f"{list(bits).count(b)} x {b:g}" for b in sorted(set(bits), reverse=True))
-        )
-        named = [name.removeprefix("quantize_") for name, wanted in also.items() if wanted]
-        stored = f"{' and '.join(['blocks', *named])} {widths} bits ({method}, group size {group_size or 'a row'}), the rest 16 bits"
-    head = f"{name_or_path}: {stored}; KV cache of {context} tokens x {batch}; floor at {bandwidth} GB/s"
-    return "\n".join([head, "", shown.to_string(), "", *plan_notes(name_or_path)]).rstrip() + "\n"
+    cache = f"KV cache of {storage['context']} tokens x {storage['batch']}"
+    head = f"{model}: {_stored(storage)}; {cache}; floor at {bandwidth} GB/s"
+    return "\n".join([head, "", shown.to_string(), "", *plan_notes(model)]).rstrip() + "\n"
 
 
-def plan_json(
-    name_or_path,
-    removes: Sequence[int],
-    bits: float | Sequence[float] = 16,
-    group_size: int | None = 64,
-    context: int = 840,
-    batch: int = 1,
-    bandwidth: float = 320,
-    method: str = "rtn",
-    **also,
-) -> str:
+def plan_json(model, removes: Sequence[int], storage: dict = STORAGE, bandwidth: float = 320) -> str:
     """Return `plan_table` as JSON: the settings, `rows` with the table's columns, and `notes`."""
-    table = plan_table(name_or_path, removes, bits, group_size, context, batch, bandwidth, method, **also)
-    settings = {"model": str(name_or_path), "bits": bits, "group_size": group_size, "method": method, **also}
-    settings |= {"context": context, "batch": batch, "bandwidth_gb_s": bandwidth}
-    rows = json.loads(table.to_json(orient="records", double_precision=15))
-    return json.dumps({**settings, "rows": rows, "notes": plan_notes(name_or_path)}, indent=2)
-
-
-TOLERANCE = 5.0  # points of judge score that "no worse than the unpruned model" allows for
+    table = plan_table(model, removes, storage, bandwidth)
+    plan = {"model": str(model), **STORAGE, **storage, "bandwidth_gb_s": bandwidth}
+    plan["rows"] = json.loads(table.to_json(orient="records", double_precision=15))
+    return json.dumps(plan | {"notes": plan_notes(model)}, indent=2)
 
 
 def block_scores(criterion: str, scores, clusters=None, seed: int = 0) -> pd.DataFrame:
@@ -138,71 +93,53 @@ def block_scores(criterion: str, scores, clusters=None, seed: int = 0) -> pd.Dat
     scores: {block: score}, which has no interval (NaN), or a table (block, row, score), whose mean over rows gets a
     95% interval that knows rows of one image belong together; clusters (rows,) names each row's image.
     """
-    found = []
-    for block, part in sorted(scores.items()) if isinstance(scores, dict) else scores.groupby("block"):
-        if isinstance(scores, dict):
-            mean = stats.Interval(part, np.nan, np.nan, 0, 0)
-        else:
-            mean = stats.clustered_mean(part["score"], [clusters[i] for i in part["row"]])
-        found.append(
-            {
-                "criterion": criterion,
-                "block": block,
-                "importance_score": mean.mean,
-                "low": mean.low,
-                "high": mean.high,
-                "n_calibration": mean.n,
-                "seed": seed,
-            }
-        )
-    return pd.DataFrame(found)
+    if isinstance(scores, dict):
+        found = {block: stats.Interval(score, math.nan, math.nan, 0, 0) for block, score in sorted(scores.items())}
+    else:
+        by_block = scores.groupby("block")
+        found = {b: stats.clustered_mean(part["score"], [clusters[i] for i in part["row"]]) for b, part in by_block}
+    columns = ["importance_score", "low", "high", "n_calibration"]
+    rows = [(criterion, block, *astuple(mean)[: len(columns)], seed) for block, mean in found.items()]
+    return pd.DataFrame(rows, columns=["criterion", "block", *columns, "seed"])
 
 
 def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Return one row per count of blocks removed: diff, low, high, holds, knee (bool) and knee_frac.
+    """Return one row per count of blocks removed: score, diff, low, high, holds, knee (bool) and knee_frac.
 
     answers: blocks_removed (0 among them), id, cluster, score_percent of one criterion's sweep, ids answered at all
     counts. diff is the paired difference to the unpruned model in points; holds: its 95% interval stays above
     -tolerance, so that the loss is shown to be smaller. knee: where `knee` puts it; knee_frac: in what share of
-    draws of whole images it falls there.
+    draws of whole images it falls there. Fewer than three counts have no knee: False, and NaN.
     """
     wide = answers.pivot(index=["id", "cluster"], columns="blocks_removed", values="score_percent").dropna()
     if 0 not in wide or wide.empty:
         raise ValueError(f"the sweep has blocks_removed {list(wide)} on {len(wide)} answers: 0 must be among them.")
-    counts, values = list(wide), wide.to_numpy()
-    clusters = wide.index.get_level_values("cluster")
-    means = wide.groupby(level="cluster").mean().to_numpy()  # equally many questions per image
-    picks = np.random.default_rng([seed, 13]).integers(len(means), size=(draws, len(means)))
-    knees = [knee(counts, means[p].mean(0)) for p in picks]
-    rows = []
-    for i, n in enumerate(counts):
-        found = stats.paired_difference(values[:, i], wide[0], clusters)
-        rows.append(
-            {
-                "blocks_removed": n,
-                "score": values[:, i].mean(),
-                "diff": found["diff"],
-                "low": found["low"],
-                "high": found["high"],
-                "holds": found["low"] > -tolerance,
-                "knee": n == knee(counts, values.mean(0)),
-                "knee_frac": np.mean(np.equal(knees, n)),
-            }
-        )
-    return pd.DataFrame(rows)
+    counts, clusters = list(wide), wide.index.get_level_values("cluster")
+    found = [stats.paired_difference(wide[n], wide[0], clusters) for n in counts]
+    table = pd.DataFrame(found)[["diff", "low", "high"]].assign(knee=False, knee_frac=math.nan)
+    table.insert(0, "blocks_removed", counts)
+    table.insert(1, "score", wide.mean().to_numpy())
+    table.insert(5, "holds", table["low"] > -tolerance)
+    if len(counts) > 2:
+        means = wide.groupby(level="cluster").mean().to_numpy()  # equally many questions per image
+        picks = np.random.default_rng([seed, 13]).integers(len(means), size=(draws, len(means)))
+        knees = [knee(counts, means[p].mean(0)) for p in picks]
+        table["knee"] = [n == knee(counts, table["score"]) for n in counts]
+        table["knee_frac"] = [np.mean(np.equal(knees, n)) for n in counts]
+    return table
 
 
 def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
     """Return each question's mean score over all counts of removed blocks but 0, as `stats.compare` takes it.
 
-    answers: criterion, blocks_removed, id, cluster, score_percent; the draws of `random` share the criterion's name.
+    answers: criterion, blocks_removed, id, cluster, score_percent, and the judge and what was asked, if known; the
+    draws of `random` share the criterion's name.
     """
     pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
     pruned = pruned.rename(columns={"criterion": "method"})
-    return pruned.groupby(["method", "id", "cluster"], as_index=False, sort=False)["score_percent"].mean()
-
-
-PAPER_TABLES = DATA / "paper_tables.json"
+    of_one_question = [c for c in ("method", "id", "cluster", "judge", "judged_by", "asked") if c in pruned]
+    means = pruned.groupby(of_one_question, as_index=False, sort=False, dropna=False)
+    return means["score_percent"].mean()
 
 
 def paper_table(n: int | str) -> pd.DataFrame:
@@ -261,3 +198,23 @@ def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.nda
         one = len(named) == 1 and named[0] in labels
         counts[labels.index(row.condition), labels.index(named[0]) if one else len(labels)] += 1
     return counts
+
+
+def _paper_params_b(config) -> dict[int, float]:
+    """Return the paper's billions of parameters by blocks removed; nothing if `config` is another model."""
+    found = paper_table(1).set_index("blocks_removed")["params_b"].to_dict()
+    return found if round(account(config).params_b, 3) == found[0] else {}
+
+
+def _stored(storage: dict) -> str:
+    """Say what a plan stores in how many bits, such as "blocks 6 x 8 + 19 x 3 bits (rtn, group size 64), ..."."""
+    bits = storage["bits"]
+    if bits == 16:
+        return "all 16 bits"
+    if isinstance(bits, Sequence):
+        widths = " + ".join(f"{bits.count(b)} x {b:g}" for b in sorted(set(bits), reverse=True))
+    else:
+        widths = f"{bits:g}"
+    parts = ["blocks", *(part for part in ("head", "vision") if storage.get(f"quantize_{part}"))]
+    how = f"{storage['method']}, group size {storage['group_size'] or 'a row'}"
+    return f"{' and '.join(parts)} {widths} bits ({how}), the rest 16 bits"

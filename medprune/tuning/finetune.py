@@ -6,27 +6,22 @@ their end of sequence only. The projector is trained along, as an assembled base
 
 import copy
 import re
-from functools import partial
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from IPython.display import display
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from medprune.answers.prompts import IGNORED, Conversations, collator
-from medprune.models.families import parts
+from medprune.models.families import PROJECTOR, lora_targets, parts
 from medprune.progress import progress
 from medprune.settings import TARGETS
+from medprune.store import read_json
 
 
 def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
@@ -36,25 +31,31 @@ def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
     return loss / (num_items_in_batch if num_items_in_batch is not None else chosen.sum())
 
 
+class Adapted(PeftModel):
+    """A LLaVA in LoRA that resumes in the dtype it trains in: peft's default, float32, would end elsewhere on a CPU."""
+
+    def load_adapter(self, *arguments, **more):
+        return super().load_adapter(*arguments, **more, autocast_adapter_dtype=_on_gpu(self))
+
+
 def add_lora(model, r: int, alpha: int, targets=TARGETS) -> PeftModel:
-    """Wrap a model in LoRA on linears of the language model's blocks, all by default, the projector trained in full."""
+    """Wrap a model in LoRA on linears of the language model's blocks, all by default, the projector trained in full.
+
+    On a GPU the adapters and the projector train in float32 under autocast, for the scaler of float16 gradients takes
+    none in float16; on a CPU everything stays in the model's bfloat16.
+    """
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's to turn on
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=rf".*language_model.*\.({'|'.join(targets)})",
-        modules_to_save=["multi_modal_projector"],
-    )
-    # On a GPU the adapters train in float32 under autocast; on CPU everything stays in the model's bfloat16.
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=on_gpu)
-    # The Trainer resumes through load_adapter, whose default would go on in float32 and end elsewhere.
-    wrapped.load_adapter = partial(wrapped.load_adapter, autocast_adapter_dtype=on_gpu)
-    if on_gpu:  # the projector too, for the scaler of float16 gradients takes none in float16
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=lora_targets(targets), modules_to_save=[PROJECTOR])
+    wrapped = Adapted(model, config, autocast_adapter_dtype=_on_gpu(model))
+    if _on_gpu(model):
         for parameter in wrapped.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return wrapped
+
+
+def _on_gpu(model) -> bool:
+    return next(model.parameters()).device.type == "cuda"
 
 
 def train(
@@ -68,70 +69,108 @@ def train(
     `answer_loss`, the default. `model` is left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where
     that is fastest, unless float32 weights are trained.
     """
-    cuda = next(model.parameters()).device.type == "cuda"
+    keep_pixels, dtype = len(items) <= 4096 and not _on_gpu(model), model_dtype(model)
+    learned, kept_back = (
+        Conversations(processor, list(some), dtype, keep_pixels, config.multi_turn) for some in (items, held_out)
+    )
+    early = [EarlyStoppingCallback(config.patience)] if held_out and config.patience else []
+    trainer = Trainer(
+        model=model,
+        args=_arguments(model, folder, config, steps, held_out),
+        optimizers=(_optimizer(model, config.learning_rate), None),
+        train_dataset=learned,
+        eval_dataset=kept_back if held_out else None,
+        data_collator=collator(processor.tokenizer.pad_token_id),
+        compute_loss_func=loss or answer_loss,
+        callbacks=[_Bar(label), *callbacks, *early],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with _prepared(model):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return curve_of(trainer.state.log_history)
+
+
+def _arguments(model, folder: Path, config, steps: int, held_out) -> TrainingArguments:
+    """Return the Trainer's arguments: what the settings say, and what the device and the model's dtypes call for."""
+    cuda, stopping = _on_gpu(model), bool(held_out and config.patience)
     nf4 = getattr(model.config, "quantization_config", None)
     computed_in = nf4.bnb_4bit_compute_dtype if nf4 else model_dtype(model)
-    keep = len(items) <= 4096 and not cuda
-    dataset = Conversations(processor, items, model_dtype(model), keep, config.multi_turn)
     whole = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    stopping = bool(held_out and config.patience)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=max(1, steps // 20),
-        max_grad_norm=1.0,
-        save_steps=config.save_every,
-        save_total_limit=1,
-        logging_steps=1,
-        report_to=[],
-        remove_unused_columns=False,
-        label_names=["labels"],
         seed=config.seed,
         data_seed=config.seed,
+        save_steps=config.save_every,
+        save_total_limit=1,
+        eval_steps=config.save_every,
+        eval_strategy="steps" if held_out else "no",
+        load_best_model_at_end=stopping,
         use_cpu=not cuda,
         fp16=cuda and computed_in == torch.float16,
         bf16=(cuda or whole) and computed_in == torch.bfloat16,
         gradient_checkpointing=cuda,
-        disable_tqdm=True,
-        prediction_loss_only=True,
-        eval_steps=config.save_every,
-        eval_strategy="steps" if held_out else "no",
-        per_device_eval_batch_size=config.batch_size,
-        load_best_model_at_end=stopping,
-        metric_for_best_model="loss" if stopping else None,
-        greater_is_better=False,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
         dataloader_pin_memory=cuda,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
     )
-    # Whole weights, trained before, move a tenth as fast as adapters, which start at nothing (the projector in LLaVA).
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in named if "lora_" in n]},
-        {"params": [p for n, p in named if "lora_" not in n], "lr": config.learning_rate / 10},
-    ]
-    groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=0.0)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        optimizers=(optimizer, None),
-        train_dataset=dataset,
-        data_collator=collator(processor.tokenizer.pad_token_id),
-        compute_loss_func=loss or answer_loss,
-        eval_dataset=Conversations(processor, list(held_out), model_dtype(model), keep, config.multi_turn)
-        if held_out
-        else None,
-        callbacks=[_Bar(label), *callbacks, *([EarlyStoppingCallback(config.patience)] if stopping else ())],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if not cuda:  # the backward pass of SDPA's flash kernel takes a tenth more of a step
-        parts(model).text_model.set_attn_implementation("eager")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if Path(folder).exists() else None)
-    curve = {x["step"]: {"step": x["step"], "loss": x["loss"]} for x in trainer.state.log_history if "loss" in x}
-    for x in trainer.state.log_history:
+    arguments._n_gpu = 1  # of one process: of several visible GPUs the Trainer would make the batch larger
+    return arguments
+
+
+def _optimizer(model, learning_rate: float) -> torch.optim.Optimizer:
+    """Return AdamW; whole weights, trained before, move a tenth as fast as adapters, which start at nothing."""
+    adapters, whole = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (adapters if "lora_" in name else whole).append(parameter)
+    groups = [{"params": adapters}, {"params": whole, "lr": learning_rate / 10}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, weight_decay=0.0)
+
+
+@contextmanager
+def _prepared(model):
+    """Train with eager attention on a CPU, for SDPA's backward pass takes a tenth more, and put the model's own back.
+
+    Checkpoints name the tensors as the model does, not as the hub: the Trainer would find none of whole weights again.
+    """
+    text_model = parts(model).text_model
+    attention, names = text_model.config._attn_implementation, vars(model).get("_weight_conversions")
+    text_model.set_attn_implementation(attention if _on_gpu(model) else "eager")
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        text_model.set_attn_implementation(attention)
+        model._weight_conversions = names
+        vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # Accelerate's autocast
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint in a folder, or None; newer ones, cut short by a kill or full disk, go."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(found):
+        try:
+            read_json(checkpoint / "trainer_state.json")  # what the Trainer writes last
+            return str(checkpoint)
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return None
+
+
+def curve_of(log_history: list[dict]) -> list[dict]:
+    """Return the loss of each step, and where it was measured the held-out loss, from the Trainer's log."""
+    curve = {x["step"]: {"step": x["step"], "loss": x["loss"]} for x in log_history if "loss" in x}
+    for x in log_history:
         if "eval_loss" in x:
             curve[x["step"]]["held_out_loss"] = x["eval_loss"]
     return list(curve.values())
@@ -152,7 +191,7 @@ def merge(model: PeftModel, into=None):
         if into is None:
             raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model = get_peft_model(into, copy.deepcopy(model.peft_config["default"]))
+        model = PeftModel(into, copy.deepcopy(model.peft_config["default"]))
         left = set_peft_model_state_dict(model, trained).unexpected_keys
         if left:
             raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
@@ -189,18 +228,16 @@ class _Bar(TrainerCallback):
 
 
 class LiveCurve(TrainerCallback):
-    """Show the loss below the cell as `draw` (`figures.figure_loss`) draws it, again at every twentieth of the steps."""
+    """Show the loss below the cell as `draw` (`figures.figure_loss`) draws it, anew at each twentieth of the steps."""
 
     def __init__(self, draw):
-        self.draw, self.curve, self.shown = draw, {}, None
+        self.draw, self.shown = draw, None
 
-    def on_log(self, args, state, control, logs=None, **_):
-        for name, ours in (("loss", "loss"), ("eval_loss", "held_out_loss")):
-            if name in (logs or {}):
-                self.curve.setdefault(state.global_step, {"step": state.global_step})[ours] = logs[name]
-        points = [c for c in self.curve.values() if "loss" in c]
-        if points and (state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps):
-            if self.shown is None:
-                self.shown = display(self.draw(points), display_id=True)
-            else:
-                self.shown.update(self.draw(points))
+    def on_log(self, args, state, control, **_):
+        points, step = curve_of(state.log_history), state.global_step
+        if not points or (step % max(1, state.max_steps // 20) and step != state.max_steps):
+            return
+        if self.shown is None:
+            self.shown = display(self.draw(points), display_id=True)
+        else:
+            self.shown.update(self.draw(points))

@@ -14,20 +14,18 @@ from pathlib import Path
 
 import torch
 
-from medprune.answers import prompts, timing
+from medprune.answers.prompts import IGNORED, Conversations, collator
+from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
 from medprune.data.records import sample_balanced
 from medprune.models.families import parts
 from medprune.models.loading import load
 from medprune.pruning.plan import apply_plan
+from medprune.settings import RECIPES
 from medprune.tuning import finetune
 
 LAST_BLOCKS = 3
-
-
 MAX_MERGE_KL = 0.5  # nats a token; folding adapters into bfloat16 weights moved runs of `local` by a hundredth of it
-
-
 DISTILL_WEIGHT = 1.0  # of the hidden states' loss, beside cross-entropy in nats
 
 
@@ -53,19 +51,16 @@ def trainable(model, recipe: str, config):
     """
     if recipe in ("lora", "distill"):
         return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
-    inner = parts(model)
-    if recipe in ("projector", "last_blocks") and getattr(model, "is_loaded_in_4bit", False):
+    if recipe not in ("projector", "last_blocks"):
+        raise ValueError(f"recipe {recipe!r} is not known: choose {', '.join(RECIPES)}.")
+    if getattr(model, "is_loaded_in_4bit", False):
         raise ValueError(
             f"recipe {recipe} trains whole weights, which the Trainer refuses over a 4-bit base: use base_bits 16."
         )
-    if recipe == "projector":
-        chosen = [inner.projector]
-    elif recipe == "last_blocks":
-        chosen = [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
-        if not model.config.text_config.tie_word_embeddings:
-            chosen.append(inner.head)
-    else:
-        raise ValueError(f"recipe {recipe!r} is not known: choose lora, projector, last_blocks or distill.")
+    inner = parts(model)
+    chosen = [inner.projector] if recipe == "projector" else [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
+    if recipe == "last_blocks" and not model.config.text_config.tie_word_embeddings:
+        chosen.append(inner.head)
     model.requires_grad_(False)
     for module in chosen:
         module.float().requires_grad_(True)
@@ -81,15 +76,15 @@ def distillation(student, teacher):
     base = student.get_base_model() if hasattr(student, "get_base_model") else student
     seen = {}
 
-    def inputs(_, args, kwargs):
+    def remember_inputs(_, args, kwargs):
         seen["inputs"] = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
         seen["kept"] = kwargs["logits_to_keep"]
 
-    def hidden(_, args, output):
+    def remember_hidden(_, args, output):
         seen["hidden"] = output.last_hidden_state
 
     def loss(outputs, labels, num_items_in_batch=None):
-        chosen = labels != prompts.IGNORED
+        chosen = labels != IGNORED
         with torch.no_grad():
             wanted = teacher.model(**seen["inputs"], use_cache=False).last_hidden_state
         wanted, found = (h[:, seen["kept"]][chosen].float() for h in (wanted, seen["hidden"]))
@@ -97,12 +92,11 @@ def distillation(student, teacher):
         total = num_items_in_batch if num_items_in_batch is not None else chosen.sum()
         return finetune.answer_loss(outputs, labels, num_items_in_batch) + DISTILL_WEIGHT * distance.sum() / total
 
-    hooks = [base.register_forward_pre_hook(inputs, with_kwargs=True), base.model.register_forward_hook(hidden)]
-    try:
+    with (
+        base.register_forward_pre_hook(remember_inputs, with_kwargs=True),
+        base.model.register_forward_hook(remember_hidden),
+    ):
         yield loss
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def recover(
@@ -112,24 +106,21 @@ def recover(
 
     source: folder of the unpruned model. plan: None for every block. folder: where checkpoints go, so that a killed
     training goes on from the last one. more: as `finetune.train` takes it (held_out, callbacks). costs:
-    trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, the curve, and merge_kl_nats: how far the
-    merged model is from the trained one, None where adapters trained over 4 bits go into another base. Raises ValueError
-    where that is beyond MAX_MERGE_KL.
+    trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, the curve, and merge_kl_nats, as
+    `merged` says.
     """
     model, processor = _pruned(source, plan, device, dtype, config.base_bits)
     torch.manual_seed(config.seed)
     started = time.perf_counter()
-    with timing.peak_memory(model) as peak:
+    with peak_memory(model) as peak, ExitStack() as stack:
         model = trainable(model, recipe, config)
         n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        with ExitStack() as stack:
-            loss = finetune.answer_loss
-            if recipe == "distill":
-                teacher = load(source, device, dtype, bits=config.base_bits)[0]
-                loss = stack.enter_context(distillation(model, teacher))
-            curve = finetune.train(
-                model, processor, items, folder, config, steps, label=label or recipe, loss=loss, **more
-            )
+        loss = finetune.answer_loss
+        if recipe == "distill":
+            teacher = load(source, device, dtype, bits=config.base_bits)[0]
+            loss = stack.enter_context(distillation(model, teacher))
+        how = {"label": label or recipe, "loss": loss, **more}
+        curve = finetune.train(model, processor, items, folder, config, steps, **how)
     costs = {
         "trainable_params": n_trainable,
         "train_s": time.perf_counter() - started,
@@ -139,28 +130,39 @@ def recover(
         "curve": curve,
     }
     if config.base_bits == 4:  # QLoRA's adapters go into the 16-bit model, beside which there is nothing to compare
-        merged = finetune.merge(model, _pruned(source, plan, "cpu", dtype)[0])
-        return merged, processor, costs | {"merge_kl_nats": None}
-    trained = answer_log_probs(model, processor, items[0], config)
-    merged = finetune.merge(model)
-    apart = float((trained.exp() * (trained - answer_log_probs(merged, processor, items[0], config))).sum(-1).mean())
+        plain = finetune.merge(model, _pruned(source, plan, "cpu", dtype)[0])
+        return plain, processor, costs | {"merge_kl_nats": None}
+    plain, apart = merged(model, processor, items[0], config.multi_turn)
+    return plain, processor, costs | {"merge_kl_nats": apart}
+
+
+def merged(model, processor, item, multi_turn: bool) -> tuple:
+    """Return a trained model merged, and how far that moved its answers to one item: mean KL in nats a token.
+
+    Raises ValueError where that is beyond MAX_MERGE_KL.
+    """
+    trained = answer_log_probs(model, processor, item, multi_turn)
+    plain = finetune.merge(model)
+    apart = trained - answer_log_probs(plain, processor, item, multi_turn)
+    apart = float((trained.exp() * apart).sum(-1).mean())
     if not apart <= MAX_MERGE_KL:
         raise ValueError(
             f"merging changed what the model says by {apart:.2g} nats a token, where rounding changes "
             f"less than {MAX_MERGE_KL:g}: an adapter was lost or counted twice."
         )
-    return merged, processor, costs | {"merge_kl_nats": apart}
+    return plain, apart
 
 
 @torch.inference_mode()
-def answer_log_probs(model, processor, item, config) -> torch.Tensor:
+def answer_log_probs(model, processor, item, multi_turn: bool) -> torch.Tensor:
     """Return the log-probabilities (tokens, vocabulary), float32, of the answers of one (image path, messages) item."""
-    dataset = prompts.Conversations(processor, [item], finetune.model_dtype(model), False, config.multi_turn)
-    batch = prompts.collator(processor.tokenizer.pad_token_id)([dataset[0]])
+    dtype = finetune.model_dtype(model)
+    dataset = Conversations(processor, [item], dtype, keep_pixels=False, multi_turn=multi_turn)
+    batch = collator(processor.tokenizer.pad_token_id)([dataset[0]])
     batch = {k: v.to(model.device) for k, v in batch.items()}
-    chosen = batch.pop("labels") != prompts.IGNORED
+    chosen = batch.pop("labels") != IGNORED
     mixed = len({p.dtype for p in model.parameters()}) > 1  # what was trained is in float32, as the Trainer had it
-    with torch.autocast(model.device.type, finetune.model_dtype(model), enabled=mixed):
+    with torch.autocast(model.device.type, dtype, enabled=mixed):
         logits = model.eval()(**batch, use_cache=False).logits
     return logits[chosen].float().log_softmax(-1)
 

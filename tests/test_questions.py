@@ -6,9 +6,17 @@ from collections import Counter
 
 import pytest
 
-from medprune.data.questions import test_questions, words
-from medprune.data.questions import QUESTION_KINDS, conversation, load_conditions, load_questions, named_conditions
+from medprune.data.questions import (
+    QUESTION_KINDS,
+    conversation,
+    load_conditions,
+    load_questions,
+    named_conditions,
+    test_questions,
+    words,
+)
 from medprune.data.record import Record
+from medprune.store import content, fingerprint
 
 CONDITIONS, QUESTIONS = load_conditions(), load_questions()
 RECORD = Record("train/x/psoriasis-1.jpg", "x/psoriasis-1.jpg", "psoriasis", "train", skin_tone="III")
@@ -72,18 +80,38 @@ def test_conversation_is_seeded():
 def test_test_questions_rows():
     rows = test_questions([RECORD], CONDITIONS, QUESTIONS)
     assert [row["kind"] for row in rows] == ["name", "features", "treatment"]
+    question, reference = (
+        "Describe the clinical features of this disease.",
+        CONDITIONS["psoriasis"]["answers"]["features"],
+    )
     assert rows[1] == {
         "id": "train/x/psoriasis-1.jpg#features",
         "key": "train/x/psoriasis-1.jpg",
         "path": "x/psoriasis-1.jpg",
         "condition": "psoriasis",
         "kind": "features",
-        "question": "Describe the clinical features of this disease.",
-        "reference": CONDITIONS["psoriasis"]["answers"]["features"],
+        "question": question,
+        "reference": reference,
         "skin_tone": "III",
+        "asked": fingerprint(question, reference, content("x/psoriasis-1.jpg")),
     }
     with pytest.raises(ValueError, match="'causes' is no kind"):
         test_questions([RECORD], CONDITIONS, QUESTIONS, kinds=("causes",))
+
+
+def test_what_was_asked_follows_the_pictures_bytes_not_its_place(tmp_path):
+    def asked(folder, image=b"one", questions=QUESTIONS, conditions=CONDITIONS):
+        path = tmp_path / folder / "a.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+        rows = test_questions([Record("k", str(path), "psoriasis")], conditions, questions, kinds=("name",))
+        return rows[0]["asked"]
+
+    other = copy.deepcopy(CONDITIONS)
+    other["psoriasis"]["answers"]["name"] = "It is psoriasis."
+    assert asked("a") == asked("b")
+    changed = {asked("a", b"two"), asked("a", questions=QUESTIONS | {"name": ["What?"]}), asked("a", conditions=other)}
+    assert len(changed | {asked("a")}) == 4
 
 
 @pytest.mark.parametrize(
@@ -120,9 +148,9 @@ def spoil(facts: dict, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("definition", "'rosacea' needs 'definition' as a text"),
-        ("aliases", "'rosacea' needs 'aliases' as a list"),
-        ("answers", r"'rosacea' needs a text answers\['treatment'\]"),
+        ("definition", "'rosacea' 'definition' must be a text"),
+        ("aliases", "'rosacea' 'aliases' is missing"),
+        ("answers", "'rosacea' 'answers' 'treatment' is missing"),
         ("key fact", "'rosacea' has no key fact 'hair loss'"),
         ("shared alias", "'melanoma' names both 'rosacea' and 'melanoma'"),
     ],
@@ -147,7 +175,7 @@ def test_load_conditions_refuses_other_json(tmp_path, content):
 def test_load_questions_refuses_a_kind_without_questions(tmp_path):
     path = tmp_path / "questions.json"
     path.write_text(json.dumps({k: v for k, v in QUESTIONS.items() if k != "features"}))
-    with pytest.raises(ValueError, match="for 'features'"):
+    with pytest.raises(ValueError, match="'features' is missing"):
         load_questions(path)
     path.write_text(json.dumps(QUESTIONS | {"features": ["What are the signs of {condition}?"]}))
     with pytest.raises(ValueError, match="must not hold"):

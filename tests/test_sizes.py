@@ -1,4 +1,4 @@
-"""Parameters and bytes held against the model on the meta device, real packers and the paper."""
+"""Shapes read from configurations; parameters and bytes held against the meta device, packers and the paper."""
 
 import copy
 import json
@@ -9,12 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from medprune.models.sizes import GIB, METHODS, account, check_quantizable, linear_bytes
-from medprune.results.tables import plan_json, plan_notes, plan_table, plan_text
-from medprune.settings import DATA, REPO
-from medprune.models.sizes import named_config
+from medprune.models.sizes import (
+    _TEXT_DEFAULTS,
+    GIB,
+    STORED_AS,
+    account,
+    base_config,
+    linear_bytes,
+    named_config,
+    shape_of,
+)
+from medprune.settings import REPO
 
 SEVEN = named_config("llava-1.5-7b")
 BLOCK = 202_383_360
@@ -31,6 +38,97 @@ def tiny(**text) -> dict:
                         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
                         "tie_word_embeddings": True} | text,
     }  # fmt: skip
+
+
+# What a hub config.json holds: only what differs from transformers' defaults.
+HUB = {
+    "model_type": "llava",
+    "text_config": {"model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+    "vision_config": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "vocab_size": 32000,
+    },
+}  # fmt: skip
+
+
+def test_a_name_a_hub_name_a_folder_and_a_file_agree(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    expected = shape_of(named_config("llava-1.5-7b"))
+    assert expected.blocks == 32 and expected.hidden == 4096 and expected.vision_tokens == 577
+    for name in ("llava-hf/llava-1.5-7b-hf", tmp_path, str(tmp_path), tmp_path / "config.json"):
+        assert shape_of(named_config(name)) == expected
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b"])
+def test_a_dict_and_the_configuration_made_of_it_read_alike(name):
+    assert shape_of(LlavaConfig(**named_config(name))) == shape_of(named_config(name))
+
+
+@pytest.mark.parametrize("kind, cls", [("llama", LlamaConfig), ("mistral", MistralConfig)])
+def test_defaults_are_those_of_transformers(kind, cls):
+    real = cls()
+    for key, value in _TEXT_DEFAULTS[kind].items():
+        assert getattr(real, key) == value, key
+
+
+def test_an_unknown_name_lists_the_names():
+    with pytest.raises(ValueError, match=r"'llava-2-7b' is not known: .* llava-1.5-7b, llava-1.5-13b"):
+        named_config("llava-2-7b")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "is not JSON"), ('{"model_type": "llama"}', "model_type 'llama'"), ("[1]", "model_type 'list'")],
+)
+def test_a_file_that_is_no_llava_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        named_config(tmp_path)
+
+
+@pytest.mark.parametrize("part, kind", [("text_config", "qwen2"), ("vision_config", "siglip_vision_model")])
+def test_a_part_of_another_architecture_is_refused_by_name(part, kind):
+    with pytest.raises(ValueError, match=kind):
+        shape_of({**HUB, part: {**HUB[part], "model_type": kind}})
+
+
+def test_an_incomplete_vision_config_is_refused():
+    vision = {k: v for k, v in HUB["vision_config"].items() if k != "patch_size"}
+    with pytest.raises(ValueError, match="lacks patch_size"):
+        shape_of({**HUB, "vision_config": vision})
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "message"),
+    [
+        (
+            "packed",
+            {"config.json": HUB | {"quantization_config": {"quant_method": "awq"}}},
+            "quantized already, by awq",
+        ),
+        ("adapter", {"adapter_config.json": {}}, "is a LoRA adapter's folder: merge it"),
+        ("adapter", {"adapter_config.json": {}, "config.json": HUB}, "is a LoRA adapter's folder"),
+        ("empty", {"README.md": ""}, "empty holds no config.json: it is not a model's folder"),
+    ],
+)
+def test_a_folder_that_is_no_base_is_refused_by_name(tmp_path, monkeypatch, folder, files, message):
+    (tmp_path / folder).mkdir()
+    for name, value in files.items():
+        (tmp_path / folder / name).write_text(json.dumps(value))
+    monkeypatch.chdir(tmp_path)
+    for given_as in (tmp_path / folder, str(tmp_path / folder), folder):
+        with pytest.raises(ValueError, match=f"{folder}.*{message.removeprefix(folder)}"):
+            base_config(given_as)
+
+
+def test_a_base_that_is_nowhere_is_refused_by_name(tmp_path):
+    for base in ("smolm2", "./photos/model", "llava-1.5-7b"):
+        with pytest.raises(ValueError, match=f"base '{base}' is not known: give tiny, smollm2, a hub id or"):
+            base_config(base)
+    with pytest.raises(ValueError, match="gone holds no config.json"):
+        base_config(tmp_path / "gone")
+    assert base_config("llava-hf/llava-1.5-7b-hf") == SEVEN
+    assert base_config("tiny")["text_config"]["num_hidden_layers"] == 6
 
 
 def meta_params(config: dict, blocks_removed: int = 0) -> dict[str, int]:
@@ -84,37 +182,8 @@ def test_the_facts_of_llava_7b():
     assert account(SEVEN, bits=4, context=0).floor_ms_per_token(320) == pytest.approx(12, abs=0.5)
 
 
-def test_table_1_to_three_decimals():
-    rows = json.loads((DATA / "paper_tables.json").read_text())["table1_prune_sweep"]
-    table = plan_table("llava-1.5-7b", [row["blocks_removed"] for row in rows])
-    assert list(table["blocks_removed"]) == [0, 2, 4, 7, 8, 9, 10]
-    assert list(table["params_b"].round(3)) == [row["params_b"] for row in rows]
-    assert list(table["paper_params_b"]) == [row["params_b"] for row in rows]
-
-
-def test_the_paper_s_5_85b_model_is_flagged():
-    (note,) = plan_notes("llava-1.5-7b")
-    assert note.startswith("The paper's 5.85B model (table 4) has 6 blocks removed, not 7")
-    assert plan_notes("llava-1.5-13b") == []
-    assert plan_table("llava-1.5-13b", [0])["paper_params_b"].isna().all()
-
-
-def test_plan_as_text_and_as_json(tmp_path):
-    text = plan_text("llava-1.5-7b", [0, 7], bits=4, bandwidth=320)
-    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines()}
-    assert lines["parameters (B)"] == lines["the paper's table 1"] == ["7.063", "5.647"]
-    assert lines["total (GiB)"] == ["4.756", "3.955"] and "6 blocks removed, not 7" in text
-    plan = json.loads(plan_json("llava-1.5-7b", [7], bits=4))
-    assert plan["rows"][0]["params"] == 7_063_427_072 - 7 * BLOCK and plan["bits"] == 4
-    (tmp_path / "config.json").write_text(json.dumps(tiny()))
-    assert "table 1" not in plan_text(tmp_path, [0, 1], bits=4)
-    assert json.loads(plan_json(tmp_path, [1]))["rows"][0]["paper_params_b"] is None
-    with pytest.raises(ValueError, match="removes is empty"):
-        plan_text("llava-1.5-7b", [])
-
-
 def test_no_torch_is_needed():
-    code = "import sys, medprune.preflight; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, medprune.models.sizes; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
@@ -136,24 +205,6 @@ def test_mixed_bits_sum_over_blocks():
     assert 3 * mixed.total_bytes == sum(a.total_bytes for a in each.values())
     with pytest.raises(ValueError, match="lists 3 blocks; 2 are kept"):
         account(tiny(), 1, bits=[3, 4, 16])
-
-
-def test_plan_takes_a_width_for_each_block():
-    from typer.testing import CliRunner
-
-    from medprune.cli import app
-
-    widths = [8] * 6 + [3] * 19
-    text = CliRunner().invoke(app, ["plan", "--bits", ",".join(map(str, widths))]).output
-    assert "blocks 6 x 8 + 19 x 3 bits (rtn" in text and "7 removed" in text
-    said = CliRunner().invoke(app, ["plan", "--bits", ",".join(map(str, widths)), "--json"]).output
-    (row,) = json.loads(said)["rows"]
-    assert row["total_bytes"] == account(SEVEN, 7, widths).total_bytes
-    assert "blocks 4 bits" in CliRunner().invoke(app, ["plan", "--bits", "4"]).output
-    error = CliRunner().invoke(app, ["plan", "--bits", "4,x"]).exception
-    assert str(error) == "--bits 4,x must be a number, or one for each kept block with commas between."
-    error = CliRunner().invoke(app, ["plan", "--bits", "4,3", "--remove", "7"]).exception
-    assert "bits lists 2 blocks; 25 are kept" in str(error)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -183,17 +234,17 @@ def test_awq_bytes_are_those_of_its_packed_tensors():
     assert linear_bytes(512, 96, 4, 64, "awq") == (4 * 512 * 12, 2 * 8 * 96, 4 * 8 * 12)
 
 
-def test_check_quantizable_names_the_layer_and_what_fits():
-    check_quantizable(SEVEN, 128, 4)
-    check_quantizable(tiny(), None, 3)
+def test_groups_that_do_not_fit_are_refused_by_layer_with_what_fits():
+    account(SEVEN, 0, 4, 128)
+    account(tiny(), 0, 3, None)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has 64 inputs.*fit: \[32, 64\]"):
-        check_quantizable(tiny(), 128, 4)
+        account(tiny(), 0, 4, 128)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has 96 inputs"):
-        check_quantizable(tiny(intermediate_size=96), 64, 4)
+        account(tiny(intermediate_size=96), 0, 4, 64)
     with pytest.raises(ValueError, match="group_size must be one of .*, not 48"):
-        check_quantizable(SEVEN, 48, 4)
-    with pytest.raises(ValueError, match="bits must be one of .*, not 5"):
-        check_quantizable(SEVEN, 64, 5)
+        account(SEVEN, 0, 4, 48)
+    with pytest.raises(ValueError, match=r"model\.vision_tower\.encoder\.layers\.0\.self_attn\.q_proj has 32 inputs"):
+        account(tiny(), 0, 4, 64, quantize_vision=True)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +256,8 @@ def test_check_quantizable_names_the_layer_and_what_fits():
         ({"bits": 3, "method": "awq"}, "awq stores 4 bits, not 3"),
         ({"bits": 4, "method": "bnb", "group_size": 128}, "groups of 64 weights only, not 128"),
         ({"method": "gptq"}, "not 'gptq'"),
+        ({"bits": 4, "method": "awq", "quantize_head": True}, "by rtn or hqq .*, not by awq in 4"),
+        ({"bits": 16, "quantize_vision": True}, "by rtn or hqq in fewer than 16 bits, not by rtn in 16"),
         ({"context": -1}, "not -1 and 1"),
         ({"batch": 0}, "not 840 and 0"),
     ],
@@ -221,7 +274,7 @@ def test_a_bandwidth_of_zero_is_refused():
 
 plans = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(METHODS),
+        "method": st.sampled_from(STORED_AS),
         "bits": st.sampled_from([4, 16]),
         "context": st.integers(0, 4096),
         "batch": st.integers(1, 64),

@@ -1,0 +1,5 @@
+"""`python -m medprune`: the command line."""
+
+from medprune.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The models that notebook 05 compares: each quantized once, saved, loaded again and asked."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import torch
+
+from medprune.answers import decoding, timing
+from medprune.models.loading import load, load_processor, n_parameters
+from medprune.models.sizes import account
+from medprune.pruning.plan import Plan, apply_plan
+from medprune.quantizing import checkpoint, quantize
+from medprune.settings import NF4_GROUP
+from medprune.store import Run, content, context, made
+
+
+def work_list(methods, recover) -> list[tuple[str, str]]:
+    """Return (method, model) of all that is quantized, n being the first count of `recover`.
+
+    Every method on the original, on n blocks less, and on the recovered models, of which others than the first by the
+    paper's two alone (its table 3); AWQ on the model pruned by magnitude, and by text alone; rounding to 3 bits and to
+    more bits for blocks that matter more.
+    """
+    n = recover[0]
+    work = [(method, "original") for method in methods]
+    work += [(m, f"recovered-{k}") for k in recover for m in methods if k == n or m in ("awq", "bnb")]
+    work += [(method, f"pruned-{n}") for method in methods]
+    return work + [
+        ("awq", f"magnitude-{n}"),
+        ("awq_text", f"recovered-{n}"),
+        ("rtn_3bit", "original"),
+        ("rtn_mixed", "original"),
+    ]
+
+
+def quantize_once(
+    run: Run,
+    method: str,
+    name: str,
+    source: Path,
+    plan: Plan | None,
+    bits,
+    calibration: dict | None,
+    asked: list[dict],
+    config,
+    device: str,
+    dtype,
+    card: dict,
+) -> tuple[list[dict], dict]:
+    """Quantize a model, save it, load it again and ask it; return (answers' rows, its costs), made once.
+
+    method: as in `work_list`, the part before "_" being the quantizer. plan: of blocks to remove first. bits: one
+    number or one for each block. calibration: awq's batch. card: base, plan and licence for the model card. The folder
+    is kept if config.kept_methods names the method and the model is no mere comparison.
+    """
+    quantizer, label = method.split("_")[0], f"{method}-{name}"
+    group_size = NF4_GROUP if quantizer == "bnb" else config.group_size
+    made_of = [content(source), plan and list(plan.kept), quantizer, bits, group_size, _hash(calibration)]
+    mark = context("medprune.quantizing.checkpoint", *made_of)
+    units = run.units(decoding.answers_context(mark, asked, config.max_new_tokens))
+    folder = run.dir / "quantized" / label
+    kept = method in config.kept_methods and name.split("-")[0] in ("original", "recovered")
+    wanted = [f"{label} speed", "costs", *(f"{label} {q['id']}" for q in asked)]
+    model = processor = None
+    if any(key not in units for key in wanted) or (kept and not made(folder, mark)):
+        if not made(folder, mark):
+            _quantize(folder, mark, source, plan, quantizer, bits, group_size, calibration, device, dtype, card)
+        units.add("costs", made(folder, mark)["costs"])
+        model, processor = checkpoint.load_quantized(folder, device), load_processor(folder)
+    rows, speed = timing.evaluate(model, processor, label, asked, units, config)
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows, units["costs"] | speed
+
+
+def _quantize(folder, mark, source, plan, quantizer, bits, group_size, calibration, device, dtype, card) -> None:
+    """Load, prune and quantize a model, and save it with its costs."""
+    model, processor = load(source, device, dtype)
+    if plan:
+        apply_plan(model, plan)
+    costs = {"parameters": n_parameters(model)}
+    model, info = quantize.quantize(model, quantizer, bits, group_size, calibration)
+    costs["plan_bytes"] = account(model.config, 0, bits, group_size, method=quantizer).weights_bytes
+    costs |= {"seconds": info["seconds"], "quantize_peak_bytes": info["peak_bytes"]}
+    costs |= {"stored_bytes": info["packed_bytes"]["total"], "loss_curve": info.get("loss_curve")}
+    checkpoint.save_quantized(model, folder, quantizer, info, processor=processor, **card, context=mark, costs=costs)
+
+
+def _hash(batch: dict | None) -> str:
+    """Return a hash of a calibration batch's tensors."""
+    parts = [(k, v.contiguous().view(torch.uint8).numpy().tobytes()) for k, v in sorted((batch or {}).items())]
+    return hashlib.sha256(repr([(k, hashlib.sha256(v).hexdigest()) for k, v in parts]).encode()).hexdigest()[:16]

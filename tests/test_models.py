@@ -1,0 +1,202 @@
+"""Names of parts, loading and what it refuses or fills in, identities of embedders, bases and their cards."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from medprune.answers.prompts import prompt_text
+from medprune.models import assembled, families, loading
+from medprune.models.loading import embedder_identity, load, load_processor, save, weight_bytes
+from medprune.quantizing.checkpoint import save_quantized
+from medprune.quantizing.quantize import quantize
+from medprune.settings import REPO, TARGETS
+from medprune.store import made, read_json, write_json
+
+NAMES = re.compile(r"language_model|multi_modal_projector|vision_tower|lm_head|self_attn")
+
+
+def _docstrings(tree: ast.AST) -> set[int]:
+    owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    first = [n.body[0] for n in owners if n.body and isinstance(n.body[0], ast.Expr)]
+    return {id(n.value) for n in first}
+
+
+def _names_of_parts(code: str) -> list[str]:
+    """Return the names of model parts that some code holds, as attributes or in texts that are no docstrings.
+
+    "vision_tower" alone is also the name of a part in `Parts` and in tables of bytes; a model's own is not allowed.
+    """
+    tree, found = ast.parse(code), []
+    docstrings = _docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and NAMES.search(node.attr):
+            of_parts = node.attr == "vision_tower" and getattr(node.value, "attr", None) != "model"
+            found += [] if of_parts else [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found += [] if node.value == "vision_tower" else NAMES.findall(node.value)
+    return found
+
+
+def test_names_of_model_parts_stand_in_families_alone():
+    assert _names_of_parts('"""lm_head"""\nx.lm_head\ny = f"model.vision_tower.{n}"\nx.model.vision_tower') == [
+        "lm_head",
+        "vision_tower",
+        "vision_tower",
+    ]
+    assert _names_of_parts('found.vision_tower, {"vision_tower": 3}') == []
+    for file in sorted((REPO / "medprune").rglob("*.py")):
+        if file.name != "families.py":
+            assert _names_of_parts(file.read_text(encoding="utf-8")) == [], file
+
+
+def test_names_are_those_of_the_model(base, tmp_path):
+    model, processor = load(base)
+    save(model, processor, tmp_path / "m")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    own = {name for name, _ in model.named_parameters()}
+    assert {families.current_name(name) for name in stored} == own
+    assert families.current_name("language_model.lm_head.weight") == "lm_head.weight"
+    modules = dict(model.named_modules())
+    assert {f"{families.BLOCKS}.5", f"{families.VISION_LAYERS}.1", f"model.{families.PROJECTOR}"} <= set(modules)
+    assert modules[families.HEAD] is families.parts(model).head
+    for name in modules:
+        inside = name.startswith(f"{families.BLOCKS}.")
+        assert families.block_number(name) == (int(name.split(".")[3]) if inside else None)
+    assert families.block_number("base_model.model.model.language_model.layers.12.mlp.up_proj.lora_A.weight") == 12
+    tuned = {name for name in modules if re.fullmatch(families.lora_targets(TARGETS), name)}
+    assert tuned == {n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and n.startswith(families.BLOCKS)}
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = next(n for n in tensors if "down_proj" in n)
+    del tensors[name]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks .*down_proj"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "lacks", [["patch_size"], ["num_additional_image_tokens"], ["vision_feature_select_strategy"], 0]
+)
+def test_a_processor_of_older_transformers_is_completed_from_config_json(base, tmp_path, lacks):
+    file = shutil.copytree(base, tmp_path / "m") / "processor_config.json"
+    whole = read_json(file)
+    keys = lacks or ["patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"]
+    assert all(whole.pop(key) for key in keys)
+    write_json(file, whole)
+    found, right = load(tmp_path / "m"), load(base)
+    text = prompt_text(right[1], "What is it?")
+    picture = Image.new("RGB", (40, 48), "tan")
+    batches = [processor(text=text, images=picture, return_tensors="pt") for _, processor in (found, right)]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    pixels = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batches[0].items()}
+    assert torch.isfinite(found[0](**pixels).logits).all()
+    found[1].save_pretrained(tmp_path / "again")  # and a folder made from it says it all
+    assert read_json(tmp_path / "again" / "processor_config.json")["patch_size"] == 16
+
+
+def test_a_folder_without_a_chat_template_is_refused_before_its_weights_are_read(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"{folder} has no chat template: put the chat_template.jinja of its base"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("method", "said"), [("rtn", "awq"), ("bnb", "bitsandbytes"), ("hqq", "medprune")])
+def test_a_quantized_folder_is_not_loaded_as_a_base(base, tmp_path, method, said):
+    if method != "rtn":
+        pytest.importorskip({"bnb": "bitsandbytes", "hqq": "hqq"}[method])
+    model, processor = load(base)
+    model, info = quantize(model, method, 4, 64)
+    save_quantized(model, tmp_path / "q", method, info, processor=processor)
+    for bits in (4, 16):
+        with pytest.raises(ValueError, match=f"q is quantized already, by {said}: name the 16-bit model"):
+            load(tmp_path / "q", bits=bits)
+
+
+def test_a_lora_adapter_s_folder_and_an_empty_one_are_not_loaded(tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json: it is not a model's folder"):
+        load(tmp_path)
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "tiny"})
+    with pytest.raises(ValueError, match="is a LoRA adapter's folder"):
+        load(str(tmp_path))
+
+
+def test_weights_are_counted_once_and_a_folder_says_what_it_was_made_from(base, tmp_path):
+    model, processor = load(base)
+    head = families.parts(model).head
+    assert weight_bytes(model) >= 2 * loading.n_parameters(model) > 2 * head.weight.numel()
+    assert weight_bytes(head, seen := set()) == 2 * head.weight.numel() and weight_bytes(head, seen) == 0
+    save(model, processor, tmp_path / "m", context="x", steps=3)
+    assert made(tmp_path / "m", "x") == {"context": "x", "steps": 3} and made(tmp_path / "m", "y") is None
+
+
+def test_an_embedder_is_another_when_its_bytes_or_its_name_are(tmp_path):
+    for name, weights in (("a", "1"), ("b", "1"), ("c", "2")):
+        write_json(tmp_path / name / "model.safetensors", weights)
+    same, other = embedder_identity(str(tmp_path / "a")), embedder_identity(str(tmp_path / "c"))
+    assert same == embedder_identity(str(tmp_path / "b")) != other
+    names = [embedder_identity(name) for name in ("minilm", "some/embedder", "other/embedder")]
+    assert len({same, other, *names}) == 5 and embedder_identity("minilm") == names[0]
+
+
+def test_a_base_that_is_named_is_itself_and_an_assembled_one_is_built_once_of_its_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDPRUNE_CACHE", str(tmp_path))
+    assert assembled.prepare_base("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    folder = assembled.prepare_base("tiny")
+    made_at = (Path(folder) / "config.json").stat().st_mtime_ns
+    assert assembled.prepare_base("tiny") == folder and (Path(folder) / "config.json").stat().st_mtime_ns == made_at
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps(["other words"] * 50))
+    monkeypatch.setattr(assembled, "WORDS", facts)
+    assert assembled.prepare_base("tiny") != folder
+    assert (
+        load_processor(folder).tokenizer.vocab_size
+        > load_processor(assembled.prepare_base("tiny")).tokenizer.vocab_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A model", "mit"),
+        ("---\nlicense: other\nlicense_name: gemma\n---\n", "gemma"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        ("---\nlanguage: en\n---\n", "not stated: see our-llava"),
+        ("---\nlicense: [mit\n---\n", "not stated: see our-llava"),
+        ("# A model", "not stated: see our-llava"),
+        (None, "not stated: see our-llava"),
+    ],
+)
+def test_a_folder_s_licence_is_its_card_s(tmp_path, card, licence):
+    folder = tmp_path / "our-llava"
+    folder.mkdir()
+    if card:
+        (folder / "README.md").write_text(card)
+    assert assembled.base_card(str(folder)) == {"name": "our-llava", "licence": licence}
+
+
+def test_the_licences_of_assembled_bases_and_of_the_hub_s(tmp_path, monkeypatch):
+    smollm2 = {"name": "SmolLM2-135M-Instruct in a LLaVA (base smollm2)", "licence": "Apache-2.0"}
+    assert assembled.base_card("smollm2") == smollm2
+    assert assembled.base_card("tiny")["licence"] == "none: random weights for tests"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    seven = "llava-hf/llava-1.5-7b-hf"
+    assert assembled.base_card(seven) == {"name": seven, "licence": "Llama 2 Community License"}
+    assert assembled.base_card("some/llava") == {"name": "some/llava", "licence": "not stated: see some/llava"}
+    cached = tmp_path / "models--some--llava"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "snapshots" / "1" / "README.md").write_text("---\nlicense: llama2\n---\n")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    assert assembled.base_card("some/llava") == {"name": "some/llava", "licence": "llama2"}
