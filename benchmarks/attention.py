@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from medprune.store import describe_machine, write_json
 from medprune.models.attention import grouped_attention
+from medprune.store import describe_machine, write_json
 
 ROWS, HEADS, KEY_HEADS, WIDTH = 120, 9, 3, 64
 RESULTS = Path(__file__).parent / "results" / "attention.json"

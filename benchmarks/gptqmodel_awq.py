@@ -69,8 +69,9 @@ def quantize(args) -> dict:
     packed = sum(f.stat().st_size for f in (args.out / "awq").glob("*.safetensors"))
     loaded = GPTQModel.load(str(args.out / "awq"), device=DEVICE, backend=BACKEND.AUTO)
     ids = torch.tensor([loaded.tokenizer(texts[0])["input_ids"]])
-    return {"seconds": seconds, "peak_bytes": peak, "folder_bytes": packed, "calibration": f"{len(texts)} texts",
-            "ms_per_token": milliseconds_per_token(loaded.model, ids), "kernel": kernels(loaded.model)}  # fmt: skip
+    ms_per_token = milliseconds_per_token(loaded.model, ids)
+    result = {"seconds": seconds, "peak_bytes": peak, "folder_bytes": packed, "calibration": f"{len(texts)} texts"}
+    return result | {"ms_per_token": ms_per_token, "kernel": kernels(loaded.model)}
 
 
 def answer(args) -> dict:
@@ -86,12 +87,12 @@ def answer(args) -> dict:
     ids = model.generate(**batch, max_new_tokens=40, do_sample=False)[0, batch["input_ids"].shape[1] :]
     with torch.no_grad():
         logits = model(**batch).logits
-    pixels = {"pixel_values": batch["pixel_values"]}
-    return {"question": args.question, "image": args.image.name, "token_ids": ids.tolist(),
-            "answer": processor.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-            "missing_keys": sorted(report["missing_keys"]), "unexpected_keys": sorted(report["unexpected_keys"]),
-            "finite": bool(torch.isfinite(logits).all()), "dtype": str(model.dtype), "kernel": kernels(model),
-            "ms_per_token": milliseconds_per_token(model, batch["input_ids"], **pixels)}  # fmt: skip
+    said = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    result = {"question": args.question, "image": args.image.name, "token_ids": ids.tolist(), "answer": said}
+    result |= {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys")}
+    result |= {"finite": bool(torch.isfinite(logits).all()), "dtype": str(model.dtype), "kernel": kernels(model)}
+    speed = milliseconds_per_token(model, batch["input_ids"], pixel_values=batch["pixel_values"])
+    return result | {"ms_per_token": speed}
 
 
 def kernels(model) -> list[str]:

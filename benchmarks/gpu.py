@@ -39,18 +39,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from seven_b import GROUP_SIZE, TEXT_TOKENS, build, read_bandwidth_gb_s, shape
 
 from medprune.answers import decoding, timing
-from medprune.pruning import leave_one_out
-from medprune.tuning import finetune
-from medprune.models.sizes import GIB, account
-from medprune.store import Units, describe_machine, write_json
-from medprune.settings import resolve
 from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
 from medprune.models.loading import choose_device, choose_dtype, load_processor
-from medprune.quantizing.packed import gpu_kernel
-from medprune.runs.preflight import predict_awq_bytes, predict_training_bytes
+from medprune.models.sizes import GIB, account
+from medprune.pruning import leave_one_out
 from medprune.pruning.plan import apply_plan, make_plan
+from medprune.quantizing.packed import gpu_kernel
 from medprune.quantizing.quantize import nf4, packed_bytes, quantize
+from medprune.settings import resolve
+from medprune.store import Units, describe_machine, write_json
+from medprune.tuning import finetune
 
 RESULTS = Path(__file__).parent / "results"
 REMOVED = (0, 4, 7, 10)
@@ -196,8 +195,7 @@ def tuning(config: dict, dtype, device: str, steps: int, tiny: bool) -> dict:
     tokens = config["image_seq_length"] + 3 * TEXT_TOKENS + answers
     refused = []
     for rows in (t4.batch_size, t4.batch_size // 2, t4.batch_size // 4, 1):
-        base = {"base": form, "rows": rows, "tokens": tokens, "refused_rows": list(refused), "plan_peak_bytes": predict_training_bytes(
-            config, t4.lora_r, rows, tokens, FORMS[form][0], gradient_checkpointing=True, answer_tokens=answers)}  # fmt: skip
+        base = {"base": form, "rows": rows, "tokens": tokens, "refused_rows": list(refused)}
         found = attempt(lambda r=rows: _train_steps(form, config, dtype, device, t4, r, tokens, answers, steps), **base)
         if "note" not in found:
             return found
@@ -268,18 +266,16 @@ def scoring(model, full: dict, new_tokens: int, batch_rows: int, folder: Path) -
 
 
 def awq(model, full: dict, rows: int, tokens: int, dtype) -> dict:
-    """Quantize the first few blocks by AWQ; return seconds a block, and the peak beside the plan's of as many blocks."""
+    """Quantize the first few blocks by AWQ; return seconds a block, and the peak."""
     keep = min(AWQ_BLOCKS, full["text_config"]["num_hidden_layers"])
     remove(model, list(range(keep, len(parts(model).blocks))))
     batch = prompt(full, rows, dtype, str(model.device))
     ids = torch.randint(3, 900, (rows, tokens), device=model.device)
     ids[:, : batch["input_ids"].shape[1]] = batch["input_ids"]
-    small = full | {"text_config": full["text_config"] | {"num_hidden_layers": keep}}
     info = quantize(model, "awq", 4, GROUP_SIZE, {"input_ids": ids, "pixel_values": batch["pixel_values"]})[1]
     every = full["text_config"]["num_hidden_layers"]
     return {"blocks": keep, "rows": rows, "tokens": tokens, "s_per_block": info["seconds"] / keep,
-            "all_blocks_s": info["seconds"] / keep * every, "peak_bytes": info["peak_bytes"],
-            "plan_peak_bytes": predict_awq_bytes(small, rows, tokens)}  # fmt: skip
+            "all_blocks_s": info["seconds"] / keep * every, "peak_bytes": info["peak_bytes"]}  # fmt: skip
 
 
 def measure(tiny: bool, limit_s: float, folder: Path) -> dict:

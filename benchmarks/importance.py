@@ -8,7 +8,7 @@ python benchmarks/importance.py [--model FOLDER] [--profile local] [--naive-bloc
 (b) one model that skips the block, all questions of a block in one batch.
 (c) the leave-one-out batch: every row of one batch skips a block of its own, as notebook 02 does it.
 All three give the texts whose embeddings are compared; the scores must agree. What is left of a difference in (a) is
-rounding: (a)'s models, asked through `generate.answer` as (b) and (c) are, must say the very same, text for text, on a
+rounding: (a)'s models, asked through `decoding.answer` as (b) and (c) are, must say the very same, text for text, on a
 machine whose matrix products round a row alike however many rows are beside it (Intel's AMX does not; `rows_round_alike`
 tries it). Where they do not, the differences are the noise floor of the measure itself.
 Beside them stand the floor of (c) in FLOPs over this machine's matrix product rate, and what applying a plan to
@@ -34,15 +34,14 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions, load_questions, test_questions
 from medprune.data.record import Record
 from medprune.data.records import sample_balanced
-from medprune.pruning import leave_one_out
-from medprune.models.sizes import shape_of
-from medprune.store import Units, describe_machine, read_json, write_json
-from medprune.settings import REPO, resolve
 from medprune.models.attention import GROUPED
 from medprune.models.families import parts, protected
 from medprune.models.loading import choose_dtype, load, load_embedder
+from medprune.models.sizes import named_config, shape_of
+from medprune.pruning import leave_one_out
 from medprune.pruning.plan import apply_plan, make_plan
-from medprune.models.sizes import named_config
+from medprune.settings import REPO, resolve
+from medprune.store import Units, describe_machine, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 # Of importance_score (0-2). `generate` runs the prompt in one piece and torch's own attention, so that bf16 rounds

@@ -17,21 +17,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 
 from medprune.answers import decoding, timing
+from medprune.data.questions import load_conditions, load_questions
 from medprune.data.record import Record
 from medprune.data.records import sample_balanced
 from medprune.models import loading
-from medprune.quantizing import packed, quantize
+from medprune.models.families import parts
 from medprune.models.sizes import account
-from medprune.store import describe_machine, read_json, write_json
-from medprune.quantizing.checkpoint import save_quantized
-from medprune.settings import REPO
-from medprune.data.questions import load_conditions, load_questions
 from medprune.progress import quiet
-from medprune.quantizing.quantize import packed_bytes, quantize, target_linears
+from medprune.quantizing import packed
+from medprune.quantizing.checkpoint import save_quantized
+from medprune.quantizing.quantize import packed_bytes, quantization_batch, quantize
+from medprune.settings import METHODS, REPO
+from medprune.store import describe_machine, read_json, write_json
 
 GROUP_SIZE = 64
 CALIBRATION_ROWS = 8
@@ -46,7 +48,7 @@ def batches(folder: Path, processor, split: str, rows: int, seed: int) -> dict:
     records = [Record(**r) for r in read_json(folder / "splits.json")[split]]
     chosen = sample_balanced(records, min(rows, len(records)), seed)
     dtype = loading.choose_dtype(loading.choose_device())
-    return quantize.quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
+    return quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
 
 
 @torch.inference_mode()
@@ -54,8 +56,8 @@ def text_log_probs(llava, batch: dict) -> torch.Tensor:
     """Return log-probabilities (rows, positions after the image, vocabulary) in float32."""
     first = int((batch["input_ids"][0] == llava.config.image_token_id).nonzero()[-1]) + 1
     ids, pixels = batch["input_ids"].to(llava.device), batch["pixel_values"].to(llava.device, llava.dtype)
-    logits = [llava(input_ids=ids[i : i + 1], pixel_values=pixels[i : i + 1], use_cache=False).logits
-              for i in range(len(pixels))]  # fmt: skip
+    rows = [{"input_ids": ids[i : i + 1], "pixel_values": pixels[i : i + 1]} for i in range(len(pixels))]
+    logits = [llava(**row, use_cache=False).logits for row in rows]
     return torch.cat(logits)[:, first:].float().log_softmax(-1)
 
 
@@ -66,18 +68,32 @@ def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 def put_back(llava, folder: Path) -> None:
     """Put the tensors of an AWQ folder of the text model into a LLaVA, in place."""
+    text = parts(llava).text_model
     tensors = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-    for name in target_linears(llava, 4):
-        short = name.replace("model.language_model.", "model.")
-        stored = packed.from_awq(*(tensors.pop(f"{short}.{key}") for key in ("qweight", "qzeros", "scales")))
-        linear = llava.get_submodule(name)
+    tensors = {k.removeprefix("model."): v for k, v in tensors.items()}
+    for name, linear in [(n, m) for n, m in text.named_modules() if isinstance(m, torch.nn.Linear)]:
+        stored = packed.from_awq(*(tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")))
         layer = packed.PackedLinear(linear.in_features, linear.out_features, 4, GROUP_SIZE, linear.bias)
         layer.load_state_dict(stored)
-        llava.set_submodule(name, layer)
-    own = {f"model.language_model.{k.removeprefix('model.')}": v.to(llava.dtype)
-           for k, v in tensors.items() if k.startswith("model.layers.") or k == "model.norm.weight"}  # fmt: skip
-    if unknown := llava.load_state_dict(own, strict=False).unexpected_keys:
+        text.set_submodule(name, layer)
+    own = {k: v.to(llava.dtype) for k, v in tensors.items() if k.startswith("layers.") or k == "norm.weight"}
+    if unknown := text.load_state_dict(own, strict=False).unexpected_keys:
         raise ValueError(f"{folder} holds {unknown[0]}, which the LLaVA's language model has not.")
+
+
+def quantized(llava, processor, case: str, folder: Path, awq_folder: Path | None) -> tuple:
+    """Quantize by the method that a case names, and save AWQ's; return (model, what it cost and how it was planned)."""
+    method, calibration = case.split(",")[0], None
+    if method == "awq":
+        calibration = batches(folder, processor, "train", CALIBRATION_ROWS, 0)
+    if case == "awq, text only":
+        calibration = {"input_ids": without_images(llava, calibration["input_ids"])}
+    llava, info = quantize(llava, method, 4, GROUP_SIZE, calibration)
+    if case == "awq" and awq_folder is not None:
+        save_quantized(llava, awq_folder, "awq", info, processor=processor)
+    total, plan = info["packed_bytes"]["total"], account(llava.config, 0, 4, GROUP_SIZE, 0, method=method).weights_bytes
+    cost = {"quantize_s": info["seconds"], "quantize_peak_bytes": info["peak_bytes"]}
+    return llava, cost | {"packed_bytes": total, "plan_bytes": plan, "packed_against_plan_frac": total / plan - 1}
 
 
 def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Path | None = None) -> dict:
@@ -92,26 +108,17 @@ def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Pa
     result = {"case": case, "dense_bytes": loading.weight_bytes(llava)}
     if case == GPTQMODEL:
         put_back(llava, awq_folder)
-    elif (method := case.split(",")[0]) in ("awq", "bnb", "hqq", "rtn"):
-        calibration = batches(folder, processor, "train", CALIBRATION_ROWS, 0) if method == "awq" else None
-        if case == "awq, text only":
-            calibration = {"input_ids": without_images(llava, calibration["input_ids"])}
-        llava, info = quantize(llava, method, 4, GROUP_SIZE, calibration)
-        plan = account(llava.config, 0, 4, GROUP_SIZE, 0, method=method)
-        total = info["packed_bytes"]["total"]
-        result |= {"quantize_s": info["seconds"], "quantize_peak_bytes": info["peak_bytes"],
-                   "packed_bytes": total, "plan_bytes": plan.weights_bytes,
-                   "packed_against_plan_frac": total / plan.weights_bytes - 1}  # fmt: skip
-        if case == "awq" and awq_folder is not None:
-            save_quantized(llava, awq_folder, "awq", info, processor=processor)
+    elif case.split(",")[0] in METHODS:
+        llava, found = quantized(llava, processor, case, folder, awq_folder)
+        result |= found
     if case == "rtn, without the kernel":  # what a processor without one does: unpack for every call
         packed.kernel_width = lambda: None
     record = Record(**read_json(folder / "splits.json")["test"][0])
     asked = {"path": record.path, "question": QUESTION}
     speed = timing.measure_decoding(llava, processor, asked, new_tokens)
-    result |= {"ms_per_token": speed["ms_per_token"], "answer_peak_bytes": speed["peak_bytes"]}
     (said,) = decoding.answer(llava, processor, [asked], 40)
-    result |= {"held_bytes": packed_bytes(llava)["total"], "answer": said.text}
+    result |= {"ms_per_token": speed["ms_per_token"], "answer_peak_bytes": speed["peak_bytes"], "answer": said.text}
+    result["held_bytes"] = packed_bytes(llava)["total"]
     test = batches(folder, processor, "test", rows, 1)
     ours = text_log_probs(llava, test)
     del llava
@@ -146,15 +153,9 @@ def beside_gptqmodel(python: Path, folder: Path, awq_folder: Path, scratch: Path
 
 def report(cases: list[dict]) -> str:
     """Return the cases as a table for reading."""
-    lines = [f"{'case':28s} {'quantize s':>10s} {'peak MB':>8s} {'MB':>7s} {'plan':>7s} {'ms/token':>9s}"
-             f" {'KL nats':>9s} {'same':>6s}"]  # fmt: skip
-    for c in cases:
-        cost = (f"{c['quantize_s']:10.1f} {c['quantize_peak_bytes'] / 1e6:8.0f}" if "quantize_s" in c else " " * 19)
-        plan = f"{c['packed_against_plan_frac']:+7.2%}" if "plan_bytes" in c else " " * 7
-        size = c.get("packed_bytes", c["held_bytes"]) / 1e6
-        lines.append(f"{c['case']:28s} {cost} {size:7.1f} {plan} {c['ms_per_token']:9.1f} {c['mean_kl_nats']:9.4f}"
-                     f" {c['same_first_choice_frac']:6.1%}")  # fmt: skip
-    return "\n".join(lines)
+    columns = ["case", "quantize_s", "quantize_peak_bytes", "packed_bytes", "held_bytes", "packed_against_plan_frac"]
+    table = pd.DataFrame(cases).reindex(columns=[*columns, "ms_per_token", "mean_kl_nats", "same_first_choice_frac"])
+    return table.to_string(index=False, float_format="{:,.4g}".format, na_rep="")
 
 
 def main() -> None:
@@ -177,8 +178,8 @@ def main() -> None:
 
     def again(case: str, awq_folder: Path) -> dict:
         words = ["--run", args.run, "--rows", args.rows, "--new-tokens", args.new_tokens, "--case", case]
-        done = subprocess.run([sys.executable, __file__, *map(str, words), "--awq-folder", str(awq_folder)],
-                              stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+        words = [sys.executable, __file__, *map(str, words), "--awq-folder", str(awq_folder)]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         print(f"{case}: done", file=sys.stderr)
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -28,16 +28,14 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from medprune.models.sizes import GIB, account
-from medprune.store import describe_machine, write_json
 from medprune.answers.decoding import roomy_cache
+from medprune.answers.timing import peak_memory
 from medprune.models.families import parts
 from medprune.models.loading import choose_device, choose_dtype, ready, weight_bytes
+from medprune.models.sizes import GIB, account, named_config, shape_of
 from medprune.quantizing.packed import PackedLinear
-from medprune.runs.preflight import predict_generation_bytes
-from medprune.answers.timing import _peak_bytes, _reset_peak
 from medprune.quantizing.quantize import packed_bytes, target_linears
-from medprune.models.sizes import named_config
+from medprune.store import describe_machine, write_json
 
 GROUP_SIZE = 64
 CASES = ((0, 16), (0, 4), (7, 4), (8, 4), (10, 4), (0, 4, "whole"), (4, 4, "whole"))  # (blocks removed, bits, of which parts)
@@ -131,16 +129,16 @@ def run_case(removed: int, bits: int, tiny: bool, new_tokens: int, whole: bool =
     config["text_config"]["num_hidden_layers"] -= removed
     small = shape(tiny=True)  # what torch loads with its first forward is overhead, and not the model's
     ask(build(small, bits, dtype, device)[0], small, dtype, 1)
-    overhead = psutil.Process().memory_info().rss if device == "cpu" else 0
-    _reset_peak(torch.device(device))
+    overhead = resident_bytes(device)
     started = time.perf_counter()
-    model, smaller = build(config, bits, dtype, device, whole=whole)
+    with peak_memory(nn.Module()) as building:
+        model, smaller = build(config, bits, dtype, device, whole=whole)
     build_s = time.perf_counter() - started
-    built_peak = _peak_bytes(torch.device(device))
     keep_freed_memory()
-    _reset_peak(torch.device(device))
-    said = ask(model, config, dtype, new_tokens)
-    answer_peak = _peak_bytes(torch.device(device))
+    held_before = resident_bytes(device)
+    with peak_memory(nn.Module()) as answering:
+        said = ask(model, config, dtype, new_tokens)
+    built_peak, answer_peak = overhead + building["bytes"], held_before + answering["bytes"]
     measured = packed_bytes(model)
     weights = measured["total"]
     context = said["prompt_tokens"] + new_tokens
@@ -152,7 +150,7 @@ def run_case(removed: int, bits: int, tiny: bool, new_tokens: int, whole: bool =
     # A folder's bits that lead back to the exact scales are not read while decoding.
     read = count(scale_bits=32, zero_point_bits=0) if running else plan
     # what answering holds besides: the larger of the prompt's and the vision tower's working sets
-    working = predict_generation_bytes(full, 1, context, 16, removed) - account(full, removed, context=context).total_bytes
+    working = working_bytes(full, context, removed)
     peak = max(built_peak, answer_peak)
     return {
         "name": f"{'dense 16-bit' if bits == 16 else f'{bits}-bit RTN'}{', head and tower too' if whole else ''}, {removed} removed",
@@ -167,6 +165,25 @@ def run_case(removed: int, bits: int, tiny: bool, new_tokens: int, whole: bool =
         "peak_against_plan_frac": (peak - overhead) / (held.total_bytes + working) - 1,
         "decode_read_bytes": read.decode_read_bytes,
     }  # fmt: skip
+
+
+def working_bytes(config: dict, context: int, removed: int) -> int:
+    """Return what one answer of `context` tokens holds beside weights and cache: sums over the configuration's shapes.
+
+    One block's K and V (a growing cache is copied block by block) + the larger of two working sets in 16 bits (prefill,
+    context x (3 x intermediate + 4 x hidden) and a mask; vision tower, all layers' states + 2 x its MLP) + the logits
+    of one position in float32 and 16 bits.
+    """
+    sizes, vision = shape_of(config), config["vision_config"]
+    prefill = 2 * context * (3 * sizes.intermediate + 4 * sizes.hidden + context)
+    states = (sizes.vision_layers + 1) * vision["hidden_size"] + 2 * vision["intermediate_size"]
+    block = account(config, removed, context=context).kv_cache_bytes // (sizes.blocks - removed)
+    return block + max(prefill, 2 * sizes.vision_tokens * states) + 6 * sizes.vocab
+
+
+def resident_bytes(device: str) -> int:
+    """Return what this process holds, 0 where the model is on a GPU, whose allocator counts from nothing."""
+    return psutil.Process().memory_info().rss if device == "cpu" else 0
 
 
 def keep_freed_memory(size_bytes: int = 64 << 20) -> None:

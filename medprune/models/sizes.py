@@ -6,13 +6,15 @@ torch's meta device. Blocks can be removed and stored in fewer bits, each method
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from medprune.models.families import ATTENTION, BLOCKS, VISION_LAYERS
-from medprune.settings import GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
+from medprune.settings import GROUP_SIZES, METHODS, NF4_GROUP
 
 GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
@@ -34,12 +36,16 @@ _LLAVA_15 = {
     "image_token_index": 32000, "image_seq_length": 576,
 }  # fmt: skip
 
-# What transformers fills in where a hub config.json leaves a key of the text configuration out.
+# What transformers fills in where a hub config.json leaves a key out.
 _TEXT_COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 _TEXT_DEFAULTS = {
     "llama": _TEXT_COMMON | {"intermediate_size": 11008},
     "mistral": _TEXT_COMMON | {"intermediate_size": 14336, "num_key_value_heads": 8},
 }
+_VISION_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224,
+    "patch_size": 32,
+}  # fmt: skip
 
 # The LLaVAs that `assembled.prepare_base` builds; here, so that they can be counted without loading torch.
 ASSEMBLED = {
@@ -105,16 +111,14 @@ def base_config(base: str | Path) -> dict | None:
         return ASSEMBLED[base] | {"model_type": "llava", "tie_word_embeddings": True}
     path = Path(base)
     config = _read_config(path) if path.exists() or path.is_absolute() else _hub_config(str(base))
-    quantized = (config or {}).get("quantization_config")
-    if quantized:
+    if quantized := (config or {}).get("quantization_config"):
         method = quantized.get("quant_method", "some method")
         raise ValueError(f"{base} is quantized already, by {method}: name the 16-bit model that it was made from.")
     return config
 
 
 def _hub_config(name: str) -> dict | None:
-    organisation, slash, repository = name.partition("/")
-    if not slash or not organisation.strip(".") or "/" in repository:
+    if not re.fullmatch(r"[^/.][^/]*/[^/]+", name):
         raise ValueError(f"base {name!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
     if _short_name(name) in NAMED_SHAPES:
         return named_config(name)
@@ -126,28 +130,13 @@ def _hub_config(name: str) -> dict | None:
         return None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a LLaVA that decide its bytes; `linears` are a block's (name, inputs, outputs)."""
+def shape_of(config) -> SimpleNamespace:
+    """Return the sizes that decide the bytes of a LLaVA, of its `LlavaConfig` or the equal dict.
 
-    hidden: int
-    intermediate: int
-    blocks: int
-    kv_width: int  # key-value heads x head size: what one token adds to K, and to V, in each block
-    vocab: int
-    tied: bool
-    linears: tuple[tuple[str, int, int], ...]
-    block_extras: int  # parameters of a block outside its linears' weights: two norms, and biases if any
-    vision_params: int
-    vision_linears: tuple[tuple[str, int, int], ...]  # those of one of its layers
-    projector_params: int
-    vision_layers: int
-    vision_tokens: int  # patches and the class token
-
-
-def shape_of(config) -> Shape:
-    """Read the sizes from a `LlavaConfig` or the equal dict; ValueError where the layout is not known."""
-    config = _as_dict(config)
+    Linears are (name, inputs, outputs): those of a block, and of one of the vision tower's layers. Raises ValueError
+    where the layout is not known.
+    """
+    config = config if isinstance(config, dict) else config.to_dict()
     text, vision = _text_and_vision(config)
     hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
     head_size = text.get("head_dim") or hidden // heads
@@ -159,65 +148,44 @@ def shape_of(config) -> Shape:
     features = config.get("vision_feature_layer", -2)
     projector_in = vision["hidden_size"] * (1 if isinstance(features, int) else len(features))
     projector_biases = 2 * hidden * bool(config.get("multimodal_projector_bias", True))
-    return Shape(
+    return SimpleNamespace(
         hidden=hidden,
         intermediate=inner,
         blocks=text["num_hidden_layers"],
-        kv_width=kv,
+        kv_width=kv,  # key-value heads x head size: what one token adds to K, and to V, in each block
         vocab=text["vocab_size"],
         tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        linears=_named(ATTENTION, attention) + _named("mlp", mlp),
-        block_extras=2 * hidden + biases,
+        linears=[(f"{module}.{n}", *io) for module, part in ((ATTENTION, attention), ("mlp", mlp)) for n, *io in part],
+        block_extras=2 * hidden + biases,  # parameters of a block outside its linears' weights: two norms, and biases
         projector_params=projector_in * hidden + hidden * hidden + projector_biases,
         **_vision_sizes(vision),
     )
 
 
-def _as_dict(config) -> dict:
-    return config if isinstance(config, dict) else config.to_dict()
-
-
-def _named(module: str, linears) -> tuple[tuple[str, int, int], ...]:
-    return tuple((f"{module}.{name}", n_in, n_out) for name, n_in, n_out in linears)
-
-
 def _text_and_vision(config: dict) -> tuple[dict, dict]:
-    text = _as_dict(config.get("text_config") or {})
-    vision = _as_dict(config.get("vision_config") or _CLIP_L_336)
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
     kind, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
     if kind not in _TEXT_DEFAULTS or tower != "clip_vision_model":
         known = " or ".join(_TEXT_DEFAULTS)
         raise ValueError(f"the accounting knows LLaVAs of a CLIP tower and {known}, not of {tower!r} and {kind!r}.")
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size"):
-        if key not in vision:
-            raise ValueError(f"the vision_config lacks {key}; a complete CLIP configuration is needed.")
-    return _TEXT_DEFAULTS[kind] | text, vision
+    return _TEXT_DEFAULTS[kind] | text, _VISION_DEFAULTS | vision
 
 
 def _vision_sizes(vision: dict) -> dict:
     wide, inner, layers = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    linears = tuple((f"{ATTENTION}.{name}_proj", wide, wide) for name in ("q", "k", "v", "out"))
-    linears += (("mlp.fc1", wide, inner), ("mlp.fc2", inner, wide))
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1  # patches and the class token
+    linears = [(f"{ATTENTION}.{name}_proj", wide, wide) for name in ("q", "k", "v", "out")]
+    linears += [("mlp.fc1", wide, inner), ("mlp.fc2", inner, wide)]
     layer = sum(n_in * n_out + n_out for _, n_in, n_out in linears) + 4 * wide  # biases, and two norms
-    patches = wide * vision.get("num_channels", 3) * vision["patch_size"] ** 2
-    return {
-        # class token, patches, positions, the norms before and after, the layers
-        "vision_params": wide + patches + tokens * wide + 4 * wide + layers * layer,
-        "vision_linears": linears,
-        "vision_layers": layers,
-        "vision_tokens": tokens,
-    }
+    patches = wide * vision["num_channels"] * vision["patch_size"] ** 2
+    params = (
+        wide + patches + tokens * wide + 4 * wide + layers * layer
+    )  # class token, positions, norms before and after
+    return {"vision_params": params, "vision_linears": linears, "vision_layers": layers, "vision_tokens": tokens}
 
 
 def linear_bytes(
-    n_in: int,
-    n_out: int,
-    bits: float,
-    group_size: int | None,
-    method: str = "rtn",
-    scale_bits: int = 16,
-    zero_point_bits: int | None = None,
+    n_in: int, n_out: int, bits: float, group_size: int, method="rtn", scale_bits=16, zero_point_bits: int | None = None
 ) -> tuple[int, int, int]:
     """Return one Linear's bytes as (codes, scales, zero points), as `method` stores it.
 
@@ -234,10 +202,10 @@ def linear_bytes(
         absmax = math.ceil(weights / NF4_GROUP)
         scales = 4 * absmax if method == "bnb" else absmax + 4 * math.ceil(absmax / 256) + 4 + 4 * 256
         return codes, scales + 4 * 16, 0
-    groups = n_out * (n_in // group_size if group_size else 1)
+    groups = n_out * (n_in // group_size)
     scales = groups * scale_bits // 8
     if method == "hqq":
-        codes = 4 * math.ceil(groups / 10) * (group_size or n_in) if bits == 3 else codes
+        codes = 4 * math.ceil(groups / 10) * group_size if bits == 3 else codes
         return codes, scales, scales
     zero_bits = math.ceil(bits) if zero_point_bits is None else zero_point_bits
     return codes, scales, math.ceil(groups * zero_bits / 8)
@@ -281,27 +249,16 @@ class Account:
         return self.decode_read_bytes / (bandwidth_gb_s * 1e9) * 1e3
 
 
-def account(
-    config,
-    blocks_removed: int = 0,
-    bits: float | Sequence[float] = 16,
-    group_size: int | None = 64,
-    context: int = 840,
-    batch: int = 1,
-    scale_bits: int = 16,
-    zero_point_bits: int | None = None,
-    method: str = "rtn",
-    quantize_head: bool = False,
-    quantize_vision: bool = False,
-) -> Account:
+def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch=1, method="rtn", **also) -> Account:
     """Count a LLaVA less `blocks_removed` blocks, with its block linears stored in `bits` by `method`.
 
     `bits`: one number (16, or 2 to 8; a fraction stands for an average) or one for each block that is kept.
-    `quantize_head` and `quantize_vision` (rtn, hqq) store the head, of which a tied one becomes a copy, and the
-    linears of the vision tower in the fewest of them. Everything else stays at 16 bits, the KV cache of
-    `context` tokens x `batch` rows too: tokens x 2 x blocks x key-value heads x head size x 2 bytes. Raises
-    ValueError for a value out of its range.
+    `also`: `quantize_head` and `quantize_vision` (rtn, hqq) store the head, of which a tied one becomes a copy, and the
+    linears of the vision tower in the fewest of them; `scale_bits` and `zero_point_bits` are as `linear_bytes` takes
+    them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows too: tokens x 2 x blocks x
+    key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
     """
+    quantize_head, quantize_vision = also.pop("quantize_head", False), also.pop("quantize_vision", False)
     shape = shape_of(config)
     if not 0 <= blocks_removed < shape.blocks:
         raise ValueError(f"blocks_removed must be 0 to {shape.blocks - 1}, not {blocks_removed}.")
@@ -312,25 +269,25 @@ def account(
     if len(block_bits) != kept:
         raise ValueError(f"bits lists {len(block_bits)} blocks; {kept} are kept.")
     _check_storage(shape, set(block_bits), group_size, method, quantize_head, quantize_vision)
-    fewest, storage = min(block_bits), (group_size, method, scale_bits, zero_point_bits)
+    fewest, storage = min(block_bits), {"group_size": group_size, "method": method, **also}
     params = _params(shape, kept)
     part_bytes = {part: 2 * n for part, n in params.items()}
-    each = {width: _stored(shape.linears, width, *storage) for width in set(block_bits)}
+    each = {width: _stored(shape.linears, width, storage) for width in set(block_bits)}
     for number, part in enumerate(("block_weights", "block_scales", "block_zero_points")):
         part_bytes[part] = sum(each[width][number] for width in block_bits)
     head_bytes = 2 * shape.vocab * shape.hidden
     if quantize_head:
-        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, fewest, *storage))
+        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, fewest, **storage))
     if quantize_vision:
-        saved = sum(_stored(shape.vision_linears, 16, *storage)) - sum(_stored(shape.vision_linears, fewest, *storage))
-        part_bytes["vision_tower"] -= shape.vision_layers * saved
+        before, after = (sum(_stored(shape.vision_linears, width, storage)) for width in (16, fewest))
+        part_bytes["vision_tower"] -= shape.vision_layers * (before - after)
     kv_cache_bytes = context * batch * 2 * kept * shape.kv_width * 2
     blocks_bytes = sum(size for part, size in part_bytes.items() if part.startswith("block_"))
     read = blocks_bytes + part_bytes["final_norm"] + head_bytes + kv_cache_bytes
     return Account(params, part_bytes, kv_cache_bytes, read)
 
 
-def _params(shape: Shape, kept: int) -> dict[str, int]:
+def _params(shape, kept: int) -> dict[str, int]:
     table = shape.vocab * shape.hidden
     return {
         "vision_tower": shape.vision_params,
@@ -343,39 +300,26 @@ def _params(shape: Shape, kept: int) -> dict[str, int]:
     }
 
 
-def _stored(linears, *storage) -> list[int]:
+def _stored(linears, bits: float, storage: dict) -> list[int]:
     """Return a layer's codes, scales and zero points, in bytes over its linears."""
-    return [sum(sizes) for sizes in zip(*(linear_bytes(i, o, *storage) for _, i, o in linears), strict=True)]
+    return [sum(sizes) for sizes in zip(*(linear_bytes(i, o, bits, **storage) for _, i, o in linears), strict=True)]
 
 
-def _check_storage(shape: Shape, bits: set[float], group_size: int | None, method: str, head: bool, vision: bool):
+def _check_storage(shape, bits: set[float], group_size: int, method: str, head: bool, vision: bool) -> None:
     if method not in STORED_AS:
         raise ValueError(f"method must be one of {STORED_AS}, not {method!r}.")
     if wrong := [b for b in bits if b != 16 and not 2 <= b <= 8]:
         raise ValueError(f"bits must be 16 or from 2 to 8, not {wrong[0]}.")
-    widths = WIDTHS[method.removesuffix("-double")]
-    if (head or vision) and (len(widths) == 1 or bits == {16}):
-        ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in {min(bits)}"
+    if bits == {16} and (head or vision):
+        ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in 16"
         raise ValueError(f"head and vision tower are quantized {ways}.")
-    if bits == {16}:
-        return
-    if len(widths) == 1 and (wrong := sorted(bits - {*widths, 16})):
-        raise ValueError(f"{method} stores {widths[0]} bits, not {wrong[0]}; rtn and hqq store other numbers.")
-    if not method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
-        _check_groups(shape.linears, group_size, BLOCKS)
-    elif group_size != NF4_GROUP:
-        raise ValueError(f"{method} has groups of {NF4_GROUP} weights only, not {group_size}.")
-    if vision:
-        _check_groups(shape.vision_linears, group_size, VISION_LAYERS)
-
-
-def _check_groups(linears, group_size: int | None, layers: str) -> None:
-    if group_size is None:
+    if bits == {16} or method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
         return
     if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES} or None, not {group_size}.")
-    fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in linears)]
-    if group_size not in fits:
-        name, n_in = next((name, n_in) for name, n_in, _ in linears if n_in % group_size)
-        which = f"{layers}.0.{name} has {n_in} inputs, not a multiple of group_size {group_size}"
-        raise ValueError(f"{which}; of {GROUP_SIZES} these fit: {fits}.")
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
+    for layers, linears in ((BLOCKS, shape.linears), (VISION_LAYERS, shape.vision_linears if vision else [])):
+        fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in linears)]
+        if group_size not in fits:
+            name, n_in = next((name, n_in) for name, n_in, _ in linears if n_in % group_size)
+            which = f"{layers}.0.{name} has {n_in} inputs, not a multiple of group_size {group_size}"
+            raise ValueError(f"{which}; of {GROUP_SIZES} these fit: {fits}.")

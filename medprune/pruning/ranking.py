@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 
 from medprune.models.families import n_blocks, protected
 from medprune.pruning.criteria import removal_order
+from medprune.pruning.leave_one_out import logit_divergence, original_logits, teacher_batches
 from medprune.pruning.plan import without
 from medprune.store import Units
 
@@ -105,6 +106,34 @@ def greedy_order(model, score_fn, protect, n: int, units: Units) -> list[int]:
             units.add(key, {"block": left[0], "scores": {str(b): s for b, s in scores.items()}})
         removed.append(units[key]["block"])
     return removed
+
+
+class _Passing(dict):
+    """Units that are not kept: a step of a greedy order is one unit, its scores by themselves are none."""
+
+    add = dict.__setitem__
+
+
+def greedy_by_divergence(
+    model, processor, rows, said, first: pd.DataFrame, protect, n: int, units: Units, batch_rows: int
+) -> list[int]:
+    """Return `greedy_order` by logit divergence from the whole model, the cheapest criterion that looks at answers.
+
+    rows, said: calibration questions and the whole model's answers; a question an image is scored again after each
+    removal. first: `leave_one_out.logit_divergence` of the whole model on every question.
+    """
+    some = range(1, len(rows), 3)
+    few = teacher_batches(processor, [rows[i] for i in some], [said[i] for i in some], model.dtype, batch_rows)
+    reference, whole = original_logits(model, few), n_blocks(model.config)
+
+    def divergence(current, kept):
+        if len(kept) == whole:  # scored already, on every question
+            return first.groupby("block")["score"].mean().to_dict()
+        left = [i for i, block in enumerate(kept) if block not in protect]
+        found = logit_divergence(current, few, left, _Passing(), reference).groupby("block")["score"].mean()
+        return {kept[i]: score for i, score in found.items()}
+
+    return greedy_order(model, divergence, protect, n, units)
 
 
 def knee(removed, scores) -> int:

@@ -1,7 +1,5 @@
 """The series' figures: matplotlib Figures closed to pyplot, which a notebook shows once, as a cell's last line."""
 
-from collections import defaultdict
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,14 +17,13 @@ from medprune.results.tables import pareto_front
 
 BLUE, RED, GREY = "#0072b2", "#c0392b", "#8c8c8c"
 SCORE = "judge score (%)"
+REMOVED = "decoder blocks removed (count)"
 BLOCK = "decoder block (0-based, in the original model)"
 PLAIN = {"frameon": False, "fontsize": "small"}  # a legend; ABOVE a figure's axes, or BESIDE them
 ABOVE = PLAIN | {"loc": "outside upper right", "ncols": 2}
 BESIDE = PLAIN | {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 BARS = {"capsize": 2, "elinewidth": 0.8}  # of intervals
 CONTROLS = {"random": "--", "reverse_order": ":"}  # criteria that look at nothing, and the lines that draw them
-
-_LABELS = {"blocks_removed": "decoder blocks removed (count)", "params_b": "parameters (billions)"}
 
 _UNITS = {
     "output_similarity": "1 - cosine", "magnitude": "sum |w|", "block_influence": "1 - cosine",
@@ -48,30 +45,25 @@ def figure_loss(curve: list[dict]) -> Figure:
 
 def figure_images(records, per_condition: int = 6) -> Figure:
     """Draw some images of each condition."""
-    groups = defaultdict(list)
-    for r in records:
-        groups[r.condition].append(r)
-    size = (1.5 * per_condition, 1.6 * len(groups))
-    fig, axes = _axes(len(groups), per_condition, size, squeeze=False)
-    for line, (condition, members) in zip(axes, sorted(groups.items()), strict=True):
-        for ax in line:
-            ax.axis("off")
+    groups = pd.Series(records).groupby([r.condition for r in records])
+    fig, axes = _axes(len(groups), per_condition, (1.5 * per_condition, 1.6 * len(groups)), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for line, (condition, members) in zip(axes, groups, strict=True):
+        line[0].set_title(condition, loc="left", fontsize=9)
         for ax, record in zip(line, members, strict=False):
             ax.imshow(open_image(record.path))
-        line[0].set_title(condition, loc="left", fontsize=9)
     return fig
 
 
 def figure_importance(df: pd.DataFrame) -> Figure:
-    """Draw the paper's figure 3: importance_score by block; protected (bool) is optional."""
-    _need(df, "block", "importance_score")
+    """Draw the paper's figure 3: importance_score by block, those that are protected (bool) in grey."""
     fig, ax = _axes(size=(8, 3.8))
-    protected = df["protected"].astype(bool) if "protected" in df else pd.Series(False, index=df.index)
+    protected = df["protected"].astype(bool)
     for name, rows, color in (("scored", df[~protected], BLUE), ("protected", df[protected], GREY)):
-        if len(rows):
-            ax.bar(rows["block"], rows["importance_score"], color=color, label=name)
+        ax.bar(rows["block"], rows["importance_score"], color=color, label=name)
     _shade(ax, df.loc[protected, "block"])  # a protected block may have no score to draw
-    _whole_numbers(ax)
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlim(df["block"].min() - 0.7, df["block"].max() + 0.7)
     ax.set(xlabel=BLOCK, ylabel="importance score (no unit, higher = keep)")
     if protected.any():
@@ -85,7 +77,6 @@ def figure_criteria(table: pd.DataFrame, protect=()) -> Figure:
     table: criterion, block, importance_score, low, high, seed (`tables.block_scores`); of a criterion with several
     seeds the lowest is drawn in full and the others faintly. Protected blocks are shaded grey.
     """
-    _need(table, "criterion", "block", "importance_score", "low", "high", "seed")
     names = list(table["criterion"].unique())
     fig, axes = _axes(len(names), 1, (8, 0.5 + 1.25 * len(names)), sharex=True, squeeze=False)
     for name, ax in zip(names, axes[:, 0], strict=True):
@@ -101,7 +92,7 @@ def figure_criteria(table: pd.DataFrame, protect=()) -> Figure:
         ax.margins(y=0.15)
         ax.tick_params(labelsize="small")
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
-    _whole_numbers(ax)
+    ax.locator_params(axis="x", integer=True)
     ax.set_xlabel(f"{BLOCK}; higher = keep, grey = protected")
     return fig
 
@@ -132,40 +123,35 @@ def figure_stability(ranks: pd.DataFrame, overlaps: pd.DataFrame) -> Figure:
         ("chance", "random sets", GREY, ":"),
     ):
         right.plot(overlaps["n_removed"], overlaps[column], line, color=color, label=label, markersize=4)
-    right.set(xlabel=_LABELS["blocks_removed"], ylabel="overlap of removal sets (Jaccard, 0-1)", ylim=(0, 1.02))
-    _whole_numbers(right)
+    right.set(xlabel=REMOVED, ylabel="overlap of removal sets (Jaccard, 0-1)", ylim=(0, 1.02))
+    right.locator_params(axis="x", integer=True)
     right.legend(**PLAIN)
     return fig
 
 
-def figure_sweep(sweep: pd.DataFrame, x: str = "blocks_removed", knees: dict | None = None) -> Figure:
-    """Draw judge score against x with 95% intervals by image: a line per criterion, and the paper's, if there.
+def figure_sweep(sweep: pd.DataFrame) -> Figure:
+    """Draw judge score by blocks removed with 95% intervals by image: a line per criterion, and the paper's, if there.
 
-    sweep: x, score, low, high, and perhaps criterion and paper_score; several draws of `random` share the criterion's
-    name and are averaged, their intervals too. Controls are grey and broken. knees: criterion -> its x, ringed.
+    sweep: blocks_removed, score, low, high, and perhaps criterion and paper_score; several draws of `random` share the
+    criterion's name and are averaged, their intervals too. Controls are grey and broken.
     """
-    _need(sweep, x, "score", "low", "high")
     fig, ax = _axes(size=(8, 4.5))
     named = sweep if "criterion" in sweep else sweep.assign(criterion="ours")
     lines = list(_groups(named.dropna(subset="score"), "criterion"))
-    apart = 0.05 * min(np.diff(np.sort(sweep[x].unique())), default=0)  # of the error bars at one x
+    apart = 0.05 * min(np.diff(np.sort(sweep["blocks_removed"].unique())), default=0)  # of the error bars at one count
     for k, (color, name, rows) in enumerate(lines):
-        line = rows.groupby(x, as_index=False)[["score", "low", "high"]].mean()
+        line = rows.groupby("blocks_removed", as_index=False)[["score", "low", "high"]].mean()
         style = {"color": color, "fmt": "o-"}
         if name in CONTROLS:
             style = {"color": GREY, "fmt": "s" + CONTROLS[name]}
-        at = line[x] + apart * (k - (len(lines) - 1) / 2)
+        at = line["blocks_removed"] + apart * (k - (len(lines) - 1) / 2)
         ax.errorbar(at, line["score"], _arms(line), **BARS, label=name.replace("_", " "), markersize=5, **style)
-        ring = line[x] == (knees or {}).get(name)
-        ax.plot(at[ring], line["score"][ring], "o", markersize=13, fillstyle="none", color=style["color"])
     if "paper_score" in sweep:
-        paper = sweep.dropna(subset="paper_score").drop_duplicates(x).sort_values(x)
-        ax.plot(paper[x], paper["paper_score"], "s--", color=GREY, label="paper (LLaVA-1.5-7B)")
-    if x == "blocks_removed":
-        _whole_numbers(ax)
-    ax.set(xlabel=_LABELS.get(x, x.replace("_", " ")), ylabel=SCORE)
-    ax.set_ylim(min(0, sweep["low"].min()), max(100, sweep["high"].max()))
-    ax.legend(**PLAIN, title="ring: knee" if knees else None)
+        paper = sweep.dropna(subset="paper_score").drop_duplicates("blocks_removed").sort_values("blocks_removed")
+        ax.plot("blocks_removed", "paper_score", "s--", data=paper, color=GREY, label="paper (LLaVA-1.5-7B)")
+    ax.locator_params(axis="x", integer=True)
+    ax.set(xlabel=REMOVED, ylabel=SCORE, ylim=(min(0, sweep["low"].min()), max(100, sweep["high"].max())))
+    ax.legend(**PLAIN)
     return fig
 
 
@@ -174,7 +160,6 @@ def figure_recipes(table: pd.DataFrame) -> Figure:
 
     table: recipe, fraction, budget, train_s, score, low, high, score_before. Points in the same time are squares.
     """
-    _need(table, "recipe", "fraction", "budget", "train_s", "score", "low", "high", "score_before")
     fig, ax = _axes(size=(9, 4.5))
     for color, name, rows in _groups(table, "recipe"):
         ax.errorbar(rows["train_s"], rows["score"], _arms(rows), **BARS, fmt="none", ecolor=color)
@@ -199,7 +184,6 @@ def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
     A method that is in every row on the same side is named once, on the axis. what: the difference that every row
     shows ("a - b"), where the rows are groups, named by column a.
     """
-    _need(differences, "a", "b", "diff", "low", "high", "p_holm")
     rows = differences.reset_index(drop=True)
     names, sides = rows["a"] + "  -  " + rows["b"], "methods, a - b"
     if what:
@@ -210,14 +194,11 @@ def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
         names, sides, what = rows["b"], "method", f"{rows['a'][0]} - method"
     fig, ax = _axes(size=(8, 1.5 + 0.4 * len(rows)))
     ax.axvline(0, color=GREY, linewidth=1)
-    told = rows["p_holm"] < 0.05
-    for part, name, color, fill in (
-        (rows[told], "p (Holm) < 0.05", BLUE, BLUE),
-        (rows[~told], "not told from nothing", GREY, "white"),
-    ):
+    kinds = {False: ("p (Holm) < 0.05", BLUE, BLUE), True: ("not told from nothing", GREY, "white")}
+    for untold, part in rows.groupby(~(rows["p_holm"] < 0.05)):
+        name, color, fill = kinds[untold]
         style = {"fmt": "o", "color": color, "markerfacecolor": fill, "capsize": 3}
-        if len(part):
-            ax.errorbar(part["diff"], part.index, xerr=_arms(part, "diff"), label=name, **style)
+        ax.errorbar(part["diff"], part.index, xerr=_arms(part, "diff"), label=name, **style)
     for i, row in rows.iterrows():
         text = with_interval(row["diff"], row["low"], row["high"])
         ax.annotate(text, (1.02, i), xycoords=ax.get_yaxis_transform(), va="center", fontsize="small")
@@ -227,10 +208,9 @@ def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
     return fig
 
 
-def figure_breakdown(df: pd.DataFrame, by: str = "condition", value: str = "score_percent") -> Figure:
-    """Draw each method's mean score (rows) in each group of `by` (columns), such as condition or kind."""
-    _need(df, "method", by, value)
-    means = df.pivot_table(index="method", columns=by, values=value, sort=False, dropna=False)
+def figure_breakdown(df: pd.DataFrame, by: str) -> Figure:
+    """Draw each method's mean score_percent (rows) in each group of `by` (columns), such as condition or kind."""
+    means = df.pivot_table(index="method", columns=by, values="score_percent", sort=False, dropna=False)
     fig, ax = _axes(size=(3.2 + 0.85 * means.shape[1], 1.9 + 0.5 * len(means)))
     sns.heatmap(means, ax=ax, vmin=0, vmax=100, annot=True, fmt=".0f", cmap="viridis", cbar_kws={"label": SCORE})
     ax.set(xlabel=by.replace("_", " "), ylabel="method")
@@ -238,19 +218,15 @@ def figure_breakdown(df: pd.DataFrame, by: str = "condition", value: str = "scor
     return fig
 
 
-def figure_confusion(before: np.ndarray, after: np.ndarray, labels: list[str], names=("before", "after")) -> Figure:
+def figure_confusion(before: np.ndarray, after: np.ndarray, labels: list[str], names: tuple[str, str]) -> Figure:
     """Draw counts (true, named) before and after compression, shaded by share of the true condition.
 
-    before, after: (len(labels), len(labels)), or one column more for answers that name none of them.
+    before, after: (len(labels), len(labels) + 1), the last column for answers that name none of them.
     """
-    matrices, k = [np.asarray(m) for m in (before, after)], len(labels)
-    if any(m.shape not in {(k, k), (k, k + 1)} for m in matrices) or matrices[0].shape != matrices[1].shape:
-        raise ValueError(f"matrices of shapes {[m.shape for m in matrices]} must both be ({k}, {k}) or ({k}, {k + 1}).")
-    named = [*labels, "none named"][: matrices[0].shape[1]]
-    fig, axes = _axes(1, 2, (4.4 + 0.95 * k, 2.4 + 0.4 * k), sharey=True)
-    style = {"vmin": 0, "vmax": 100, "fmt": "g", "cmap": "Blues", "linewidths": 0.5}
-    style |= {"xticklabels": named, "yticklabels": labels, "cbar_kws": {"label": "share of true condition (%)"}}
-    for name, counts, ax in zip(names, matrices, axes, strict=True):
+    fig, axes = _axes(1, 2, (4.4 + 0.95 * len(labels), 2.4 + 0.4 * len(labels)), sharey=True)
+    style = {"vmin": 0, "vmax": 100, "fmt": "g", "cmap": "Blues", "linewidths": 0.5, "yticklabels": labels}
+    style |= {"xticklabels": [*labels, "none named"], "cbar_kws": {"label": "share of true condition (%)"}}
+    for name, counts, ax in zip(names, (before, after), axes, strict=True):
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         sns.heatmap(share * 100, ax=ax, annot=counts, cbar=ax is axes[1], **style)
         ax.set(xlabel="condition named (answers)", title=name)
@@ -261,7 +237,6 @@ def figure_confusion(before: np.ndarray, after: np.ndarray, labels: list[str], n
 
 def figure_pareto(df: pd.DataFrame) -> Figure:
     """Draw score against size from label, bytes, score, low, high, family; the Pareto front joined."""
-    _need(df, "label", "bytes", "score", "low", "high", "family")
     unit, size = byte_unit(df["bytes"])
     df = df.assign(size=df["bytes"] / size, front=pareto_front(df["bytes"], df["score"]))
     fig, ax = _axes(size=(9, 5.5))
@@ -278,14 +253,12 @@ def figure_pareto(df: pd.DataFrame) -> Figure:
     return fig
 
 
-def figure_activations(before: np.ndarray, after: np.ndarray, names=("before", "after")) -> Figure:
+def figure_activations(before: np.ndarray, after: np.ndarray, names: tuple[str, str]) -> Figure:
     """Draw the paper's figure 4: |activation| of (tokens, channels) as heat maps, histograms below.
 
     Outliers, marked in the histograms, exceed OUTLIER_SD standard deviations of `before` in both.
     """
-    arrays = [np.abs(np.asarray(a, np.float32)) for a in (before, after)]
-    if any(a.ndim != 2 or a.size == 0 for a in arrays):
-        raise ValueError(f"activations of shapes {[a.shape for a in arrays]} must be (tokens, channels).")
+    arrays = [np.abs(a, dtype=np.float32) for a in (before, after)]
     peak, limit = max(a.max() for a in arrays), OUTLIER_SD * float(np.std(before))
     fig, (maps, counts) = _axes(2, 2, (10, 6.5), sharex="row")
     for name, values, heat, ax in zip(names, arrays, maps, counts, strict=True):
@@ -305,19 +278,15 @@ def figure_activations(before: np.ndarray, after: np.ndarray, names=("before", "
     return fig
 
 
-def figure_loss_curve(info: dict, block: int | None = None) -> Figure:
-    """Draw AWQ's search in one block (the middle one by default): loss against the ratio alpha of equation 5.
+def figure_loss_curve(info: dict) -> Figure:
+    """Draw AWQ's search in the middle one of its blocks: loss against the ratio alpha of equation 5.
 
     Each curve is divided by its own first point, alpha = 0, where activations do not scale the weights; the chosen
     ratio, the least loss, is marked. `info` is what quantize(..., "awq") returned beside the model.
     """
-    if "loss_curve" not in info:
-        raise ValueError(f"info has no loss_curve, as {info.get('method')!r} searches no scales; only awq does.")
     ratios, losses = info["loss_curve"]["ratios"], info["loss_curve"]["losses"]
-    present = sorted({block_number(name) for name in losses})
-    block = present[len(present) // 2] if block is None else block
-    if block not in present:
-        raise ValueError(f"block {block} is not among the searched blocks {present}.")
+    blocks = sorted({block_number(name) for name in losses})
+    block = blocks[len(blocks) // 2]
     shared = {"q_proj": "q, k, v", "gate_proj": "gate, up", "o_proj": "o", "down_proj": "down"}
     fig, ax = _axes()
     for name in [n for n in losses if block_number(n) == block]:
@@ -339,12 +308,6 @@ def _axes(rows: int = 1, columns: int = 1, size=(7, 4.2), **also):
     plt.close(fig)
     sns.despine(fig=fig)
     return fig, axes
-
-
-def _need(table: pd.DataFrame, *columns: str) -> None:
-    missing = [c for c in columns if c not in table]
-    if missing or table.empty:
-        raise ValueError(f"the table to draw has {len(table)} rows of {list(table)} and lacks the columns {missing}.")
 
 
 def _groups(table: pd.DataFrame, by: str):
@@ -373,10 +336,6 @@ def _label_points(ax, x, y, labels, bold) -> None:
 def _shade(ax, blocks) -> None:
     for block in blocks:
         ax.axvspan(block - 0.5, block + 0.5, color=GREY, alpha=0.2, linewidth=0)
-
-
-def _whole_numbers(ax) -> None:
-    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _slant(ax) -> None:

@@ -39,21 +39,19 @@ def html_report(path: Path, title: str, sections: list[dict]) -> Path:
     return write_text(Path(path), text)
 
 
-def with_interval(mean: float, low: float, high: float, decimals: int = 1) -> str:
+def with_interval(mean: float, low: float, high: float) -> str:
     """Return "80.1 [76.0, 84.2]", "80.1 [no interval]" where the bounds are NaN, "" where the mean is."""
     if pd.isna(mean):
         return ""
-    bounds = "no interval" if pd.isna(low) or pd.isna(high) else f"{low:z.{decimals}f}, {high:z.{decimals}f}"
-    return f"{mean:z.{decimals}f} [{bounds}]"
+    return f"{mean:z.1f} [no interval]" if pd.isna(low) else f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]"
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text for people: units in the headings, scores with one decimal, blanks for NaN.
 
-    score (or diff, or mean) with low and high becomes one column; _bytes become MiB or GiB; p below 0.001
-    says so.
+    score (or diff) with low and high becomes one column; _bytes become MiB or GiB; p below 0.001 says so.
     """
-    out, merged = {}, next((c for c in ("score", "diff", "mean") if {c, "low", "high"} <= set(table)), None)
+    out, merged = {}, next((c for c in ("score", "diff") if {c, "low", "high"} <= set(table)), None)
     for name, column in table.items():
         heading = str(name).replace("_", " ")
         if name == merged:

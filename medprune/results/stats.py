@@ -11,7 +11,7 @@ of freedom for G clusters. With equally large clusters this is the one-sample t 
 
 import math
 import warnings
-from dataclasses import astuple, dataclass
+from bisect import bisect_left
 
 import numpy as np
 import pandas as pd
@@ -23,30 +23,36 @@ from statsmodels.stats.power import TTestPower
 
 # A standard error below this share of the largest value is what rounding leaves of a variance of zero.
 ROUNDING = 1e-12
+ALPHA, POWER = 0.05, 0.8  # of the tests that are planned
 SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its interval in the values' unit; the bounds are NaN where there is only one cluster."""
+def clustered_mean(values, clusters) -> dict:
+    """Return mean, low, high, p, n and n_images of values (n,), of which those of one cluster (n,) are dependent.
 
-    mean: float
-    low: float
-    high: float
-    n: int
-    n_clusters: int
-
-
-def clustered_mean(values, clusters, level: float = 0.95) -> Interval:
-    """Return the mean of values (n,) with the interval that allows for clusters (n,) of dependent values.
-
-    The bounds are not clipped to the scale: one outside 0-100 says that the normal approximation is strained.
-    One cluster gives NaN bounds, values without variance between clusters give bounds equal to the mean.
-    Raises ValueError for no values, NaN or infinite values, unequal lengths, or a level outside (0, 1).
+    low and high bound the 95% interval, in the values' unit and not clipped to their scale: one outside 0-100 says
+    that the normal approximation is strained. p is two-sided, of a true mean of 0. One cluster gives NaN bounds and p.
+    Where all clusters have the very same mean, the t test has no variance to work with: the bounds equal the mean, and
+    p is that of the exact sign-flip test, 2^(1 - n_images), or 1 if the mean is 0. Raises ValueError for no values,
+    NaN or infinite values, or unequal lengths.
     """
-    mean, error, n, n_clusters = _mean_and_error(values, clusters)
-    low, high = _bounds(mean, error, n_clusters, level)
-    return Interval(mean, low, high, n, n_clusters)
+    values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
+    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
+        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
+    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
+    if bad or gone:
+        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
+    found = {"mean": float(values.mean()), "low": math.nan, "high": math.nan, "p": math.nan}
+    found |= {"n": values.size, "n_images": int(groups.max()) + 1}
+    if found["n_images"] == 1:
+        return found
+    model = sm.OLS(values, np.ones(values.size))
+    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    mean, (low, high), p = fit.params[0], fit.conf_int()[0], fit.pvalues[0]
+    if fit.bse[0] <= ROUNDING * np.abs(values).max():
+        low = high = mean
+        p = 1.0 if mean == 0 else 2.0 ** (1 - found["n_images"])
+    return found | {"mean": float(mean), "low": float(low), "high": float(high), "p": float(p)}
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -59,20 +65,17 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, answers in _checked(scores).groupby("method", sort=False):
         parsed = answers.dropna(subset="score_percent")
-        found = Interval(math.nan, math.nan, math.nan, 0, 0)
-        if len(parsed):
-            found = clustered_mean(parsed["score_percent"], parsed["cluster"])
-        rows.append((method, *astuple(found), len(answers) - len(parsed)))
-    return pd.DataFrame(rows, columns=["method", "score", "low", "high", "n", "n_images", "unparsed"])
+        found = clustered_mean(parsed["score_percent"], parsed["cluster"]) if len(parsed) else {"n": 0, "n_images": 0}
+        rows.append({"method": method, "unparsed": len(answers) - len(parsed)} | found)
+    columns = ["method", "score", "low", "high", "n", "n_images", "unparsed"]
+    return pd.DataFrame(rows).rename(columns={"mean": "score"}).reindex(columns=columns)
 
 
-def paired_difference(a, b, clusters, level: float = 0.95) -> dict:
-    """Return diff = mean(a - b), low, high, two-sided p of no difference, n and n_clusters.
+def paired_difference(a, b, clusters) -> dict:
+    """Return diff = mean(a - b), and low, high, p of no difference, n and n_images, as `clustered_mean` does.
 
-    a, b and clusters are (n,); diff is in their unit, positive where a is higher. One cluster gives NaN
-    bounds and p. Where all clusters differ by the very same amount, the t test has no variance to work with
-    and p is that of the exact sign-flip test, 2^(1 - n_clusters), or 1 if that amount is 0. Raises ValueError
-    as `clustered_mean` does: take unparsed answers out of both sides first, as `compare` does.
+    a, b and clusters are (n,); diff is in their unit, positive where a is higher. Raises ValueError as
+    `clustered_mean` does: take unparsed answers out of both sides first, as `compare` does.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
@@ -80,15 +83,8 @@ def paired_difference(a, b, clusters, level: float = 0.95) -> dict:
     differences = a - b
     # What rounding leaves of equal scores is no difference, and must not pass for one that never varies.
     differences[np.abs(differences) <= ROUNDING * np.abs(a).max(initial=0)] = 0
-    mean, error, n, n_clusters = _mean_and_error(differences, clusters)
-    low, high = _bounds(mean, error, n_clusters, level)
-    if n_clusters == 1:
-        p = math.nan
-    elif error == 0:
-        p = 1.0 if mean == 0 else 2.0 ** (1 - n_clusters)
-    else:
-        p = float(2 * stats.t.sf(abs(mean / error), n_clusters - 1))
-    return {"diff": mean, "low": low, "high": high, "p": p, "n": n, "n_clusters": n_clusters}
+    found = clustered_mean(differences, clusters)
+    return {"diff": found.pop("mean")} | found
 
 
 def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
@@ -105,7 +101,6 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
         both, unmatched = _paired(scores, a, b)
         parsed = both.dropna(subset=SIDES)
         found = paired_difference(*(parsed[side] for side in SIDES), parsed["cluster"])
-        found["n_images"] = found.pop("n_clusters")
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
     columns = ["a", "b", "diff", "low", "high", "p", "p_holm", "n", "n_images", "unmatched", "unparsed"]
     table = pd.DataFrame(rows, columns=columns)
@@ -127,53 +122,38 @@ def cluster_differences(scores: pd.DataFrame, a: str, b: str) -> pd.Series:
     return diffs.groupby(parsed["cluster"]).mean().rename("diff")
 
 
-def minimum_detectable_effect(sd_cluster_diff: float, n_images: int, power=0.8, alpha=0.05) -> float:
-    """Return the smallest true difference, in points, that n_images find with this power.
+def minimum_detectable_effect(sd_cluster_diff: float, n_images: int) -> float:
+    """Return the smallest true difference, in points, that n_images (at least 2) find with a power of 80%.
 
     The test is a two-sided paired t test; sd_cluster_diff is the standard deviation of the images' mean
-    differences, in points. Raises ValueError for a negative one or fewer than two images.
+    differences, in points.
     """
-    _check_power(sd_cluster_diff, power, alpha)
-    if n_images < 2:
-        raise ValueError(f"n_images={n_images!r} must be at least 2 to have a variance.")
     high = 1.0
-    while not _power(high, n_images, alpha) >= power:
+    while not _power(high, n_images) >= POWER:
         high *= 2
-    return float(sd_cluster_diff * brentq(lambda d: _power(d, n_images, alpha) - power, 0, high))
+    return float(sd_cluster_diff * brentq(lambda d: _power(d, n_images) - POWER, 0, high))
 
 
-def images_needed(effect: float, sd_cluster_diff: float, power=0.8, alpha=0.05) -> int:
-    """Return how many images find a true difference of `effect` points with this power; at least 2.
+def images_needed(effect: float, sd_cluster_diff: float) -> int:
+    """Return how many images find a true difference of `effect` > 0 points with a power of 80%; at least 2.
 
-    The inverse of `minimum_detectable_effect`. Raises ValueError unless effect is positive.
+    The inverse of `minimum_detectable_effect`, whose solver's error must not make a whole number go one up.
     """
-    _check_power(sd_cluster_diff, power, alpha)
-    if not effect > 0:
-        raise ValueError(f"effect={effect!r} must be a positive number of points.")
     if sd_cluster_diff == 0:
         return 2
-    size, high = effect / sd_cluster_diff, 2
-    while not _power(size, high, alpha) >= power:
-        high *= 2
-    if high == 2:
-        return 2
-    n = brentq(lambda n: _power(size, n, alpha) - power, high / 2, high)
-    return math.ceil(n - 1e-6)  # less the solver's error, lest a whole number go one up
+    return 2 + bisect_left(range(2, 10**9), POWER - 1e-9, key=lambda n: _power(effect / sd_cluster_diff, n))
 
 
-def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, seed=0, alpha=0.05) -> float:
-    """Return the share (0-1) of draws in which a true difference of `effect` points has p < alpha.
+def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, seed=0) -> float:
+    """Return the share (0-1) of draws in which a true difference of `effect` points has p < 0.05.
 
     Bootstraps whole images from cluster_diffs (images,), the observed mean differences in points, moved so
     that their mean is `effect`, and tests each draw as `paired_difference` does with equally many questions
-    per image. effect=0 gives the rate of false alarms. Raises ValueError for fewer than two images or NaN.
+    per image. effect=0 gives the rate of false alarms. Raises ValueError for fewer than two images.
     """
     diffs = np.asarray(cluster_diffs, float)
-    if diffs.size < 2 or n_images < 2 or draws < 1:
-        given = f"{diffs.size} cluster_diffs, n_images={n_images!r} and draws={draws!r}"
-        raise ValueError(f"{given}: at least 2 differences, 2 images and 1 draw are needed.")
-    if not np.isfinite(diffs).all():
-        raise ValueError(f"cluster_diffs holds {(~np.isfinite(diffs)).sum()} values that are not finite.")
+    if diffs.size < 2:
+        raise ValueError(f"{diffs.size} cluster_diffs: at least 2 images are needed to have a variance.")
     # The bootstrap's variance is (n-1)/n of the sample's: widen, so that power refers to the sample's.
     spread = (diffs - diffs.mean()) * math.sqrt(diffs.size / (diffs.size - 1))
     picks = np.random.default_rng(seed).integers(diffs.size, size=(draws, n_images))
@@ -181,16 +161,16 @@ def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, 
         # A draw of one image repeated has no variance: scipy warns, and gives p = 0, or NaN at a mean of 0.
         warnings.simplefilter("ignore", RuntimeWarning)
         p = stats.ttest_1samp(spread[picks] + effect, 0, axis=1).pvalue
-    return float(np.mean(p < alpha))
+    return float(np.mean(p < ALPHA))
 
 
-def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000, seed=0) -> str:
+def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000) -> str:
     """Return the sentences beside the paper's table 5: can `effect` points on n_images be told from nothing?
 
     Every number is computed from cluster_diffs, the observed mean differences of the images in points.
     """
     sd = float(np.std(np.asarray(cluster_diffs, float), ddof=1))
-    found = simulate_detection(cluster_diffs, n_images, effect, draws, seed)
+    found = simulate_detection(cluster_diffs, n_images, effect, draws)
     return (
         f"At the variance observed (standard deviation {sd:.1f} points between images), a true difference of "
         f"{effect:g} points on {n_images} images is found in {found:.0%} of {draws} simulated test sets; the "
@@ -199,41 +179,16 @@ def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000, seed=0) -
     )
 
 
-def _mean_and_error(values, clusters) -> tuple[float, float, int, int]:
-    """Return mean, cluster-robust standard error (NaN for one cluster), number of values and of clusters."""
-    values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
-    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
-        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
-    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
-    if bad or gone:
-        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
-    n_clusters = int(groups.max()) + 1
-    if n_clusters == 1:
-        return float(values.mean()), math.nan, values.size, 1
-    model = sm.OLS(values, np.ones(values.size))
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-    error = float(fit.bse[0])
-    if error <= ROUNDING * np.abs(values).max():
-        error = 0.0
-    return float(fit.params[0]), error, values.size, n_clusters
-
-
-def _bounds(mean: float, error: float, n_clusters: int, level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"level={level!r} must lie between 0 and 1, such as 0.95.")
-    half_width = math.nan if n_clusters == 1 else stats.t.ppf((1 + level) / 2, n_clusters - 1) * error
-    return float(mean - half_width), float(mean + half_width)
+def _power(size: float, n_images: float) -> float:
+    """Return the power of a paired t test for a difference of `size` standard deviations."""
+    # Both tails would add the chance of a find in the wrong direction: nothing at any power of interest, and
+    # NaN for large sizes, on which statsmodels' own solve_power fails to converge.
+    return float(TTestPower().power(size, n_images, ALPHA / 2, alternative="larger"))
 
 
 def _checked(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with score_percent as floats, None as NaN, or raise ValueError."""
-    missing = {"method", "id", "cluster", "score_percent"} - set(scores.columns)
-    if missing:
-        raise ValueError(f"scores lacks the columns {sorted(missing)}; it has {list(scores.columns)}.")
+    """Return the table with score_percent as floats, None as NaN; ValueError for two judges or two scores of one id."""
     scores = scores.assign(score_percent=pd.to_numeric(scores["score_percent"]).astype(float))
-    outside = scores.loc[(scores["score_percent"] < 0) | (scores["score_percent"] > 100), "score_percent"]
-    if len(outside):
-        raise ValueError(f"score_percent={outside.iloc[0]:g} must lie between 0 and 100.")
     for method in scores["method"].unique():
         _one_judge(scores, method)
     twice = scores[scores.duplicated(["method", "id"])]
@@ -241,20 +196,6 @@ def _checked(scores: pd.DataFrame) -> pd.DataFrame:
         first = twice.iloc[0]
         raise ValueError(f"method {first['method']!r} has more than one score for id {first['id']!r}.")
     return scores
-
-
-def _power(size: float, n_images: float, alpha: float) -> float:
-    """Return the power of a paired t test for a difference of `size` standard deviations."""
-    # Both tails would add the chance of a find in the wrong direction: nothing at any power of interest, and
-    # NaN for large sizes, on which statsmodels' own solve_power fails to converge.
-    return float(TTestPower().power(size, n_images, alpha / 2, alternative="larger"))
-
-
-def _check_power(sd_cluster_diff: float, power: float, alpha: float) -> None:
-    if not (sd_cluster_diff >= 0 and math.isfinite(sd_cluster_diff)):
-        raise ValueError(f"sd_cluster_diff={sd_cluster_diff!r} must be a finite number of points, 0 or more.")
-    if not 0 < alpha < power < 1:
-        raise ValueError(f"alpha={alpha!r} and power={power!r} must satisfy 0 < alpha < power < 1.")
 
 
 def _one_judge(scores: pd.DataFrame, *methods: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -30,8 +29,6 @@ def plan_table(model, removes: Sequence[int], storage: dict = STORAGE, bandwidth
     a T4). `paper_params_b` is the paper's table 1, NaN where it has no such row or `model` is another one. Raises
     ValueError as `account` does.
     """
-    if not removes:
-        raise ValueError("removes is empty: give at least one number of blocks to remove, 0 for none.")
     config = named_config(model)
     paper = _paper_params_b(config)
     rows = []
@@ -94,13 +91,13 @@ def block_scores(criterion: str, scores, clusters=None, seed: int = 0) -> pd.Dat
     95% interval that knows rows of one image belong together; clusters (rows,) names each row's image.
     """
     if isinstance(scores, dict):
-        found = {block: stats.Interval(score, math.nan, math.nan, 0, 0) for block, score in sorted(scores.items())}
+        found = {block: {"mean": score, "n": 0} for block, score in sorted(scores.items())}
     else:
         by_block = scores.groupby("block")
         found = {b: stats.clustered_mean(part["score"], [clusters[i] for i in part["row"]]) for b, part in by_block}
-    columns = ["importance_score", "low", "high", "n_calibration"]
-    rows = [(criterion, block, *astuple(mean)[: len(columns)], seed) for block, mean in found.items()]
-    return pd.DataFrame(rows, columns=["criterion", "block", *columns, "seed"])
+    table = pd.DataFrame([{"criterion": criterion, "block": b, "seed": seed} | mean for b, mean in found.items()])
+    table = table.rename(columns={"mean": "importance_score", "n": "n_calibration"})
+    return table.reindex(columns=["criterion", "block", "importance_score", "low", "high", "n_calibration", "seed"])
 
 
 def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -116,17 +113,15 @@ def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int =
         raise ValueError(f"the sweep has blocks_removed {list(wide)} on {len(wide)} answers: 0 must be among them.")
     counts, clusters = list(wide), wide.index.get_level_values("cluster")
     found = [stats.paired_difference(wide[n], wide[0], clusters) for n in counts]
-    table = pd.DataFrame(found)[["diff", "low", "high"]].assign(knee=False, knee_frac=math.nan)
-    table.insert(0, "blocks_removed", counts)
-    table.insert(1, "score", wide.mean().to_numpy())
-    table.insert(5, "holds", table["low"] > -tolerance)
+    table = pd.DataFrame(found).assign(blocks_removed=counts, score=list(wide.mean()), knee=False, knee_frac=math.nan)
+    table["holds"] = table["low"] > -tolerance
     if len(counts) > 2:
         means = wide.groupby(level="cluster").mean().to_numpy()  # equally many questions per image
         picks = np.random.default_rng([seed, 13]).integers(len(means), size=(draws, len(means)))
         knees = [knee(counts, means[p].mean(0)) for p in picks]
         table["knee"] = [n == knee(counts, table["score"]) for n in counts]
         table["knee_frac"] = [np.mean(np.equal(knees, n)) for n in counts]
-    return table
+    return table[["blocks_removed", "score", "diff", "low", "high", "holds", "knee", "knee_frac"]]
 
 
 def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
@@ -143,48 +138,33 @@ def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_table(n: int | str) -> pd.DataFrame:
-    """Return the paper's table n (1-5, or its name in data/paper_tables.json, which states the units)."""
-    held = json.loads(PAPER_TABLES.read_text("utf-8"))
-    tables = {key: rows for key, rows in held.items() if key.startswith("table")}
-    names = [key for key in tables if n == key or str(n).removeprefix("table") == key[5:].split("_")[0]]
-    if not names:
-        raise ValueError(f"the paper has no table {n!r}; choose from {list(tables)}.")
-    return pd.DataFrame(tables[names[0]])
+    """Return the paper's table n (1-5), of data/paper_tables.json, which states the units."""
+    tables = json.loads(PAPER_TABLES.read_text("utf-8"))
+    return pd.DataFrame(next(rows for key, rows in tables.items() if key.startswith(f"table{n}_")))
 
 
 def beside_paper(ours: pd.DataFrame, table: str, on: str, columns: list[str]) -> pd.DataFrame:
     """Put the paper's columns, named paper_<column>, beside ours.
 
     Every row of either is there, NaN where the other has none. on is a key column of both, or "rank" to pair
-    first with first. Rows are ordered by a numeric key; by a text key ours come first. Raises ValueError for
-    a column either lacks, or text keys that have nothing in common.
+    first with first. Rows are ordered by a numeric key; by a text key ours come first.
     """
-    paper, ours = paper_table(table), ours.copy()
+    paper = paper_table(table)
     if on == "rank":
-        paper["rank"] = range(1, len(paper) + 1)
-        if "rank" not in ours:
-            ours.insert(0, "rank", range(1, len(ours) + 1))
-    for name, have in [(on, ours.columns), *((c, paper.columns) for c in [on, *columns])]:
-        if name not in have:
-            raise ValueError(f"there is no column {name!r} for the paper's table {table!r} in {list(have)}.")
-    numeric = is_numeric_dtype(ours[on])
-    if not numeric and not set(ours[on]) & set(paper[on]):
-        raise ValueError(f"our {on!r} {list(ours[on])} has nothing of the paper's {list(paper[on])}.")
+        ours, paper = (t.set_axis(range(1, len(t) + 1)).rename_axis("rank").reset_index() for t in (ours, paper))
     theirs = paper[[on]].join(paper[columns].add_prefix("paper_"))
     # A left join keeps our order, which merge's outer join would sort; the paper's other rows follow.
     rest = theirs[~theirs[on].isin(ours[on])]
     both = pd.concat([ours.merge(theirs, on=on, how="left"), rest], ignore_index=True)
-    return both.sort_values(on, kind="stable", ignore_index=True) if numeric else both
+    return both.sort_values(on, kind="stable", ignore_index=True) if is_numeric_dtype(ours[on]) else both
 
 
 def pareto_front(sizes, scores) -> np.ndarray:
     """Return a mask (n,) of the points that no other beats: none is as small and as good, and better in one.
 
-    sizes: lower is better; scores: higher is better. Points with NaN are never on the front.
+    sizes (n,): lower is better; scores (n,): higher is better. Points with NaN are never on the front.
     """
     sizes, scores = np.asarray(sizes, float), np.asarray(scores, float)
-    if sizes.ndim != 1 or sizes.shape != scores.shape:
-        raise ValueError(f"sizes {sizes.shape} and scores {scores.shape} must be equally long lists.")
     as_good = (sizes[None] <= sizes[:, None]) & (scores[None] >= scores[:, None])
     better = (sizes[None] < sizes[:, None]) | (scores[None] > scores[:, None])
     return ~(as_good & better).any(axis=1) & np.isfinite(sizes) & np.isfinite(scores)
@@ -216,5 +196,5 @@ def _stored(storage: dict) -> str:
     else:
         widths = f"{bits:g}"
     parts = ["blocks", *(part for part in ("head", "vision") if storage.get(f"quantize_{part}"))]
-    how = f"{storage['method']}, group size {storage['group_size'] or 'a row'}"
+    how = f"{storage['method']}, group size {storage['group_size']}"
     return f"{' and '.join(parts)} {widths} bits ({how}), the rest 16 bits"
