@@ -6,6 +6,7 @@ notebooks read it: a notebook sees those alone, and is run again when one of the
 """
 
 import json
+import math
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,12 +25,11 @@ METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
-Recipe = Literal["lora", "projector", "last_blocks", "distill"]
-RECIPES = get_args(Recipe)
-Method = Literal["rtn", "awq", "bnb", "hqq"]
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Schedule = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]  # of transformers
+RECIPES = ("lora", "projector", "last_blocks", "distill")
+SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 PATHS = ("images", "conditions", "base", "embedding", "judge")  # what may name a file or folder of the user's
 
@@ -49,34 +49,32 @@ class Settings(BaseModel):
     # data
     images: str = _setting("synthetic", "16", '"synthetic", or a folder or table of photographs')
     conditions: str | None = _setting(None, "123456", "facts file of other conditions, as data/conditions.json")
-    n_train: int | None = _setting(None, "1", "training images; null takes all there are", ge=1)
-    n_test: int | None = _setting(None, "1", "test images; null takes a third", ge=1)
+    n_train: Count | None = _setting(None, "1", "training images; null takes all there are")
+    n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
     base: str = _setting("smollm2", "15", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
     base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
-    vision_steps: int = _setting(0, "1", "optimizer steps of an assembled base's vision tower", ge=0)
+    vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
     embedding: str = _setting("minilm", "123456", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
     lora_r: Count = _setting(16, "14", "rank of the adapters")
     lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
-    lora_targets: tuple[Target, ...] = _setting(TARGETS, "14", "linears of a block that get adapters", min_length=1)
-    learning_rate: float = _setting(
-        3e-3, "14", "of the adapters; whole weights move at a tenth", gt=0, allow_inf_nan=False
-    )
-    schedule: Schedule = _setting("linear", "14", "of the rate")
+    lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
+    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth")
+    schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
     multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
     batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
-    epochs: float | None = _setting(None, "1", "passes over the images instead of sft_steps", gt=0, allow_inf_nan=False)
+    epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
     save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
-    n_held_out: int = _setting(0, "1", "training images kept back to measure the loss", ge=0)
-    patience: int = _setting(0, "14", "checkpoints without a lower held-out loss before training ends; 0: never", ge=0)
+    n_held_out: Whole = _setting(0, "1", "training images kept back to measure the loss")
+    patience: Whole = _setting(0, "14", "checkpoints without a lower held-out loss before training ends; 0: never")
     # recovery
     recovery_steps: Count = _setting(40, "4", "optimizer steps after pruning")
-    recipe: Recipe = _setting("lora", "4", "the way back whose models notebooks 05 and 06 go on with")
-    recipes: tuple[Recipe, ...] = _setting(RECIPES, "4", "ways back that are compared", min_length=1)
+    recipe: Literal[RECIPES] = _setting("lora", "4", "the way back whose models notebooks 05 and 06 go on with")
+    recipes: tuple[Literal[RECIPES], ...] = _setting(RECIPES, "4", "ways back that are compared", min_length=1)
     data_fractions: tuple[Share, ...] = _setting((1.0,), "4", "shares of the images, for each recipe", min_length=1)
     equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
     # answers
@@ -89,9 +87,9 @@ class Settings(BaseModel):
     blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
     recover: tuple[Count, ...] = _setting((2, 4), "23456", "counts that notebook 04 recovers", min_length=1)
     # quantization
-    methods: tuple[Method, ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
-    kept_methods: tuple[Method, ...] = _setting(("awq",), "5", "whose folders are kept once scored")
-    group_size: Literal[32, 64, 128] = _setting(64, "5", f"weights that share a scale; NF4 always {NF4_GROUP}")
+    methods: tuple[Literal[METHODS], ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
+    kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
+    group_size: Literal[GROUP_SIZES] = _setting(64, "5", f"weights that share a scale; NF4 always {NF4_GROUP}")
     awq_rows: int = _setting(8, "5", "calibration conversations", ge=4)
     awq_tokens: Count = _setting(1024, "5", "of each, at most")
     # judge
@@ -110,32 +108,33 @@ class Settings(BaseModel):
         return self
 
 
-_SMOKE = {
-    "n_train": 24, "n_test": 8, "image_size": 64, "base": "tiny", "vision_steps": 4, "sft_steps": 4,
-    "recovery_steps": 2, "save_every": 2, "batch_size": 2, "max_new_tokens": 12, "n_calibration": 2,
-    "calibration_tokens": 8, "blocks_removed": (0, 1, 2), "recover": (1, 2), "awq_rows": 4, "n_held_out": 2,
-    "data_fractions": (0.5, 1.0), "equal_time": True,
+PROFILES = {
+    "smoke": {
+        "n_train": 24, "n_test": 8, "image_size": 64, "base": "tiny", "vision_steps": 4, "sft_steps": 4,
+        "recovery_steps": 2, "save_every": 2, "batch_size": 2, "max_new_tokens": 12, "n_calibration": 2,
+        "calibration_tokens": 8, "blocks_removed": (0, 1, 2), "recover": (1, 2), "awq_rows": 4, "n_held_out": 2,
+        "data_fractions": (0.5, 1.0), "equal_time": True,
+    },
+    "local": {
+        "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,
+        "save_every": 30, "n_held_out": 8, "recovery_steps": 20, "recipes": ("lora", "last_blocks"), "awq_rows": 4,
+        "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"),
+    },
+    "t4": {
+        "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
+        "base_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4,
+        "multi_turn": True, "batch_size": 8, "sft_steps": 434, "recovery_steps": 217, "save_every": 50,
+        "max_new_tokens": 200, "batch_rows": 6, "n_calibration": 27, "calibration_tokens": 64,
+        "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "awq_rows": 32, "recipes": ("lora", "distill"),
+        "methods": ("awq", "bnb", "hqq", "rtn"), "judge": "Qwen/Qwen2.5-32B-Instruct", "judge_bits": 4,
+    },
 }  # fmt: skip
-_LOCAL = {
-    "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,
-    "save_every": 30, "n_held_out": 8, "recovery_steps": 20, "recipes": ("lora", "last_blocks"), "awq_rows": 4,
-    "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"),
-}  # fmt: skip
-_T4 = {
-    "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
-    "base_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4, "multi_turn": True,
-    "batch_size": 8, "sft_steps": 434, "recovery_steps": 217, "save_every": 50, "max_new_tokens": 200, "batch_rows": 6,
-    "n_calibration": 27, "calibration_tokens": 64, "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9),
-    "awq_rows": 32, "recipes": ("lora", "distill"), "methods": ("awq", "bnb", "hqq", "rtn"),
-    "judge": "Qwen/Qwen2.5-32B-Instruct", "judge_bits": 4,
-}  # fmt: skip
-PROFILES = {"smoke": _SMOKE, "local": _LOCAL, "t4": _T4}
 
 
 class Config:
-    """Some settings, read-only: those that a notebook says it reads, or those of a job file."""
+    """Some settings, read-only: those that a notebook says it reads, or those that a job's file holds (`values_of`)."""
 
-    def __init__(self, values: dict, reader: str):
+    def __init__(self, values: dict, reader: str = "this job"):
         self.__dict__.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, _reader=reader)
 
     def __getattr__(self, name: str):
@@ -145,34 +144,46 @@ class Config:
         raise AttributeError(f"the settings of {self._reader} are read-only: use settings.changed.")
 
 
-def resolve(profile: str = "auto", others: dict | None = None, /, **overrides) -> Settings:
-    """Return the settings of `profile` with every override that is not None put in, those of `others` first.
+def resolve(profile: str = "auto", settings: dict | None = None, /, **others) -> Settings:
+    """Return the settings of `profile` with what is `asked` put in.
 
-    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Texts that hold a list or a number,
-    as papermill's -p gives them, are read as such; paths are made absolute. Where blocks_removed is given and recover
-    is not, the profile's counts that are among them are recovered, or else the largest. Raises ValueError naming the
-    choices for an unknown profile or setting, and the reason for a value that cannot be.
+    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Raises ValueError naming the choices
+    for an unknown profile or setting, and the reason for a value that cannot be.
     """
     if profile == "auto":
-        profile = os.environ.get("MEDPRUNE_PROFILE") or ("t4" if _has_cuda() else "local")
+        profile = os.environ.get("MEDPRUNE_PROFILE") or profile
+    if profile == "auto":
+        import torch
+
+        profile = "t4" if torch.cuda.is_available() else "local"
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
-    return build({"name": profile, **PROFILES[profile]}, others, **overrides)
+    return build({"name": profile, **PROFILES[profile]}, asked(settings, others))
 
 
-def build(whole: dict, others: dict | None = None, /, **overrides) -> Settings:
-    """Return `whole`, settings by name, with overrides put in as `resolve` says."""
-    if not isinstance(others, dict | None):
-        raise ValueError(f'settings={others!r} must be a dict such as {{"batch_rows": 8}}.')
-    given = {**(others or {}), **{k: v for k, v in overrides.items() if v is not None}}
+def asked(settings: dict | None, others: dict) -> dict:
+    """Return what a user asks for, in a dict or by name, but for what is None, which is not asked for.
+
+    Texts that hold a list or a number, as papermill's -p gives them, are read as such; paths are made absolute.
+    """
+    if not isinstance(settings, dict | None):
+        raise ValueError(f'settings={settings!r} must be a dict such as {{"batch_rows": 8}}.')
+    given = {**(settings or {}), **{k: v for k, v in others.items() if v is not None}}
     given = {name: _given(name, value) for name, value in given.items()}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "blocks_removed" in given and "recover" not in given and isinstance(given["blocks_removed"], list | tuple):
-        counts = [n for n in given["blocks_removed"] if isinstance(n, int) and n > 0]
-        if counts:
-            given["recover"] = [n for n in whole.get("recover", (2, 4)) if n in counts] or [max(counts)]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def build(whole: dict, given: dict) -> Settings:
+    """Return `whole`, settings by name, with those given put in.
+
+    Where blocks_removed is given and recover is not, the counts to recover that are among them stay, or else the
+    largest is recovered.
+    """
+    removed = given.get("blocks_removed")
+    counts = [n for n in removed if isinstance(n, int) and n > 0] if isinstance(removed, list | tuple) else []
+    recover = [n for n in whole.get("recover", (2, 4)) if n in counts] or [max(counts, default=None)]
     try:
-        return Settings(**{**whole, **given})
+        return Settings(**{**whole, **({"recover": recover} if counts else {}), **given})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
 
@@ -203,15 +214,9 @@ def changed(config, **values):
     return config.model_copy(update=values)
 
 
-def of_job(values: dict) -> Config:
-    """Return the config that a job file holds as `values_of` wrote it."""
-    return Config(values, "this job")
-
-
 def readers(name: str) -> tuple[str, ...]:
     """Return the notebooks that read a setting."""
-    numbers = Settings.model_fields[name].json_schema_extra["read_by"]
-    return tuple(stage for stage in STAGES if stage[1] in numbers)
+    return tuple(stage for stage in STAGES if stage[1] in Settings.model_fields[name].json_schema_extra["read_by"])
 
 
 def seen_by(stage: str, values: dict) -> dict:
@@ -231,25 +236,19 @@ def describe() -> list[str]:
     return lines[2:]  # without the profile's own name
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _given(name: str, value):
     """Return an override as its setting wants it: no text where a list or a number is meant, and paths absolute."""
     if name not in Settings.model_fields or name == "name":
         near = get_close_matches(name, Settings.model_fields, n=1)
         hint = f" (did you mean {near[0]}?)" if near else "; `medprune settings` lists them all"
         raise ValueError(f"setting {name!r} is not known{hint}.")
-    texts = str in (Settings.model_fields[name].annotation, *get_args(Settings.model_fields[name].annotation))
-    if isinstance(value, str) and not texts:
+    kind = Settings.model_fields[name].annotation
+    if isinstance(value, str) and str not in (kind, *get_args(kind)):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
             return value  # a choice's name, or what pydantic refuses
-    if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+    if isinstance(value, bool) and kind is not bool:
         raise ValueError(f"{name}={value!r} must be no truth value.")
     return _absolute(value) if name in PATHS and isinstance(value, str) else value
 
@@ -257,7 +256,7 @@ def _given(name: str, value):
 def _absolute(text: str) -> str:
     """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
     for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
-        if text and (folder / text).exists() and not (text == "tiny" or text == "smollm2"):
+        if text not in ("", "tiny", "smollm2") and (folder / text).exists():
             return str((folder / text).absolute())
     return text
 
@@ -291,15 +290,12 @@ def _check_training(c: Settings) -> None:
     if c.patience and not c.n_held_out:
         raise ValueError(f"patience={c.patience} needs n_held_out, the images that the loss is measured on.")
     for name in ("n_held_out", "n_calibration", "awq_rows"):
-        if c.n_train is not None and getattr(c, name) > c.n_train - (name == "n_held_out"):
-            least = "less than" if name == "n_held_out" else "at most"
-            raise ValueError(f"{name}={getattr(c, name)} must be {least} n_train={c.n_train}.")
-    for name in (c.recipe, *c.recipes):
-        if c.base_bits == 4 and name in ("projector", "last_blocks"):
-            raise ValueError(
-                f"recipe {name} trains whole weights, which base_bits=4 does not allow: "
-                "leave it out or set base_bits=16."
-            )
+        most = (c.n_train or math.inf) - (name == "n_held_out")
+        if getattr(c, name) > most:
+            raise ValueError(f"{name}={getattr(c, name)} must be at most {most}, for n_train={c.n_train}.")
+    whole = {"projector", "last_blocks"}.intersection([c.recipe, *c.recipes])
+    if whole and c.base_bits == 4:
+        raise ValueError(f"recipe {min(whole)} trains whole weights: with base_bits=4 leave it out, or set 16.")
 
 
 def _check_counts(c: Settings) -> None:

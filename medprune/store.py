@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sqlite3
-import sys
 from contextlib import closing, contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -23,23 +23,15 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from medprune.settings import DATA, PATHS, REPO, STAGES, Config, Settings, build, resolve, seen_by, values_of
+from medprune.settings import DATA, PATHS, REPO, STAGES, Config, asked, build, resolve, seen_by, values_of
 
 PACKAGE = Path(__file__).parent
 RECORD = "medprune.json"  # in a folder of weights: what it was made from
 UNITS = "units.sqlite"  # in a run's folder
-GROUND = {"settings", "store", "progress"}  # modules that decide no value: what they hand on is recorded itself
+GROUND = {f"medprune.{name}" for name in ("settings", "store", "progress")}  # decide no value that is not recorded
 LIBRARIES = [
-    "torch",
-    "transformers",
-    "peft",
-    "autoawq",
-    "bitsandbytes",
-    "hqq",
-    "sentence-transformers",
-    "numpy",
-    "pillow",
-]
+    "torch", "transformers", "peft", "autoawq", "bitsandbytes", "hqq", "sentence-transformers", "numpy", "pillow",
+]  # fmt: skip
 
 
 # ---- hashes
@@ -56,11 +48,11 @@ def content(path: str | Path) -> str:
     only when a size or a time has changed.
     """
     path = Path(path).absolute()
+    if not path.exists():
+        return "absent"
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in ("README.md", RECORD))
-    if not path.exists():
-        return "absent"
     stats = [f.stat() for f in files]
     stamp = tuple((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in zip(files, stats, strict=True))
     return _content(path, stamp, large=sum(s.st_size for s in stats) > 2**20)
@@ -97,10 +89,9 @@ def code(*modules: str) -> str:
     found, todo = {}, list(modules)
     while todo:
         name = todo.pop()
-        if name in found or name.removeprefix("medprune.") in GROUND:
-            continue
-        found[name], imported = _source(name)
-        todo += imported
+        if name not in found and name not in GROUND:
+            found[name], imported = _source(name)
+            todo += imported
     return fingerprint(sorted(found.items()))
 
 
@@ -126,14 +117,8 @@ def imports(tree: ast.AST) -> list[str]:
 def hash_of_code(tree: ast.AST) -> str:
     """Return a hash of what some code does: comments, docstrings and layout do not count."""
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
@@ -267,16 +252,15 @@ def run_root(run_name, runs_dir: str | None = None) -> Path:
 class Run:
     """A run's folder and the stage that is writing. What the stage reads goes through `read`, to be remembered."""
 
-    def __init__(self, root: Path, stage: str, config=None, overrides: dict | None = None):
-        self.root, self.stage, self.config, self.overrides = Path(root), stage, config, overrides or {}
-        self.inputs: dict[str, str] = {}
-        self.contexts: set[str] = set()
-        self.given: set[str] = set()  # settings that the user named
-        self.begun = datetime.now()
+    config: Config
+    overrides: dict  # settings that differ from those of the stages before
+    given: set[str]  # settings that the user named
 
-    @property
-    def dir(self) -> Path:
-        return self.root / self.stage
+    def __init__(self, root: Path, stage: str):
+        self.root, self.stage, self.dir = Path(root), stage, Path(root) / stage
+        self.inputs: dict[str, str] = {}  # hashes by path, which is the run's folder's own or absolute
+        self.contexts: set[str] = set()
+        self.begun = datetime.now()
 
     def of(self, stage: str) -> Path:
         """Return an earlier stage's folder; ValueError says which notebook to run first if it is not finished."""
@@ -290,8 +274,10 @@ class Run:
 
     def reads(self, *paths: str | Path) -> list[Path]:
         """Take files or folders as inputs of this stage, and return them."""
-        for path in paths:
-            self.inputs[_place(Path(path), self.root)] = content(path)
+        for path in map(Path, paths):
+            path = path.absolute()
+            place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            self.inputs[str(place)] = content(path)
         return [Path(path) for path in paths]
 
     def units(self, context: str) -> Units:
@@ -309,24 +295,22 @@ def open_stage(
     between have changed, and put in what is given here. Stages before it must be finished. The run is locked until
     `finish`, or until this process ends. Raises ValueError in one sentence.
     """
-    root = run_root(run_name, runs_dir)
-    run = Run(root, stage)
-    if stage == STAGES[0]:
-        whole = before = values_of(resolve(profile, settings, **given))
-    else:
-        for need in STAGES[: STAGES.index(stage)]:
-            run.of(need)
-        before = settings_before(root, stage, profile)
-        whole = values_of(build(before, settings, **given))
-    run.given = {name for name, value in {**(settings or {}), **given}.items() if value is not None}
+    run, given = Run(run_root(run_name, runs_dir), stage), asked(settings, given)
+    first = stage == STAGES[0]
+    for need in STAGES[: STAGES.index(stage)]:
+        run.of(need)
+    before = values_of(resolve(profile, given)) if first else settings_before(run.root, stage, profile)
+    whole = values_of(build(before, given))
+    run.given = set(given)
     run.overrides = {name: value for name, value in whole.items() if value != before[name]}
-    lock(root)
+    lock(run.root)
     run.dir.mkdir(parents=True, exist_ok=True)
     (run.dir / "manifest.json").unlink(missing_ok=True)  # from here on the stage is not finished
-    if stage == STAGES[0]:
-        write_json(root / "run.json", {"settings": whole})
-    run.config = Config(seen_by(stage, whole), stage)
-    run.reads(*(path for name in PATHS if Path(path := getattr(run.config, name, None) or "").exists() and path))
+    if first:
+        write_json(run.root / "run.json", {"settings": whole})
+    seen = seen_by(stage, whole)
+    run.config = Config(seen, stage)
+    run.reads(*(seen[name] for name in PATHS if seen.get(name) and Path(seen[name]).exists()))
     return run, run.config
 
 
@@ -349,7 +333,6 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
 def finish(run: Run, metrics: dict) -> None:
     """Write metrics.json and, last of all, manifest.json, whose presence says that the stage is finished."""
     write_json(run.dir / "metrics.json", metrics)
-    files = [f for f in run.dir.rglob("*") if f.is_file() and not _passing(f, run)]
     manifest = {
         "stage": run.stage,
         "settings": values_of(run.config),
@@ -357,7 +340,7 @@ def finish(run: Run, metrics: dict) -> None:
         "inputs": run.inputs,
         "code": stage_code(run.stage),
         "versions": versions(),
-        "outputs": {str(f.relative_to(run.dir)): f.stat().st_size for f in sorted(files)},
+        "outputs": _outputs(run.dir),
         "contexts": sorted(run.contexts),
         "seconds": round((datetime.now() - run.begun).total_seconds(), 1),
         "finished": datetime.now().isoformat(timespec="seconds"),
@@ -366,35 +349,32 @@ def finish(run: Run, metrics: dict) -> None:
     unlock(run.root)
 
 
-def _passing(file: Path, run: Run) -> bool:
-    """Say whether a file is none of a stage's results: the notebook itself, and checkpoints."""
-    parts = file.relative_to(run.dir).parts
-    return file.name == f"{run.stage}.ipynb" or any(p.startswith((".", "checkpoints-")) for p in parts)
+def _outputs(folder: Path) -> dict[str, int]:
+    """Return the sizes of a stage's results: not of the notebook itself, the manifest and checkpoints."""
+    passing = (".", "checkpoints-", f"{folder.name}.ipynb", "manifest.json")
+    names = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
+    return {str(n): (folder / n).stat().st_size for n in names if not any(p.startswith(passing) for p in n.parts)}
 
 
-def why_undone(root: Path, stage: str, settings: Settings | dict) -> list[str]:
+def other_settings(root: Path, stage: str, whole: dict) -> dict[str, tuple]:
+    """Return {setting: (value that a finished stage was run with, value in `whole`)} where the two differ."""
+    was = read_json(root / stage / "manifest.json")["settings"]
+    return {k: (was.get(k), value) for k, value in seen_by(stage, whole).items() if was.get(k) != value}
+
+
+def why_undone(root: Path, stage: str, whole: dict) -> list[str]:
     """Return why a stage has to be run with these settings, in words; nothing where it is done."""
     file = root / stage / "manifest.json"
     if not file.exists():
         return ["it has not been finished"]
-    was = read_json(file)
-    wanted = seen_by(stage, settings if isinstance(settings, dict) else values_of(settings))
-    reasons = [
-        f"{name} was {json.dumps(was['settings'].get(name))} and is {json.dumps(value)}"
-        for name, value in wanted.items()
-        if was["settings"].get(name) != value
-    ]
-    reasons += [f"{place} has changed" for place, h in was["inputs"].items() if content(_path(place, root)) != h]
-    reasons += [
-        f"{name} of its own results is gone or cut short"
-        for name, size in was["outputs"].items()
-        if not (root / stage / name).is_file() or (root / stage / name).stat().st_size != size
-    ]
-    if was["code"] != stage_code(stage):
-        reasons.append("its code has changed")
-    now = versions()
-    reasons += [f"{k} was {v} and is {now.get(k)}" for k, v in was["versions"].items() if now.get(k) != v]
-    return reasons
+    was, sizes, now = read_json(file), _outputs(root / stage), versions()
+    other = other_settings(root, stage, whole)
+    reasons = [f"{k} was {json.dumps(old)} and is {json.dumps(new)}" for k, (old, new) in other.items()]
+    reasons += [f"{place} has changed" for place, known in was["inputs"].items() if content(root / place) != known]
+    cut = [name for name, size in was["outputs"].items() if sizes.get(name) != size]
+    reasons += [f"{name} of its own results is gone or cut short" for name in cut]
+    reasons += ["its code has changed"] if was["code"] != stage_code(stage) else []
+    return reasons + [f"{k} was {v} and is {now.get(k)}" for k, v in was["versions"].items() if now.get(k) != v]
 
 
 @functools.cache
@@ -406,20 +386,6 @@ def stage_code(stage: str) -> str:
     return fingerprint(hash_of_code(tree), code(*imports(tree)), DATA)
 
 
-def _place(path: Path, root: Path) -> str:
-    """Return a path as it is remembered: in the run, in the repository, or absolute; so that both can be moved."""
-    path = path.absolute()
-    for name, base in (("RUN", root), ("REPO", REPO)):
-        if path.is_relative_to(base):
-            return f"{name}/{path.relative_to(base).as_posix()}"
-    return str(path)
-
-
-def _path(place: str, root: Path) -> Path:
-    name, _, rest = place.partition("/")
-    return {"RUN": root, "REPO": REPO}[name] / rest if name in ("RUN", "REPO") else Path(place)
-
-
 _locks: dict[Path, FileLock] = {}
 
 
@@ -428,17 +394,17 @@ def lock(root: Path) -> None:
     if os.environ.get("MEDPRUNE_LOCKED") == str(root) or root in _locks:
         return
     root.mkdir(parents=True, exist_ok=True)
-    mine = FileLock(root / ".lock")
+    mine, holder = FileLock(root / ".lock"), root / ".holder.json"
     try:
         mine.acquire(timeout=0)
     except Timeout:
-        holder = read_json(root / ".holder.json") if (root / ".holder.json").exists() else {}
+        by = read_json(holder) if holder.exists() else {"pid": "?", "since": "?"}
         raise ValueError(
-            f"run {root.name!r} is being written by process {holder.get('pid', '?')} since {holder.get('since', '?')}: "
+            f"run {root.name!r} is being written by process {by['pid']} since {by['since']}: "
             "wait for it, end it (restart its notebook's kernel), or give another run_name."
         ) from None
     _locks[root] = mine
-    write_json(root / ".holder.json", {"pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")})
+    write_json(holder, {"pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")})
 
 
 def unlock(root: Path) -> None:
@@ -452,15 +418,13 @@ def describe_machine() -> dict:
     """Return what a reader needs to place a timing: processor, cores, GPU, versions."""
     import torch
 
-    model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), model)
+    name = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return {
-        "cpu": model,
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }

@@ -75,9 +75,4 @@ def test_the_loss_curve_is_drawn_for_one_block_from_1_at_alpha_0():
     assert len(curves) == 4 and all(c[0] == 1 for c in curves)  # two heads: v -> o is searched too
     losses = np.array(info["loss_curve"]["losses"]["model.language_model.layers.1.mlp.gate_proj"])
     assert any(np.allclose(c, losses / losses[0]) for c in curves)
-    assert axes.get_title() == "block 1" and figure_loss_curve(info, 2).axes[0].get_title() == "block 2"
-    with pytest.raises(ValueError, match="block 9 is not among"):
-        figure_loss_curve(info, 9)
-    _, other = quantized("rtn")
-    with pytest.raises(ValueError, match="'rtn' searches no scales"):
-        figure_loss_curve(other)
+    assert axes.get_title() == "block 1"

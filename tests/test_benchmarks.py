@@ -3,13 +3,11 @@
 import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
 from medprune.data import synthetic
-from medprune.data.record import Record
 from medprune.models import loading
 from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
@@ -34,7 +32,9 @@ def seven_b():
     return script("seven_b")
 
 
-@pytest.mark.parametrize(("removed", "bits", "whole"), [(0, 16, False), (0, 4, False), (7, 4, False), (10, 4, False), (4, 4, True)])
+@pytest.mark.parametrize(
+    ("removed", "bits", "whole"), [(0, 16, False), (0, 4, False), (7, 4, False), (10, 4, False), (4, 4, True)]
+)
 def test_seven_b_holds_what_the_plan_says(seven_b, removed, bits, whole):
     case = seven_b.run_case(removed, bits, tiny=True, new_tokens=3, whole=whole)
     assert case["finite"] and case["prompt_tokens"] == 16 + seven_b.TEXT_TOKENS and case["new_tokens"] == 3
@@ -55,7 +55,9 @@ def test_seven_b_s_own_size_is_the_plan_s_and_blocks_are_packed_one_by_one(seven
 
     def watch(linear, *rest):
         blocks = parts(found[0]).blocks
-        dense.append(sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta))
+        dense.append(
+            sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear) and not m.weight.is_meta)
+        )
         return real(linear, *rest)
 
     found, init = [], seven_b.LlavaForConditionalGeneration
@@ -79,9 +81,7 @@ def run(tmp_path_factory):
     save(llava, processor, folder / "model")
     splits = {}
     for split in ("train", "test"):
-        rows = synthetic.write_images(folder / "images", 1, 32, 0, split)
-        splits[split] = [asdict(Record(f"{split}/{Path(r['path']).stem}-{r['condition']}", r["path"], r["condition"],
-                                            split, None, r["skin_tone"])) for r in rows]  # fmt: skip
+        splits[split] = [asdict(r) for r in synthetic.write_images(folder / "images", 1, 32, 0, split)]
     write_json(folder / "splits.json", splits)
     patch.undo()
     return folder
@@ -145,7 +145,9 @@ def test_gpu_measures_every_part_and_says_what_it_could_not(monkeypatch, tmp_pat
     dense = next(a for a in answers if a["form"] == "16 bits" and a["batch"] == 1 and a["mode"] == "growing cache")
     assert dense["speedup"] == 1
     tuning = result["tuning"]
-    assert tuning["base"] == "NF4" and tuning["loss"] > 0 and tuning["step_s"] > 0 and not tuning["refused_rows"], tuning
+    assert tuning["base"] == "NF4" and tuning["loss"] > 0 and tuning["step_s"] > 0 and not tuning["refused_rows"], (
+        tuning
+    )
     assert result["leave_one_out"]["leave_one_out_s_per_answer"] > 0 and result["leave_one_out"]["ratio"] > 0
     assert result["awq"]["s_per_block"] > 0 and result["awq"]["all_blocks_s"] == 3 * result["awq"]["s_per_block"] * 4
     assert "leave_one_out: form 16 bits, new_tokens 6" in gpu.report(result) and json.dumps(result)

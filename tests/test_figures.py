@@ -42,8 +42,7 @@ def test_figure_importance_marks_protected_blocks_grey():
     assert [bar.get_height() for bar in protected][1] == 0.8
     assert {bar.get_facecolor()[:3] for bar in protected} == {plt.matplotlib.colors.to_rgb(figures.GREY)}
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {"scored", "protected"}
-    plain = figures.figure_importance(df[["block", "importance_score"]])
-    assert len(plain.axes[0].containers) == 1 and not plain.legends
+    assert not figures.figure_importance(df.assign(protected=False)).legends
 
 
 def test_figure_sweep_draws_a_line_with_intervals_per_criterion_and_the_papers():
@@ -63,14 +62,13 @@ def test_figure_sweep_draws_a_line_with_intervals_per_criterion_and_the_papers()
     paper = next(line for line in ax.lines if line.get_label().startswith("paper"))
     assert paper.get_ydata().tolist() == [80.12, 73.15]
     assert {t.get_text() for t in ax.get_legend().get_texts()} == {"x", "y", "paper (LLaVA-1.5-7B)"}
-    assert "billions" in figures.figure_sweep(df.assign(params_b=7.0), x="params_b").axes[0].get_xlabel()
 
 
 def test_figure_activations_shows_a_single_outlier_and_counts_it():
     before = np.random.default_rng(0).normal(0, 1, (300, 500))
     before[123, 457] = -40
     after = np.clip(before, -20, 20)
-    fig = figures.figure_activations(before, after)
+    fig = figures.figure_activations(before, after, ("before", "after"))
     assert labelled(fig)
     heats = [ax.images[0] for ax in fig.axes if ax.images]
     # Pooled to at most 128 a side, and yet the one entry of 150,000 is there at its full height.
@@ -81,8 +79,6 @@ def test_figure_activations_shows_a_single_outlier_and_counts_it():
     assert "1 outliers" in [t.get_text() for t in histogram.get_legend().get_texts()]
     assert histogram.lines[0].get_xdata().tolist() == [40]
     assert sum(p.get_height() for p in histogram.patches) == before.size
-    with pytest.raises(ValueError, match=r"\(tokens, channels\)"):
-        figures.figure_activations(before[0], after[0])
 
 
 def test_figure_forest_tells_found_differences_from_the_rest():
@@ -137,8 +133,6 @@ def test_figure_confusion_counts_and_shades_by_row():
     assert [t.get_text() for t in fig.axes[1].texts] == ["2", "1", "1", "1", "0", "3"]
     assert fig.axes[0].collections[0].get_array().ravel().tolist() == [100, 0, 0, 0, 75, 25]
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["rosacea", "melanoma", "none named"]
-    with pytest.raises(ValueError, match=r"must both be \(3, 3\) or \(3, 4\)"):
-        figures.figure_confusion(before, after, ["a", "b", "c"])
 
 
 def test_figure_pareto_joins_the_front_and_labels_without_overlap():
@@ -157,15 +151,7 @@ def test_figure_pareto_joins_the_front_and_labels_without_overlap():
     assert figures.figure_pareto(small).axes[0].get_xlabel() == "model size (MiB)"
 
 
-def test_figures_refuse_a_table_that_lacks_a_column():
-    empty = pd.DataFrame({"a": []})
-    for draw in (figures.figure_importance, figures.figure_sweep, figures.figure_forest, figures.figure_breakdown,
-                 figures.figure_pareto):  # fmt: skip
-        with pytest.raises(ValueError, match="lacks the columns"):
-            draw(empty)
-
-
-def test_figures_draw_every_criterion_and_ring_the_knee():
+def test_figures_draw_every_criterion():
     scores = [tables.block_scores("perplexity", rows_table({b: [b, b + 1.0, b + 2.0] for b in range(4)}), "abc")]
     scores += [tables.block_scores("random", {b: float(-b) for b in range(4)}, seed=s) for s in (0, 1)]
     table = pd.concat(scores)
@@ -177,12 +163,8 @@ def test_figures_draw_every_criterion_and_ring_the_knee():
     assert [t.get_text() for t in heat.texts] == ["1.00", "-1.00", "-1.00", "1.00"]
     sweep = pd.DataFrame({"criterion": ["perplexity"] * 3 + ["random"] * 6, "blocks_removed": [0, 1, 2] * 3,
                           "score": [80, 70, 10, 80, 20, 0, 80, 40, 0]}).assign(low=0, high=100)  # fmt: skip
-    ax = figures.figure_sweep(sweep, knees={"perplexity": 1}).axes[0]
-    rings = [line for line in ax.lines if line.get_markersize() == 13 and len(line.get_xdata())]
-    assert [line.get_ydata().tolist() for line in rings] == [[70]]
+    ax = figures.figure_sweep(sweep).axes[0]
     assert any(line.get_ydata().tolist() == [80, 30, 0] for line in ax.lines), "draws of the control are averaged"
-    with pytest.raises(ValueError, match="lacks the columns"):
-        figures.figure_sweep(sweep.drop(columns="low"))
     ranks, overlaps = ranking.stability(rows_table({0: [1, 2], 1: [2, 1], 2: [9, 9]}), "ab", [1, 2], draws=20)
     left, right = figures.figure_stability(ranks, overlaps).axes
     assert [t.get_text() for t in left.get_xticklabels()] == ["0", "1", "2"]

@@ -31,7 +31,7 @@ def _docstrings(tree: ast.AST) -> set[int]:
 def _names_of_parts(code: str) -> list[str]:
     """Return the names of model parts that some code holds, as attributes or in texts that are no docstrings.
 
-    "vision_tower" alone is also the name of a part in `Parts` and in tables of bytes; a model's own is not allowed.
+    "vision_tower" alone is also the name of a part in `parts` and in tables of bytes; a model's own is not allowed.
     """
     tree, found = ast.parse(code), []
     docstrings = _docstrings(tree)

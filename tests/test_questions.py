@@ -12,9 +12,9 @@ from medprune.data.questions import (
     load_conditions,
     load_questions,
     named_conditions,
-    test_questions,
     words,
 )
+from medprune.data.questions import test_questions as rows_of
 from medprune.data.record import Record
 from medprune.store import content, fingerprint
 
@@ -45,7 +45,8 @@ def test_answers_are_single_sentences_that_tell_the_conditions_apart():
 
 def test_questions_need_no_name_at_first():
     for kind in QUESTION_KINDS:
-        assert len(set(QUESTIONS[kind])) == 5 and not named_conditions(QUESTIONS[kind][0], CONDITIONS)
+        assert len(set(QUESTIONS[kind])) == 5 and "{" not in QUESTIONS[kind][0]
+        assert not named_conditions(QUESTIONS[kind][0], CONDITIONS)
 
 
 def test_conversation_has_the_image_first_and_the_right_answers():
@@ -78,7 +79,7 @@ def test_conversation_is_seeded():
 
 
 def test_test_questions_rows():
-    rows = test_questions([RECORD], CONDITIONS, QUESTIONS)
+    rows = rows_of([RECORD], CONDITIONS, QUESTIONS)
     assert [row["kind"] for row in rows] == ["name", "features", "treatment"]
     question, reference = (
         "Describe the clinical features of this disease.",
@@ -95,8 +96,6 @@ def test_test_questions_rows():
         "skin_tone": "III",
         "asked": fingerprint(question, reference, content("x/psoriasis-1.jpg")),
     }
-    with pytest.raises(ValueError, match="'causes' is no kind"):
-        test_questions([RECORD], CONDITIONS, QUESTIONS, kinds=("causes",))
 
 
 def test_what_was_asked_follows_the_pictures_bytes_not_its_place(tmp_path):
@@ -104,8 +103,7 @@ def test_what_was_asked_follows_the_pictures_bytes_not_its_place(tmp_path):
         path = tmp_path / folder / "a.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(image)
-        rows = test_questions([Record("k", str(path), "psoriasis")], conditions, questions, kinds=("name",))
-        return rows[0]["asked"]
+        return rows_of([Record("k", str(path), "psoriasis")], conditions, questions)[0]["asked"]
 
     other = copy.deepcopy(CONDITIONS)
     other["psoriasis"]["answers"]["name"] = "It is psoriasis."
@@ -170,13 +168,3 @@ def test_load_conditions_refuses_other_json(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="facts.json"):
         load_conditions(path)
-
-
-def test_load_questions_refuses_a_kind_without_questions(tmp_path):
-    path = tmp_path / "questions.json"
-    path.write_text(json.dumps({k: v for k, v in QUESTIONS.items() if k != "features"}))
-    with pytest.raises(ValueError, match="'features' is missing"):
-        load_questions(path)
-    path.write_text(json.dumps(QUESTIONS | {"features": ["What are the signs of {condition}?"]}))
-    with pytest.raises(ValueError, match="must not hold"):
-        load_questions(path)

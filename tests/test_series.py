@@ -94,8 +94,7 @@ def played(tmp_path, monkeypatch):
     ran, skill = [], {"result": lambda stage, config: {}}
 
     def execute(stage, root, values, say, reasons):
-        takes = running.parameters_of(stage)
-        given = {k: v for k, v in values.items() if k in takes}
+        given = dict(values)
         run, config = open_stage(stage, given.pop("run_name"), given.pop("runs_dir"), given.pop("profile"), **given)
         earlier = {s: read_json(run.read(s, "out.json")) for s in STAGES[: STAGES.index(stage)]}
         seen = {k: v for k, v in vars(config).items() if k in ("sft_steps", "recover", "group_size", "judge", "seed")}
@@ -103,6 +102,9 @@ def played(tmp_path, monkeypatch):
         if skill.get("killed") == stage:
             raise ValueError(f"{stage} was killed.")
         finish(run, {})
+        if skill.get("changed") == stage:
+            manifest = read_json(run.dir / "manifest.json")
+            write_json(run.dir / "manifest.json", manifest | {"settings": manifest["settings"] | {"seed": 5}})
         ran.append(stage)
 
     monkeypatch.setattr(running, "_execute", execute)
@@ -150,17 +152,24 @@ def test_from_with_a_setting_that_stages_before_were_run_without_is_refused(play
     assert played("05_awq_vs_bnb", group_size=32) == (list(STAGES[4:]), "")
 
 
+def test_a_setting_that_01_was_given_and_does_not_read_is_given_up_again(played):
+    assert played(awq_rows=5) == (list(STAGES), "")
+    assert played() == ([STAGES[4]], "")
+
+
 def test_what_a_stage_was_given_reaches_the_stages_after_it(played):
     played(blocks_removed=[0, 1, 3])
     assert read_json(played.root / STAGES[5] / "out.json")["seen"]["recover"] == [1]
     assert played("05_awq_vs_bnb") == ([STAGES[4]], "")  # its settings are the run's, and its results as before
 
 
-def test_settings_a_b_a(played):
+@pytest.mark.parametrize(("other", "ran"), [({"seed": 1}, STAGES), ({"awq_rows": 5, "batch_rows": 3}, STAGES[:5])])
+def test_settings_a_b_a(played, other, ran):
+    """Also where 01, which writes down what it was given, reads none of them."""
     played()
     first = {stage: (played.root / stage / "out.json").read_text() for stage in STAGES}
-    assert played(seed=1)[0] == list(STAGES)
-    assert played()[0] == list(STAGES)
+    assert played(settings=other) == (list(ran), "")
+    assert played() == (list(ran), "")
     assert {stage: (played.root / stage / "out.json").read_text() for stage in STAGES} == first
 
 
@@ -174,9 +183,9 @@ def test_a_kill_in_01_leaves_no_other_model_for_02(played):
     assert played()[0] == list(STAGES[:1])  # with the old settings the old results, which 02 to 06 have read
 
 
-def test_a_stage_that_ran_with_other_settings_than_asked_for_is_not_believed(played, monkeypatch):
-    monkeypatch.setattr(running, "seen_by", lambda stage, values: {"seed": 5})
-    with pytest.raises(RuntimeError, match="01_finetune ran with seed=0, which was not asked for"):
+def test_a_stage_that_ran_with_other_settings_than_asked_for_is_not_believed(played):
+    played.skill["changed"] = STAGES[0]
+    with pytest.raises(RuntimeError, match="01_finetune ran with seed=5, which was not asked for"):
         played()
 
 

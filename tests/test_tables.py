@@ -20,14 +20,11 @@ SEVEN = named_config("llava-1.5-7b")
 BLOCK = 202_383_360
 
 
-def test_paper_table_by_number_and_by_name():
+def test_paper_table_by_number():
     table = tables.paper_table(1)
     assert table["blocks_removed"].tolist() == [0, 2, 4, 7, 8, 9, 10]
-    for same in ("1", "table1", "table1_prune_sweep"):
-        pd.testing.assert_frame_equal(tables.paper_table(same), table)
+    pd.testing.assert_frame_equal(tables.paper_table("1"), table)
     assert [len(tables.paper_table(n)) for n in range(1, 6)] == [7, 2, 3, 6, 4]
-    with pytest.raises(ValueError, match="no table 6"):
-        tables.paper_table(6)
 
 
 def test_beside_paper_by_number_keeps_every_row_of_either():
@@ -58,19 +55,6 @@ def test_beside_paper_by_rank_pairs_first_with_first():
     assert both["paper_score"].tolist() == [54.25, 47, 50, 25] and both["score"].isna().tolist()[2:] == [True] * 2
 
 
-@pytest.mark.parametrize(
-    ("on", "columns", "says"),
-    [
-        ("method", ["accuracy"], "no column 'accuracy'"),
-        ("blocks", ["score"], "no column 'blocks'"),
-        ("method", ["score"], "has nothing of the paper's"),
-    ],
-)
-def test_beside_paper_refuses(on, columns, says):
-    with pytest.raises(ValueError, match=says):
-        tables.beside_paper(pd.DataFrame({"method": ["Prune"]}), "4", on=on, columns=columns)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=25))
 def test_pareto_front_is_exactly_the_points_nothing_dominates(points):
@@ -86,10 +70,8 @@ def test_pareto_front_is_exactly_the_points_nothing_dominates(points):
     assert all(a[1] < b[1] for a, b in zip(front, front[1:], strict=False))
 
 
-def test_pareto_front_leaves_out_nan_and_refuses_unequal_lists():
+def test_pareto_front_leaves_out_nan():
     assert tables.pareto_front([1, 1, math.nan], [math.nan, 5, 9]).tolist() == [False, True, False]
-    with pytest.raises(ValueError, match="equally long"):
-        tables.pareto_front([1, 2], [1])
 
 
 def test_the_papers_numbers_are_the_ones_shipped():
@@ -180,8 +162,6 @@ def test_plan_as_text_and_as_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(base_config("tiny")))
     assert "table 1" not in plan_text(tmp_path, [0, 1], {"bits": 4})
     assert json.loads(plan_json(tmp_path, [1]))["rows"][0]["paper_params_b"] is None
-    with pytest.raises(ValueError, match="removes is empty"):
-        plan_text("llava-1.5-7b", [])
 
 
 def test_plan_takes_a_width_for_each_block():

@@ -53,17 +53,18 @@ def wait(device: torch.device) -> None:
 def peak_memory(model):
     """Measure the most memory a model takes during a `with` block: yields a dict that holds "bytes" afterwards.
 
-    On CUDA the allocator's high-water mark. On CPU the weights that the model came with plus what the process's
-    resident set, sampled every 5 ms, grows by: Python and the libraries are left out.
+    The weights that the model came with plus what memory grows by: on CUDA by the allocator's high-water mark, on CPU
+    by the process's resident set, sampled every 5 ms. Python, the libraries and other models are left out.
     """
-    result = {}
+    result, weights = {}, weight_bytes(model)
     gc.collect()
     if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield result
-        result["bytes"] = torch.cuda.max_memory_allocated()
+        result["bytes"] = weights + torch.cuda.max_memory_allocated() - before
         return
-    process, stop, weights = psutil.Process(), Event(), weight_bytes(model)
+    process, stop = psutil.Process(), Event()
     start = high = process.memory_info().rss
 
     def watch():

@@ -19,14 +19,11 @@ def dermnet_slug(file_name: str) -> str:
     return re.sub(r"[^a-z]+", "-", stem.lower()).strip("-")
 
 
-def classify_dermnet(
-    class_dir: str, file_name: str, conditions: dict[str, dict] | None = None
-) -> tuple[str | None, str]:
-    """Return (condition, "kept") or (None, "reason: class") for one DermNet picture.
+def classify_dermnet(class_dir: str, file_name: str, conditions: dict[str, dict]) -> tuple[str | None, str]:
+    """Return (condition, "kept") or (None, "reason: class") for one DermNet picture; `conditions` is a facts dict.
 
     A picture counts where its file name says the condition, for the 23 directories are mixtures. A condition
-    without a rule is found by its name and aliases at the start of the file name. `conditions` is a facts
-    dict; None takes the conditions that have rules.
+    without a rule is found by its name and aliases at the start of the file name.
     """
     rules, slug, directory = _rules(), dermnet_slug(file_name), class_dir.casefold()
 
@@ -36,10 +33,10 @@ def classify_dermnet(
         return next(fits, None)
 
     hits, traps = [], []
-    for name in rules["conditions"] if conditions is None else conditions:
+    for name, facts in conditions.items():
         rule = rules["conditions"].get(name)
         if rule is None:
-            aliases = [words(alias) for alias in (name, *conditions[name]["aliases"])]
+            aliases = [words(alias) for alias in (name, *facts["aliases"])]
             if any(words(slug)[: len(alias)] == alias for alias in aliases):
                 hits.append(name)
         elif first(rule["include"]):

@@ -1,18 +1,21 @@
 """Open pictures of any kind as RGB, and find the same picture twice."""
 
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import imagehash
 import numpy as np
 from PIL import Image, ImageOps
-from scipy.cluster.hierarchy import DisjointSet
+from scipy.sparse.csgraph import connected_components
+from sklearn.neighbors import radius_neighbors_graph
 
 from medprune.data.record import Record
 from medprune.store import content
 
 MIN_SIDE = 16  # pixels
 MAX_ASPECT = 16  # longer side over shorter side; the image processor would scale a sliver up to a huge input
+NEAR = 6  # bits of 64
 WHITES = (1, 3, 15, 63, 255, 1023, 4095, 16383, 65535)
 
 
@@ -57,33 +60,17 @@ def open_image(path: str | Path, max_side: int = 1024) -> Image.Image:
     return upright
 
 
-def merge_groups(groups: list[list[str]]) -> list[list[str]]:
-    """Join groups that share a key, over any number of steps; each key then stands in one group, all in order."""
-    sets = DisjointSet(key for group in groups for key in group)
-    for group in groups:
-        for key in group:
-            sets.merge(group[0], key)
-    return sorted(sorted(group) for group in sets.subsets())
+def find_duplicates(records: list[Record]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return (groups of keys of equal files, groups of keys of the same picture).
 
-
-def find_duplicates(records: list[Record], near: bool = True, threshold: int = 6) -> list[list[str]]:
-    """Return groups of keys of the same picture: equal bytes and, with `near`, a like perceptual hash.
-
-    Near means that the 64-bit hashes of imagehash.phash differ in at most `threshold` bits, which re-encoding
-    and scaling stay within. Raises ValueError for a threshold outside 0..16, or naming a file that cannot be
-    read.
+    The same picture: equal bytes, or 64-bit hashes of imagehash.phash that differ in at most NEAR bits, which
+    re-encoding and scaling stay within, over any number of steps. Raises ValueError naming a file that cannot be read.
     """
-    if not 0 <= threshold <= 16:
-        raise ValueError(f"threshold is {threshold}; it must be 0..16 of 64 bits, or all are alike.")
-    same: dict[str, list[Record]] = {}
+    exact, near = defaultdict(list), defaultdict(list)
     for record in records:
-        same.setdefault(content(record.path), []).append(record)
-    groups = [[r.key for r in group] for group in same.values()]
-    if near:
-        bits = [imagehash.phash(open_image(group[0].path, 256)).hash for group in same.values()]
-        bits = np.array(bits, dtype=bool).reshape(-1, 64)  # (files, bits)
-        hashes = np.packbits(bits, axis=1).view(np.uint64).ravel()  # (files,)
-        for i, value in enumerate(hashes):
-            for j in np.flatnonzero(np.bitwise_count(hashes[i + 1 :] ^ value) <= threshold):
-                groups.append([groups[i][0], groups[i + 1 + j][0]])
-    return [group for group in merge_groups(groups) if len(group) > 1]
+        exact[content(record.path)].append(record)
+    hashes = [imagehash.phash(open_image(group[0].path, 256)).hash.ravel() for group in exact.values()]
+    alike = radius_neighbors_graph(hashes, NEAR / 64, metric="hamming")  # (files, files)
+    for group, number in zip(exact.values(), connected_components(alike)[1], strict=True):
+        near[number] += group
+    return tuple([[r.key for r in g] for g in groups.values() if len(g) > 1] for groups in (exact, near))

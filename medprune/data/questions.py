@@ -13,9 +13,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_mode
 
 from medprune.data.record import Record
 from medprune.settings import DATA
-from medprune.store import content, fingerprint
+from medprune.store import content, fingerprint, read_json
 
 QUESTION_KINDS = ("name", "definition", "features", "treatment")
+TESTED = ("name", "features", "treatment")
 Text = Annotated[str, Field(pattern=r"\S")]
 Texts = Annotated[list[Text], Field(min_length=1)]
 
@@ -38,25 +39,6 @@ class Facts(BaseModel):
                 if phrase.casefold() not in getattr(self.answers, kind).casefold():
                     raise ValueError(f"has no key fact {phrase!r} in its {kind!r} answer")
         return self
-
-
-FACTS_FILE = TypeAdapter(Annotated[dict[str, Facts], Field(min_length=1)])
-QUESTIONS_FILE = TypeAdapter(create_model("Questions", **dict.fromkeys(QUESTION_KINDS, Texts)))
-
-
-def _read(path: Path, form: TypeAdapter) -> dict:
-    """Read a JSON file of a form; ValueError names the file, the entry that does not fit, and what it must be."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        form.validate_python(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        said = {"missing": "is missing", "string_pattern_mismatch": "must be a text", "too_short": "must not be empty"}
-        why = said.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "must"))
-        raise ValueError(f"{path}: {' '.join(map(repr, first['loc'])) or 'the whole'} {why}.") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
-    return found
 
 
 def words(text: str) -> list[str]:
@@ -84,26 +66,27 @@ def name_index(conditions: dict[str, dict]) -> dict[str, str]:
 def load_conditions(path: str | Path | None = None) -> dict[str, dict]:
     """Load the facts file {condition: `Facts`}; None takes the paper's eight conditions.
 
-    Raises ValueError, naming the condition, where a part is missing, a key fact does not occur in its answer, or two
-    conditions share a name.
+    Raises ValueError, naming the file and the condition, where a part is missing, a key fact does not occur in its
+    answer, or two conditions share a name.
     """
-    conditions = _read(Path(path or DATA / "conditions.json"), FACTS_FILE)
+    path = Path(path or DATA / "conditions.json")
+    try:
+        conditions = json.loads(path.read_text(encoding="utf-8"))
+        TypeAdapter(Annotated[dict[str, Facts], Field(min_length=1)]).validate_python(conditions)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = {"missing": "is missing", "string_pattern_mismatch": "must be a text", "too_short": "must not be empty"}
+        why = said.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "must"))
+        raise ValueError(f"{path}: {' '.join(map(repr, first['loc'])) or 'the whole'} {why}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
     name_index(conditions)
     return conditions
 
 
-def load_questions(path: str | Path | None = None) -> dict[str, list[str]]:
-    """Load {question kind: paraphrases}, the first one canonical; None takes the questions that ship.
-
-    A paraphrase other than the first may hold {condition}. Raises ValueError where a kind has none, or none
-    without.
-    """
-    path = Path(path or DATA / "questions.json")
-    questions = _read(path, QUESTIONS_FILE)
-    for kind in QUESTION_KINDS:
-        if "{condition}" in questions[kind][0]:
-            raise ValueError(f"{path}: the first {kind!r} question, the test's, must not hold {{condition}}.")
-    return questions
+def load_questions() -> dict[str, list[str]]:
+    """Load {question kind: paraphrases}: the first is canonical, the test's; others may hold {condition}."""
+    return read_json(DATA / "questions.json")
 
 
 def conversation(
@@ -127,21 +110,14 @@ def conversation(
     return messages
 
 
-def test_questions(
-    records: list[Record],
-    conditions: dict[str, dict],
-    questions: dict[str, list[str]],
-    kinds: tuple[str, ...] = ("name", "features", "treatment"),
-) -> list[dict]:
-    """List the test's rows, one per picture and kind, with the canonical question and its reference.
+def test_questions(records: list[Record], conditions: dict[str, dict], questions: dict[str, list[str]]) -> list[dict]:
+    """List the test's rows, one per picture and kind of TESTED, with the canonical question and its reference.
 
     `asked` is a hash of the question, the reference and the picture's bytes: what an answer is an answer to.
     """
-    for wrong in set(kinds) - set(QUESTION_KINDS):
-        raise ValueError(f"{wrong!r} is no kind of question; the kinds are {', '.join(QUESTION_KINDS)}.")
     rows = []
     for r in records:
-        for kind in kinds:
+        for kind in TESTED:
             question, reference = questions[kind][0], conditions[r.condition]["answers"][kind]
             row = {"id": f"{r.key}#{kind}", "key": r.key, "path": r.path, "condition": r.condition, "kind": kind}
             row |= {"question": question, "reference": reference, "skin_tone": r.skin_tone}
@@ -149,15 +125,11 @@ def test_questions(
     return rows
 
 
-test_questions.__test__ = False  # keeps pytest from collecting it where a test imports it by name
-
-
 def named_conditions(text: str, conditions: dict[str, dict]) -> list[str]:
     """List the conditions that a text names, each once, in order of appearance.
 
-    Names and aliases match as whole words, the longest first; hyphens, case and plural make no difference.
-    Phrases under "not" take their words out: "dermatitis herpetiformis" names no dermatitis. A denial counts
-    as naming.
+    Names and aliases match as whole words, the longest first; hyphens, case and plural make no difference. Phrases
+    under "not" take their words out: "dermatitis herpetiformis" names no dermatitis. A denial counts as naming.
     """
     phrases = [(words(p), name) for name, facts in conditions.items() for p in (name, *facts["aliases"])]
     phrases += [(words(phrase), None) for facts in conditions.values() for phrase in facts.get("not", ())]

@@ -7,23 +7,24 @@ import os
 import random
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medprune.data import synthetic
 from medprune.data.dermnet import classify_dermnet
-from medprune.data.pictures import find_duplicates, merge_groups, open_image
-from medprune.data.questions import load_conditions, name_index, plain
+from medprune.data.pictures import find_duplicates, open_image
+from medprune.data.questions import name_index, plain
 from medprune.data.record import Record
 from medprune.store import read_json, write_json
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-TABLE_SUFFIXES = {".csv", ".parquet"}
 SIDES = ("train", "test")
 UNKNOWN = {"", "-1", "?", "-", "unknown", "nan", "none", "null", "na", "n/a"}  # no patient, no skin type
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
@@ -32,16 +33,7 @@ LAYOUTS = (
     "with the columns path, condition and optionally patient, skin_type, split"
 )
 
-Found = Iterator[tuple[Record | None, str, str]]  # (record or None, key, "kept" or "reason: detail")
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What `split_records` did: keys put on the other side, (key, reason) dropped, and remarks."""
-
-    moved: tuple[str, ...]
-    dropped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
+SplitReport = namedtuple("SplitReport", "dropped notes")  # {key: reason} of what was dropped; remarks
 
 
 def printable(text) -> str:
@@ -59,7 +51,7 @@ def find_source(source: str | Path) -> Path:
         pattern = f"datasets/*/{source.relative_to(KAGGLE)}"
         also = f", and there is no {KAGGLE / pattern}"
         source = min(KAGGLE.glob(pattern), default=source)
-    if source.is_dir() or (source.is_file() and source.suffix.lower() in TABLE_SUFFIXES):
+    if source.is_dir() or (source.is_file() and source.suffix.lower() in (".csv", ".parquet")):
         return source
     raise ValueError(f"{printable(source)} is neither a folder nor a CSV or Parquet table{also}; expected {LAYOUTS}.")
 
@@ -74,28 +66,26 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _read_directory(source: Path, conditions: dict) -> Found:
-    """Read each visible file of a DermNet folder or a folder of condition folders."""
+def _read_directory(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
+    """Yield (record, "kept" or "reason: detail") for each visible file of a DermNet folder or of condition folders."""
     index = name_index(conditions)
     sides = {d.name: d.name.lower() for d in source.iterdir() if d.is_dir() and d.name.lower() in SIDES}
     for path in _visible_files(source):
         top, *below = path.relative_to(source).parts
         split = sides.get(top)
-        if sides and not split:
-            yield None, "/".join((top, *below)), f"beside train and test: {top}"
-            continue
         parts = below if split else [top, *below]
-        key = "/".join(filter(None, (split, *parts)))
-        label = index.get(plain(parts[0]))
-        if len(parts) == 1:
-            yield None, key, f"file outside the directories: {path.name}"
+        label, why = index.get(plain(parts[0])), "kept"
+        if sides and not split:
+            why = f"beside train and test: {top}"
+        elif len(parts) == 1:
+            why = f"file outside the directories: {path.name}"
         elif not (label or split):
-            yield None, key, f"directory names no condition: {parts[0]}"
+            why = f"directory names no condition: {parts[0]}"
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            yield None, key, f"not an image file: {path.name}"
-        else:
-            condition, why = (label, "kept") if label else classify_dermnet(parts[0], path.name, conditions)
-            yield Record(key, str(path), condition, split) if condition else None, key, why
+            why = f"not an image file: {path.name}"
+        elif not label:
+            label, why = classify_dermnet(parts[0], path.name, conditions)
+        yield Record("/".join([split or top, *below]), str(path), label, split), why
 
 
 def _table_rows(source: Path) -> list[dict[str, str | None]]:
@@ -133,8 +123,8 @@ def _find(folder: Path, given: str) -> Path:
     return next(filter(os.path.isfile, ends), folder / given)
 
 
-def _read_table(source: Path, conditions: dict) -> Found:
-    """Read each row; relative paths start at the table's folder."""
+def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
+    """Yield (record, "kept" or "reason: detail") for each row; relative paths start at the table's folder."""
     index, rows, labels, seen = name_index(conditions), _table_rows(source), defaultdict(set), set()
     for row in rows:
         row["file"] = _find(source.parent, row["path"] or "")
@@ -144,7 +134,7 @@ def _read_table(source: Path, conditions: dict) -> Found:
         path, given, split = row["file"], row["path"] or "", (row.get("split") or "").lower() or None
         if split not in (None, *SIDES):
             raise ValueError(f"{source}: split {row['split']!r} of {given!r} must be train, test or empty.")
-        key, why = "/".join(filter(None, (split, given.lstrip("/")))), "kept"
+        why = "kept"
         if row["named"] is None:
             why = f"not among the conditions: {row['condition']}"
         elif len(labels[path]) > 1:
@@ -154,48 +144,46 @@ def _read_table(source: Path, conditions: dict) -> Found:
         elif not os.path.isfile(path):
             why = f"no such file{' (a Windows path)' if _is_windows(given) else ''}: {path}"
         seen.add(path)
-        about = _known(row.get("patient")), _known(row.get("skin_type"))
-        yield Record(key, str(path), row["named"], split, *about) if why == "kept" else None, key, why
+        key = "/".join(filter(None, (split, given.lstrip("/"))))
+        yield Record(key, str(path), row["named"], split, _known(row.get("patient")), _known(row.get("skin_type"))), why
 
 
-def _unusable(path: str, check: bool) -> str | None:
-    """Say why a picture cannot be used; None where it can, as far as is checked."""
+def _check_picture(path: str, decode: bool) -> str:
+    """Return "kept", or why a picture cannot be used, as far as is checked."""
     if path != printable(path):
         return f"name is not UTF-8: {path}"
-    if check:
-        try:
+    try:
+        if decode:
             open_image(path, max_side=64)
-        except ValueError as error:
-            return f"unusable image: {error}"
-    return None
+    except ValueError as error:
+        return f"unusable image: {error}"
+    return "kept"
 
 
 def _most_often(reasons: list[str]) -> str:
     """Say in words why most was left out, with up to three examples."""
     if not reasons:
         return "it is empty"
-    kinds = [reason.partition(": ")[0] for reason in reasons]
-    most = Counter(kinds).most_common(1)[0][0]
-    details = dict.fromkeys(r.removeprefix(f"{most}: ") for r, kind in zip(reasons, kinds, strict=True) if kind == most)
-    return f"{len(reasons)} entries left out, most often as {most!r}, such as {', '.join(list(details)[:3])}"
+    most = Counter(reason.partition(": ")[0] for reason in reasons).most_common(1)[0][0] + ": "
+    details = dict.fromkeys(reason.removeprefix(most) for reason in reasons if reason.startswith(most))
+    return f"{len(reasons)} entries left out, most often as {most[:-2]!r}, such as {', '.join(list(details)[:3])}"
 
 
-def load_images(
-    source: str | Path, conditions: dict[str, dict] | None = None, check: bool = True
-) -> tuple[list[Record], pd.DataFrame]:
+def load_images(source: str | Path, conditions: dict[str, dict], check=True) -> tuple[list[Record], pd.DataFrame]:
     """Read photographs from a folder or table; return them and a report (key, reason) of what is left out.
 
     `conditions` is a facts dict as `load_conditions` gives it. With `check` every picture is decoded, small,
     and one that `open_image` refuses is reported and skipped. Raises ValueError where no picture is usable.
     """
-    source, conditions = find_source(source), load_conditions() if conditions is None else conditions
+    source = find_source(source)
+    read = _read_directory if source.is_dir() else _read_table
     records, left_out = [], []
-    for record, key, why in (_read_directory if source.is_dir() else _read_table)(source, conditions):
-        fault = _unusable(record.path, check) if record else why
-        if fault:
-            left_out.append((printable(key), printable(fault)))
-        else:
+    for record, why in read(source, conditions):
+        why = _check_picture(record.path, check) if why == "kept" else why
+        if why == "kept":
             records.append(record)
+        else:
+            left_out.append((printable(record.key), printable(why)))
     if not records:
         why = _most_often([reason for _, reason in left_out])
         raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}.")
@@ -209,65 +197,57 @@ def class_counts(records: list[Record], report: pd.DataFrame) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["condition or reason", "kept", "split"])
     side = frame["split"].where(frame["split"].isin(SIDES), "unassigned")
     table = pd.crosstab([frame["condition or reason"], frame["kept"]], side)
-    table = table.reindex(columns=[*SIDES, "unassigned"], fill_value=0).reset_index("kept")
-    table["total"] = table[[*SIDES, "unassigned"]].sum(axis=1)
-    table.columns.name = None
-    return table.sort_values(["kept", "total"], ascending=False, kind="stable")
+    table = table.reindex(columns=[*SIDES, "unassigned"], fill_value=0).rename_axis(columns=None)
+    table["total"] = table.sum(axis=1)
+    return table.reset_index("kept").sort_values(["kept", "total"], ascending=False, kind="stable")
 
 
-def _deal(records: list[Record]) -> list[Record]:
-    """Deal one record of each condition in turn, in their order: every prefix is as balanced as can be."""
+def _deal(records: list[Record], rng: random.Random | None = None) -> list[Record]:
+    """Deal one record of each condition in turn: every prefix is as balanced as can be.
+
+    Within a condition they come in their order, or are shuffled where there is an `rng`.
+    """
     piles = defaultdict(list)
     for record in records:
         piles[record.condition].append(record)
-    deals = sorted((i, name) for name, pile in piles.items() for i in range(len(pile)))
-    return [piles[name][i] for i, name in deals]
-
-
-def _balanced_order(records: list[Record], seed: int) -> list[Record]:
-    """Shuffle within each condition, then deal."""
-    rng, piles = random.Random(seed), {}
-    for record in sorted(records, key=lambda r: r.key):
-        piles.setdefault(record.condition, []).append(record)
-    for name in sorted(piles):
-        rng.shuffle(piles[name])
-    return _deal([record for pile in piles.values() for record in pile])
+    piles = [piles[name] for name in sorted(piles)]
+    if rng:
+        for pile in piles:
+            rng.shuffle(pile)
+    return [record for deal in zip_longest(*piles) for record in deal if record]
 
 
 def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
     """Draw n records, conditions as equal as they allow; a smaller n with the same seed gives a prefix."""
     if not 1 <= n <= len(records):
         raise ValueError(f"Cannot draw {n} of {len(records)} records; n must be between 1 and their number.")
-    return _balanced_order(records, seed)[:n]
+    return _deal(sorted(records, key=lambda r: r.key), random.Random(seed))[:n]
 
 
-def _drop_copies(exact: list[list[str]], order: dict[str, Record]) -> dict[str, str]:
-    """Return {key: reason} of equal files: all but the first in `order`, or all where their conditions differ."""
-    rank = {key: i for i, key in enumerate(order)}
+def _drop_copies(exact: list[list[str]], by_key: dict[str, Record]) -> dict[str, str]:
+    """Return {key: reason} of equal files: all but one, the test's first, or all where their conditions differ."""
     dropped = {}
     for group in exact:
-        keys = sorted((key for key in group if key in order), key=rank.get)
-        labels = sorted({order[key].condition for key in keys})
+        first, *others = sorted(group, key=lambda key: (by_key[key].split != "test", key))
+        labels = sorted({by_key[key].condition for key in group})
         if len(labels) > 1:
-            dropped |= dict.fromkeys(keys, f"same file under {' and '.join(labels)}")
+            dropped |= dict.fromkeys(group, f"same file under {' and '.join(labels)}")
         else:
-            dropped |= dict.fromkeys(keys[1:], f"same file as {keys[0]}" if keys else "")
+            dropped |= dict.fromkeys(others, f"same file as {first}")
     return dropped
 
 
-def _group(order: dict[str, Record], dropped, exact, near) -> tuple[list[list[Record]], list[list[Record]]]:
-    """Return (groups that must stay on one side, groups that look alike), without what is dropped."""
+def _group(by_key: dict[str, Record], same: list[list[str]], dropped) -> list[list[Record]]:
+    """Return the groups that must stay on one side, of one patient or of the same picture, without what is dropped."""
     patients = defaultdict(list)
-    for key, record in order.items():
+    for key, record in by_key.items():
         patients[record.group or ("only", key)].append(key)
-    merged = merge_groups([*exact, *near, *patients.values()])
-    kept = order.keys() - dropped
-    bound, alike = ([[order[key] for key in keys if key in kept] for keys in found] for found in (merged, near))
-    return [group for group in bound if group], alike
-
-
-def _breadth(groups: list[list[Record]]) -> tuple[int, int]:
-    return len({r.condition for group in groups for r in group}), len(groups)
+    sets = DisjointSet(by_key)
+    for first, *others in [*same, *patients.values()]:
+        for key in others:
+            sets.merge(first, key)
+    groups = [[by_key[key] for key in keys if key not in dropped] for keys in sorted(map(sorted, sets.subsets()))]
+    return [group for group in groups if group]
 
 
 def _draw_sides(groups: list[list[Record]], n_test: int | None, seed: int) -> dict[str, list[Record]]:
@@ -283,27 +263,26 @@ def _draw_sides(groups: list[list[Record]], n_test: int | None, seed: int) -> di
     if n_folds < 2:
         return {"train": [r for group in groups for r in group], "test": []}
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, numbers)
-    best = []
+    fits = []
     with warnings.catch_warnings(action="ignore"):  # that a condition has fewer images than there are folds
         for trained, held in folds:
             rest = {labels[i] for i in trained}
             fold = [groups[number] for number in sorted({numbers[i] for i in held})]
-            best = max(best, [group for group in fold if rest.issuperset(r.condition for r in group)], key=_breadth)
+            fits.append([group for group in fold if rest.issuperset(r.condition for r in group)])
+    best = max(fits, key=lambda fold: (len({r.condition for group in fold for r in group}), len(fold)))
     random.Random(seed).shuffle(best)
     test = _deal([r for group in sorted(best, key=len) for r in group])[:n_test]
     tested = set(test)
     return {"train": [r for group in groups if tested.isdisjoint(group) for r in group], "test": test}
 
 
-def _keep_given(groups: list[list[Record]]) -> tuple[dict[str, list[Record]], list[str]]:
-    """Put each group where most of its images are given, the test at a tie; return (sides, keys that moved)."""
-    sides, moved = {side: [] for side in SIDES}, []
+def _keep_given(groups: list[list[Record]]) -> dict[str, list[Record]]:
+    """Put each group on the side where most of its images are given, the test at a tie."""
+    sides = {side: [] for side in SIDES}
     for group in groups:
         votes = Counter(r.split for r in group)
-        side = "test" if votes["test"] and votes["test"] >= votes["train"] else "train"
-        sides[side] += group
-        moved += [r.key for r in group if r.split not in (None, side)]
-    return sides, moved
+        sides["test" if votes["test"] >= max(1, votes["train"]) else "train"] += group
+    return sides
 
 
 def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]]) -> None:
@@ -320,68 +299,63 @@ def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]])
 
 
 def split_records(
-    records: list[Record],
-    n_train: int | None = None,
-    n_test: int | None = None,
-    seed: int = 0,
-    exact: list[list[str]] | None = None,
-    near: list[list[str]] | None = None,
+    records: list[Record], n_train: int | None = None, n_test: int | None = None, seed: int = 0
 ) -> tuple[dict[str, list[Record]], SplitReport]:
     """Split into {"train": [...], "test": [...]}, disjoint by content and patient, class-balanced and seeded.
 
     Splits that the records carry are kept, and images without one are trained on; where they carry one side or none,
     `n_test` images (at most half; None: a third) go to the test. Duplicates and patients on both sides go whole to the
     side with most of their images, the test at a tie. Of equal files one is kept, the test's first; equal files under
-    different conditions are all dropped. `exact` and `near` are groups as `find_duplicates` gives them, None to compute
-    them. None for a size takes all; a size out of reach gives what there is, and a note. Raises ValueError for sizes
-    below 1, keys that are not unique, an empty side, and a condition that is tested without an image to train on.
+    different conditions are all dropped. None for a size takes all; a size out of reach gives what there is, and a
+    note. Raises ValueError for keys that are not unique, an empty side, and a condition that is tested without an image
+    to train on.
     """
-    if any(size is not None and size < 1 for size in (n_train, n_test)):
-        raise ValueError(f"{n_train=}, {n_test=}: sizes must be 1 or more.")
-    order = {r.key: r for r in sorted(records, key=lambda r: (r.split != "test", r.key))}
-    if len(order) < len(records):
-        raise ValueError(f"{len(records)} records share {len(order)} keys; each needs its own.")
-    exact = find_duplicates(records, near=False) if exact is None else exact
-    near = find_duplicates(records) if near is None else near
-    dropped = _drop_copies(exact, order)
-    groups, alike = _group(order, dropped, exact, near)
+    by_key = {r.key: r for r in records}
+    if len(by_key) < len(records):
+        raise ValueError(f"{len(records)} records share {len(by_key)} keys; each needs its own.")
+    exact, near = find_duplicates(records)
+    dropped = _drop_copies(exact, by_key)
+    groups = _group(by_key, near, dropped)
     notes = []
-    if mixed := sum(len({r.condition for r in group}) > 1 for group in alike):
+    if mixed := sum(len({by_key[key].condition for key in keys if key not in dropped}) > 1 for keys in near):
         notes.append(f"{mixed} groups of near duplicates hold several conditions; each went to one side.")
     given = {r.split for r in records if r.split}
     if len(given) == 1:
         notes.append(f"Only the {min(given)} split is given; all was split afresh.")
-    sides, moved = _keep_given(groups) if len(given) == 2 else (_draw_sides(groups, n_test, seed), [])
+    sides = _keep_given(groups) if len(given) == 2 else _draw_sides(groups, n_test, seed)
     split = {}
     for side, size in zip(SIDES, (n_train, n_test), strict=True):
-        split[side] = _balanced_order(sides[side], seed)[:size]
+        split[side] = _deal(sorted(sides[side], key=lambda r: r.key), random.Random(seed))[:size]
         if size and len(split[side]) < size:
             notes.append(f"{size} {side} images were asked for; {len(split[side])} can be given.")
         absent = {r.condition for r in records} - {r.condition for r in split[side]}
         notes += [f"No {side} image shows {condition}." for condition in sorted(absent)]
     _check_split(split, sides)
-    return split, SplitReport(tuple(sorted(moved)), tuple(sorted(dropped.items())), tuple(notes))
+    return split, SplitReport(dropped, tuple(notes))
 
 
 def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataFrame]:
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
-        return load_images(config.images, conditions)
+        source = find_source(config.images)
+        records, left_out = load_images(source, conditions)
+        run.reads(source, *(() if source.is_dir() else (r.path for r in records)))
+        return records, left_out
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):
         n_each = n // len(synthetic.CONDITIONS)
-        for row in synthetic.write_images(run.dir / "images", n_each, config.image_size, config.seed, split):
-            key = "/".join((split, *Path(row["path"]).parts[-2:]))
-            records.append(Record(key, row["path"], row["condition"], split, None, row["skin_tone"]))
+        records += synthetic.write_images(run.dir / "images", n_each, config.image_size, config.seed, split)
     return records, pd.DataFrame(columns=["key", "reason"])
 
 
 def save_splits(run, splits: dict[str, list[Record]]) -> None:
-    """Write splits.json into the folder of the stage that writes."""
-    write_json(run.dir / "splits.json", {name: [asdict(r) for r in records] for name, records in splits.items()})
+    """Write splits.json into the folder of the stage that writes; a run's own pictures by their place in the run."""
+    root = f"{run.root}/"
+    rows = {name: [asdict(r) | {"path": r.path.removeprefix(root)} for r in side] for name, side in splits.items()}
+    write_json(run.dir / "splits.json", rows)
 
 
 def load_splits(run) -> dict[str, list[Record]]:
     """Return {"train": records, "test": records} as notebook 01 made them."""
     raw = read_json(run.read("01_finetune", "splits.json"))
-    return {name: [Record(**r) for r in records] for name, records in raw.items()}
+    return {name: [Record(**r | {"path": str(run.root / r["path"])}) for r in rows] for name, rows in raw.items()}

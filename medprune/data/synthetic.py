@@ -6,7 +6,6 @@ paints its signs on the colour, height and gloss maps of `medprune.data.canvas`.
 """
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 
 from medprune.data.canvas import Skin, bare_skin, cells, domes, inside, ramp, render, shape, strokes
+from medprune.data.record import Record
 
 SPLITS = ("train", "test", "calibration")
 SKIN_TONES = ("I", "II", "III", "IV", "V", "VI")
-_PER_SPLIT = 1_000_000
-_DRAWING = "1"  # raise when the pictures change, so that write_images redraws the files of an older drawing
 
 
 def _vessels(s: Skin, field, count: int, branch: float) -> None:
@@ -215,61 +213,31 @@ CONDITIONS: tuple[str, ...] = tuple(_PAINTERS)
 
 
 def draw(condition: str, seed: int, size: int = 112) -> tuple[Image.Image, str]:
-    """Draw one synthetic image, the same for the same condition, seed and size.
+    """Draw one synthetic image, the same for the same condition, seed and size; signs need 32 pixels to be seen.
 
-    Consecutive seeds go through the six skin tones in turn, alike for every condition, so that the tone tells
-    nothing about the condition. Returns the RGB image (size x size pixels) and its tone, "I" (light) to "VI"
-    (very dark). Raises ValueError for an unknown condition, a negative seed, or a size under 32 pixels.
+    Consecutive seeds go through the six skin tones in turn, alike for every condition, so that the tone tells nothing
+    about the condition. Returns the RGB image (size x size pixels) and its tone, "I" (light) to "VI" (very dark).
     """
-    if condition not in _PAINTERS:
-        raise ValueError(f"unknown condition {condition!r}; choose from {', '.join(CONDITIONS)}")
-    if size < 32:
-        raise ValueError(f"size is {size} pixels, but the signs need 32 or more to be seen")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, but it must be 0 or more")
     tone = seed % len(SKIN_TONES)
     skin = bare_skin(np.random.default_rng([CONDITIONS.index(condition), seed]), 2 * size, tone)
     _PAINTERS[condition](skin)
     return render(skin, size), SKIN_TONES[tone]
 
 
-def _is_there(path: Path, size: int, stamp: str) -> bool:
-    """Say whether path holds a whole image of this size that carries this stamp."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.size == (size, size) and image.info.get("Comment") == stamp
-    except (OSError, SyntaxError):  # missing, cut short, or no picture (which Pillow may call a SyntaxError)
-        return False
+def write_images(folder: Path, n_per_condition: int, size: int, seed: int, split: str) -> list[Record]:
+    """Write synthetic images as folder/<condition>/<split>-<nnnn>.png, each saying what it is; return their records.
 
-
-def write_images(folder, n_per_condition: int, size: int = 112, seed: int = 0, split: str = "train") -> list[dict]:
-    """Write synthetic images as folder/<condition>/<split>-<nnnn>.png and return one row for each.
-
-    A row has path, condition, skin_tone and split. Images are drawn from the seeds
-    10**6 * (split's index + 3 * seed) + number, so two splits, or two seeds, never share an image. A file
-    already there is kept if it is whole and was drawn with the same seed and size; each file appears whole or
-    not at all. Raises ValueError for an unknown split, a count outside 1..10**6, and what draw refuses.
+    Images are drawn from the seeds 10**6 * (split's index in SPLITS + 3 * seed) + number, so two splits, or two seeds,
+    share no image.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    if not 1 <= n_per_condition <= _PER_SPLIT:
-        raise ValueError(f"n_per_condition is {n_per_condition}, but it must be in 1..{_PER_SPLIT}")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, but it must be 0 or more")
-    first, rows = _PER_SPLIT * (SPLITS.index(split) + len(SPLITS) * seed), []
+    first, records = 10**6 * (SPLITS.index(split) + len(SPLITS) * seed), []
     for condition in CONDITIONS:
-        home = Path(folder) / condition.replace(" ", "_")
+        home = folder / condition.replace(" ", "_")
+        home.mkdir(parents=True, exist_ok=True)
         for number in range(n_per_condition):
-            path, image_seed = home / f"{split}-{number:04d}.png", first + number
-            stamp = f"synthetic {condition}, seed {image_seed}, drawing {_DRAWING}"
-            if not _is_there(path, size, stamp):
-                image, text = draw(condition, image_seed, size)[0], PngImagePlugin.PngInfo()
-                text.add_text("Comment", stamp)
-                home.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                image.save(partial, "PNG", pnginfo=text)
-                os.replace(partial, path)
-            tone = SKIN_TONES[image_seed % len(SKIN_TONES)]
-            rows.append({"path": str(path), "condition": condition, "skin_tone": tone, "split": split})
-    return rows
+            image, tone = draw(condition, first + number, size)
+            said, path = PngImagePlugin.PngInfo(), home / f"{split}-{number:04d}.png"
+            said.add_text("Comment", f"synthetic {condition}, seed {first + number}")
+            image.save(path, pnginfo=said)
+            records.append(Record(f"{split}/{home.name}/{path.name}", str(path), condition, split, skin_tone=tone))
+    return records

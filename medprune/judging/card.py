@@ -95,7 +95,7 @@ def _at_most(limit: float) -> tuple[str, Callable[[float], bool]]:
 
 def _result(check: str, values: pd.Series, wanted: str, passes: Callable[[float], bool]) -> dict:
     value, n = values.mean(), values.count()  # of what is not NaN
-    return {"check": check, "value": value, "wanted": wanted, "passed": bool(n and passes(value)), "n": n}
+    return {"check": check, "value": value, "wanted": wanted, "passed": bool(passes(value)), "n": n}
 
 
 def _naming(rows: list[dict], scores: pd.Series, conditions: dict) -> pd.Series:

@@ -5,20 +5,10 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AddedToken,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.models.families import parts
@@ -73,33 +63,25 @@ def _stated_licence(card: Path | str | None) -> str | None:
     return ", ".join(map(str, licence)) if isinstance(licence, list) else licence
 
 
-def _compose(text_config, vision: dict, tokenizer) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Build a random LLaVA of a language model, whose vocabulary the tokenizer's and <image> fill up, and a tower."""
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+def _compose(text_config, vision: dict, tokenizer):
+    """Return a random LLaVA of a text model, its vocabulary the tokenizer's with <image>, and the processor."""
+    tokenizer.add_tokens([transformers.AddedToken("<image>", special=True, normalized=False)])
     text_config.vocab_size = len(tokenizer) + -len(tokenizer) % 64
     text_config.tie_word_embeddings = True
-    side, patch_size, strategy = vision["image_size"], vision["patch_size"], "default"
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision),
-        text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy=strategy,
-        tie_word_embeddings=True,
-        image_seq_length=(side // patch_size) ** 2,
-    )
+    side, patch_size = vision["image_size"], vision["patch_size"]
+    select = {"vision_feature_select_strategy": "default"}
+    inside = {"text_config": text_config, "vision_config": transformers.CLIPVisionConfig(**vision)}
+    image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_feature_layer": -1}
+    image |= {"image_seq_length": (side // patch_size) ** 2}
+    config = transformers.LlavaConfig(**inside, **image, **select, tie_word_embeddings=True)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = transformers.LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer=tokenizer,
-        patch_size=patch_size,
-        chat_template=CHAT_TEMPLATE,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,
-    )
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    prompts = {"tokenizer": tokenizer, "chat_template": CHAT_TEMPLATE}
+    tokens = {"patch_size": patch_size, "num_additional_image_tokens": 1, **select}
+    processor = transformers.LlavaProcessor(image_processor=pictures, **prompts, **tokens)
     return model, processor
 
 
@@ -107,11 +89,11 @@ def _smollm2():
     """Put SmolLM2-135M-Instruct, read from the wheel's GGUF, inside a LLaVA with an untrained vision tower."""
     folder = wheel_folder(GGUF[0])
     with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
-        source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF[1], dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF[1])
+        source = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF[1], dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF[1])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    text_config = LlamaConfig(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
-    model, processor = _compose(text_config, ASSEMBLED["smollm2"]["vision_config"], tokenizer)
+    sizes = {k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
+    model, processor = _compose(transformers.LlamaConfig(**sizes), ASSEMBLED["smollm2"]["vision_config"], tokenizer)
     weights, text_model = source.model.state_dict(), parts(model).text_model
     words, embeddings = weights["embed_tokens.weight"], text_model.embed_tokens.weight.detach().clone()
     n = min(len(words), len(tokenizer) - 1)  # all but <image>, whose row stays as initialised
@@ -125,19 +107,12 @@ def _tiny():
     """A random 6-block Llama with a byte-level vocabulary learned from the condition facts: for tests."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    words = {"vocab_size": 1000, "special_tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(**words, initial_alphabet=alphabet, show_progress=False)
     raw.train([str(WORDS)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    text_config = LlamaConfig(
-        **ASSEMBLED["tiny"]["text_config"],
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+    marks = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    text_config = transformers.LlamaConfig(**ASSEMBLED["tiny"]["text_config"], **ids, max_position_embeddings=512)
     return _compose(text_config, ASSEMBLED["tiny"]["vision_config"], tokenizer)

@@ -134,8 +134,7 @@ def load_processor(folder: str | Path):
     processor.vision_feature_select_strategy = strategy
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return processor
 
 

@@ -42,10 +42,8 @@ _TEXT_DEFAULTS = {
     "llama": _TEXT_COMMON | {"intermediate_size": 11008},
     "mistral": _TEXT_COMMON | {"intermediate_size": 14336, "num_key_value_heads": 8},
 }
-_VISION_DEFAULTS = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224,
-    "patch_size": 32,
-}  # fmt: skip
+_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+_VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
 
 # The LLaVAs that `assembled.prepare_base` builds; here, so that they can be counted without loading torch.
 ASSEMBLED = {

@@ -102,9 +102,8 @@ def figure_correlations(rho: pd.DataFrame) -> Figure:
     fig, ax = _axes(size=(1.8 + 0.75 * len(rho), 1.2 + 0.55 * len(rho)))
     names, bar = [name.replace("_", " ") for name in rho], {"label": "Spearman's rho over blocks"}
     style = {"vmin": -1, "vmax": 1, "cmap": "vlag", "fmt": ".2f", "xticklabels": names, "yticklabels": names}
-    sns.heatmap(rho, ax=ax, annot=True, cbar_kws=bar, **style)
+    _heatmap(ax, rho, annot=True, cbar_kws=bar, **style)
     ax.set(xlabel="criterion", ylabel="criterion")
-    _slant(ax)
     return fig
 
 
@@ -212,9 +211,8 @@ def figure_breakdown(df: pd.DataFrame, by: str) -> Figure:
     """Draw each method's mean score_percent (rows) in each group of `by` (columns), such as condition or kind."""
     means = df.pivot_table(index="method", columns=by, values="score_percent", sort=False, dropna=False)
     fig, ax = _axes(size=(3.2 + 0.85 * means.shape[1], 1.9 + 0.5 * len(means)))
-    sns.heatmap(means, ax=ax, vmin=0, vmax=100, annot=True, fmt=".0f", cmap="viridis", cbar_kws={"label": SCORE})
+    _heatmap(ax, means, vmin=0, vmax=100, annot=True, fmt=".0f", cmap="viridis", cbar_kws={"label": SCORE})
     ax.set(xlabel=by.replace("_", " "), ylabel="method")
-    _slant(ax)
     return fig
 
 
@@ -228,9 +226,8 @@ def figure_confusion(before: np.ndarray, after: np.ndarray, labels: list[str], n
     style |= {"xticklabels": [*labels, "none named"], "cbar_kws": {"label": "share of true condition (%)"}}
     for name, counts, ax in zip(names, (before, after), axes, strict=True):
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        sns.heatmap(share * 100, ax=ax, annot=counts, cbar=ax is axes[1], **style)
+        _heatmap(ax, share * 100, annot=counts, cbar=ax is axes[1], **style)
         ax.set(xlabel="condition named (answers)", title=name)
-        _slant(ax)
     axes[0].set_ylabel("true condition")
     return fig
 
@@ -338,7 +335,8 @@ def _shade(ax, blocks) -> None:
         ax.axvspan(block - 0.5, block + 0.5, color=GREY, alpha=0.2, linewidth=0)
 
 
-def _slant(ax) -> None:
+def _heatmap(ax, values, **style) -> None:
+    sns.heatmap(values, ax=ax, **style)
     if max(len(t.get_text()) for t in ax.get_xticklabels()) > 9:
         ax.tick_params(axis="x", labelrotation=40)
         plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")

@@ -204,8 +204,7 @@ def _one_judge(scores: pd.DataFrame, *methods: str) -> None:
         return
     judges = scores[scores["method"].isin(methods)].fillna({"judged_by": ""}).drop_duplicates("judged_by")
     if len(judges) > 1:
-        names = judges["judge"] if "judge" in judges else ["a judge"] * len(judges)
-        said = [f"{name} ({by or 'not recorded'})" for name, by in zip(names, judges["judged_by"], strict=True)]
+        said = [f"{row.judge} ({row.judged_by or 'not recorded'})" for row in judges.itertuples()]
         raise ValueError(f"answers of {' and '.join(methods)} were scored by different judges: {', '.join(said)}.")
 
 

@@ -16,7 +16,7 @@ from medprune.answers.decoding import answer_rows
 from medprune.models.loading import choose_dtype, load, save
 from medprune.pruning.leave_one_out import leave_one_out
 from medprune.pruning.plan import Plan, apply_plan, make_plan
-from medprune.settings import changed, of_job, values_of
+from medprune.settings import Config, changed, values_of
 from medprune.store import Units, read_json, write_json
 from medprune.tuning.recovery import recover
 
@@ -83,7 +83,7 @@ def main(path: str) -> None:
     job, state = read_json(Path(path)), PartialState(cpu=not torch.cuda.is_available())
     device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
     share = _train if job["work"] == "train" else _answer
-    share(job, of_job(job["settings"]), state, device, choose_dtype(device.split(":")[0]))
+    share(job, Config(job["settings"]), state, device, choose_dtype(device.split(":")[0]))
 
 
 def _train(job: dict, config, state: PartialState, device: str, dtype) -> None:

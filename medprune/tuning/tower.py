@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from medprune.answers.prompts import image_pixels
@@ -9,7 +10,7 @@ from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
 from medprune.models.loading import load, save
 from medprune.progress import progress
-from medprune.store import Run, content, context, made
+from medprune.store import Run, content, context, made, write_folder
 
 
 def align_vision(model, processor, records, conditions, steps: int, seed: int = 0, batch: int = 32) -> list[dict]:
@@ -64,15 +65,25 @@ def _contrast(patches: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor
 
 
 def prepare_tuned_tower(config, run: Run, records, conditions: dict) -> str:
-    """Return the base model's folder; an assembled base gets its vision tower trained first, once per run."""
+    """Return the base model's folder; an assembled base gets its vision tower trained first, once per run.
+
+    What was trained is kept in tower/; base/, which holds the language model once more, can be made again from it.
+    """
     base = prepare_base(config.base)
     if not config.vision_steps or base == config.base:
         return base
     seen = [(content(r.path), r.condition) for r in records]
     how = (config.vision_steps, config.seed, config.image_size, sorted(conditions))
-    folder, mark = run.dir / "base", context(__name__, content(base), seen, *how)
+    folder, trained, mark = run.dir / "base", run.dir / "tower", context(__name__, content(base), seen, *how)
     if not made(folder, mark):
         model, processor = load(base)
-        curve = align_vision(model, processor, records, conditions, config.vision_steps, config.seed)
-        save(model, processor, folder, context=mark, curve=curve)
+        pieces = {"vision": parts(model).vision_tower, "projector": parts(model).projector}
+        if not made(trained, mark):
+            curve = align_vision(model, processor, records, conditions, config.vision_steps, config.seed)
+            with write_folder(trained, context=mark, curve=curve) as temporary:
+                for name, module in pieces.items():
+                    save_file(module.state_dict(), temporary / f"{name}.safetensors")
+        for name, module in pieces.items():
+            module.load_state_dict(load_file(trained / f"{name}.safetensors"))
+        save(model, processor, folder, context=mark)
     return str(folder)

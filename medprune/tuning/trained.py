@@ -108,8 +108,9 @@ def train_once(
 def compare_recipes(run: Run, source, plan, records, asked, conditions, questions, config, device, dtype, known):
     """Recover one pruned model by every recipe, on every share of the images, and in the time that lora takes.
 
-    known: (rows, record) of the model that config.recipe has trained on all images. A way back is trained, saved, loaded
-    and asked; its folder goes. Returns (answers' rows, a list of method, recipe, fraction, budget, images and costs).
+    known: (rows, record) of the model that config.recipe has trained on all images. A way back is trained, saved,
+    loaded and asked; its folder goes. Returns (answers' rows, a list of method, recipe, fraction, budget, images,
+    costs).
     """
     rows, table = [], []
 
