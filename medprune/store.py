@@ -356,7 +356,7 @@ def _outputs(folder: Path) -> dict[str, int]:
     return {str(n): (folder / n).stat().st_size for n in names if not any(p.startswith(passing) for p in n.parts)}
 
 
-def other_settings(root: Path, stage: str, whole: dict) -> dict[str, tuple]:
+def differing(root: Path, stage: str, whole: dict) -> dict[str, tuple]:
     """Return {setting: (value that a finished stage was run with, value in `whole`)} where the two differ."""
     was = read_json(root / stage / "manifest.json")["settings"]
     return {k: (was.get(k), value) for k, value in seen_by(stage, whole).items() if was.get(k) != value}
@@ -368,7 +368,7 @@ def why_undone(root: Path, stage: str, whole: dict) -> list[str]:
     if not file.exists():
         return ["it has not been finished"]
     was, sizes, now = read_json(file), _outputs(root / stage), versions()
-    other = other_settings(root, stage, whole)
+    other = differing(root, stage, whole)
     reasons = [f"{k} was {json.dumps(old)} and is {json.dumps(new)}" for k, (old, new) in other.items()]
     reasons += [f"{place} has changed" for place, known in was["inputs"].items() if content(root / place) != known]
     cut = [name for name, size in was["outputs"].items() if sizes.get(name) != size]

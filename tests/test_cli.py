@@ -15,6 +15,7 @@ from medprune.models.loading import save
 from medprune.models.sizes import account
 from medprune.pruning.plan import make_plan
 from medprune.quantizing.checkpoint import load_quantized
+from medprune.store import content
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def llava(tmp_path_factory):
     found, processor = loading.load(prepare_base("tiny"))
     save(found, processor, home / "llava")
     synthetic.write_images(home / "pictures", 1, 32, 0, "train")
-    make_plan(found.config, [2], "any", (), "magnitude").save(home / "plan.json")
+    make_plan(found.config, [2], content(home / "llava"), (), "magnitude").save(home / "plan.json")
     return home
 
 
@@ -101,7 +102,7 @@ def test_quantize_writes_a_folder_that_answers(llava, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("words,why", [
     (("--method", "awq"), "awq needs images"),
-    (("--method", "bnb", "--bits", "3"), "bnb stores 4 bits, not 3"),
+    (("--method", "bnb", "--bits", "3"), "bits for bnb must be one of (4,), not 3"),
     (("--method", "rtn", "--group-size", "48"), "group_size must be one of"),
     (("--method", "rtn", "--quantize-vision"), "vision_tower"),
 ])  # fmt: skip

@@ -24,7 +24,7 @@ from medprune.quantizing.checkpoint import add_scores, load_quantized, quantize_
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import bits_by_importance, packed_bytes, quantize
 from medprune.settings import METHODS
-from medprune.store import fingerprint, made
+from medprune.store import made
 
 IMAGE = 255
 
@@ -465,7 +465,7 @@ def folders(base, tmp_path_factory):
     synthetic.write_images(home / "few", 1, 32, 0, "train")
     for picture in sorted((home / "few").rglob("*.png"))[3:]:
         picture.unlink()
-    make_plan(model.config, [2], fingerprint(Path(base)), (), "magnitude").save(home / "plan.json")
+    make_plan(model.config, [2], content(base), (), "magnitude").save(home / "plan.json")
     make_plan(model.config, [2], "another", (), "magnitude").save(home / "other.json")
     (home / "no_plan.json").write_text('{"kept": [0]}')
     model, info = quantize(model, "rtn", 4, 32)

@@ -20,7 +20,7 @@ from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
 from medprune.quantizing.packed import PackedLinear, from_awq, to_awq
 from medprune.quantizing.quantize import is_quantized, target_linears
-from medprune.store import fingerprint, read_json, write_folder, write_text
+from medprune.store import content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
 _PLAIN = "from transformers import LlavaForConditionalGeneration as Llava\nmodel = Llava.from_pretrained(folder)"
@@ -273,7 +273,7 @@ def quantize_folder(
 
 def _identity(source: str) -> str:
     """Return what a plan made for a model holds as its base."""
-    return fingerprint(Path(source)) if Path(source).is_dir() else source
+    return content(source) if Path(source).is_dir() else source
 
 
 def _calibration_records(images: str | None, conditions: dict, rows: int) -> list:

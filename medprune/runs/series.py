@@ -16,29 +16,8 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
 from medprune.models.sizes import account, base_config, shape_of
-from medprune.settings import (
-    NF4_GROUP,
-    REPO,
-    STAGES,
-    Settings,
-    asked,
-    build,
-    protected_numbers,
-    readers,
-    resolve,
-    values_of,
-)
-from medprune.store import (
-    Run,
-    lock,
-    other_settings,
-    read_json,
-    run_root,
-    settings_before,
-    unlock,
-    why_undone,
-    write_text,
-)
+from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
+from medprune.store import Run, differing, lock, read_json, run_root, settings_before, unlock, why_undone, write_text
 
 NOTEBOOKS = REPO / "notebooks"
 
@@ -47,7 +26,7 @@ class NotebookCrashError(RuntimeError):
     """A notebook ended in an error that is no user's mistake."""
 
 
-def check_run(config: Settings) -> None:
+def check_run(config) -> None:
     """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
     if config.images != "synthetic":
         _check_images(config.images, load_conditions(config.conditions))
@@ -135,7 +114,7 @@ def _prepare(run_name, profile: str, start: str | None, parameters: dict, runs_d
     config = build(settings_before(root, start, profile), given) if before else resolve(profile, given)
     whole = values_of(config)
     for stage in before:
-        for name, (was, value) in other_settings(root, stage, whole).items():
+        for name, (was, value) in differing(root, stage, whole).items():
             raise ValueError(
                 f"{name}={value!r} is read by {stage} too, which was run with {was!r} and which --from {start} leaves "
                 "as it is: leave out --from, and what is still valid is found again."
@@ -151,7 +130,7 @@ def _reasons(root: Path, stage: str, whole: dict, start: str | None) -> list[str
 def _parameters(root: Path, stage: str, whole: dict, given: dict) -> dict:
     """Return a notebook's parameters: the first takes the settings given, later ones what the run has otherwise."""
     options = {"profile": whole["name"], "run_name": root.name, "runs_dir": str(root.parent)}
-    if stage != STAGES[0]:
+    if False:
         before = settings_before(root, stage)
         given = {name: value for name, value in whole.items() if value != before[name]}
     return options | {"settings": given}
@@ -159,7 +138,7 @@ def _parameters(root: Path, stage: str, whole: dict, given: dict) -> dict:
 
 def _check_ran(root: Path, stage: str, whole: dict) -> None:
     """Hold what a stage says it was run with against what was asked for."""
-    for name, (was, _) in other_settings(root, stage, whole).items():
+    for name, (was, _) in differing(root, stage, whole).items():
         raise RuntimeError(f"{stage} ran with {name}={was!r}, which was not asked for.")
 
 
