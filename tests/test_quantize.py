@@ -24,7 +24,7 @@ from medprune.quantizing.checkpoint import add_scores, load_quantized, quantize_
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import bits_by_importance, packed_bytes, quantize
 from medprune.settings import METHODS
-from medprune.store import made
+from medprune.store import content, made
 
 IMAGE = 255
 
