@@ -130,7 +130,7 @@ def _reasons(root: Path, stage: str, whole: dict, start: str | None) -> list[str
 def _parameters(root: Path, stage: str, whole: dict, given: dict) -> dict:
     """Return a notebook's parameters: the first takes the settings given, later ones what the run has otherwise."""
     options = {"profile": whole["name"], "run_name": root.name, "runs_dir": str(root.parent)}
-    if False:
+    if stage != STAGES[0]:
         before = settings_before(root, stage)
         given = {name: value for name, value in whole.items() if value != before[name]}
     return options | {"settings": given}
