@@ -6,17 +6,23 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 
 import json
 import sys
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from medprune.runs import upkeep
+from medprune.settings import describe, resolve
+from medprune.store import run_root, runs_home
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; see `medprune settings`")]
-Profile = Annotated[
-    str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, else local")
-]
+Profile = Annotated[str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, or local")]
+Name = Annotated[str, typer.Argument(help="the run")]
+Groups = Annotated[int, typer.Option(help="32, 64 or 128")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
 
@@ -33,12 +39,12 @@ def main() -> None:
 
 def _join_parameters(words: list[str]) -> list[str]:
     """Write "-p NAME VALUE", as papermill has it, as "-p NAME=VALUE", which is one option to typer."""
-    words, joined = list(words), []
-    while words:
-        word = words.pop(0)
-        joined.append(word)
-        if word == "-p" and len(words) > 1 and "=" not in words[0]:
-            joined.append(f"{words.pop(0)}={words.pop(0)}")
+    joined = []
+    for word in words:
+        if joined[-2:-1] == ["-p"] and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
     return joined
 
 
@@ -55,18 +61,12 @@ def _parameters(pairs: list[str] | None) -> dict:
     return values
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
 @app.callback(invoke_without_command=True)
 def _options(
     show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     if show_version:
-        from importlib.metadata import version
-
         typer.echo(version("medprune"))
 
 
@@ -81,36 +81,28 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
 ) -> None:
     """Run the notebooks in order, but for those whose settings, inputs and code are as they were."""
-    from medprune.runs.series import closing_text, plan_series, run_series
+    from medprune.runs.series import closing_text, run_series
 
     values = _parameters(parameter) | ({} if images is None else {"images": images})
-    if dry_run:
-        typer.echo("\n".join(plan_series(name, profile, start, values, runs_dir)))
-    else:
-        typer.echo(closing_text(run_series(name, profile, start, values, runs_dir, say=_say)))
+    root = run_series(name, profile, start, values, runs_dir, partial(typer.echo, err=not dry_run), dry_run)
+    if not dry_run:
+        typer.echo(closing_text(root))
 
 
 @app.command()
 def runs(runs_dir: Runs = None) -> None:
     """List the runs: stages done, when, profile, score of the last step, disk."""
     from medprune.results.page import readable
-    from medprune.runs.upkeep import list_runs
-    from medprune.store import runs_home
 
-    table = list_runs(runs_home(runs_dir))
+    table = upkeep.list_runs(runs_home(runs_dir))
     typer.echo(readable(table).to_string(index=False) if len(table) else f"no runs in {runs_home(runs_dir)}")
 
 
 @app.command()
 def clean(
-    name: Annotated[str, typer.Argument(help="the run")],
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-    runs_dir: Runs = None,
+    name: Name, yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False, runs_dir: Runs = None
 ) -> None:
     """Remove what of a run nobody needs: checkpoints of finished stages, units of other settings, leftovers."""
-    from medprune.runs import upkeep
-    from medprune.store import run_root
-
     root = run_root(name, runs_dir)
     for path in upkeep.needless(root):
         typer.echo(f"{upkeep.size_of(path) / 2**20:8.1f} MiB  {path.relative_to(root)}")
@@ -122,8 +114,6 @@ def clean(
 @app.command()
 def settings() -> None:
     """List every setting: its default in each profile, the notebooks that read it, and what it means."""
-    from medprune.settings import describe
-
     typer.echo("\n".join(describe()))
 
 
@@ -132,7 +122,7 @@ def plan(
     model: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a folder or a config.json")] = "llava-1.5-7b",
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
     bits: Annotated[str, typer.Option(help="of the blocks: 3, 4, 8, 16, or one for each kept block, as 8,3,4")] = "16",
-    group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
+    group_size: Groups = 64,
     context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
@@ -147,19 +137,19 @@ def plan(
         widths = [float(b) for b in bits.split(",")]
     except ValueError:
         raise ValueError(f"--bits {bits} must be a number, or one for each kept block with commas between.") from None
-    one = len(widths) == 1
-    default = (0, 2, 4, 7, 8, 9, 10) if one else [shape_of(named_config(model)).blocks - len(widths)]
-    storage = {"bits": widths[0] if one else widths, "group_size": group_size, "context": context}
+    if len(widths) == 1:
+        widths, default = widths[0], [0, 2, 4, 7, 8, 9, 10]
+    else:
+        default = [shape_of(named_config(model)).blocks - len(widths)]
+    storage = {"bits": widths, "group_size": group_size, "context": context}
     storage |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
-    write = plan_json if as_json else plan_text
-    typer.echo(write(model, list(remove or default), storage, bandwidth))
+    typer.echo((plan_json if as_json else plan_text)(model, remove or default, storage, bandwidth))
 
 
 @app.command()
 def preflight(profile: Profile = "auto", parameter: Parameters = None, runs_dir: Runs = None) -> None:
     """Say what this machine has, and whether the data and weights are there and fit; status 1 if not."""
     from medprune.runs.checkup import checkup
-    from medprune.settings import resolve
 
     values = _parameters(parameter)
     lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
@@ -173,7 +163,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     method: Annotated[str, typer.Option(help="awq, bnb, hqq or rtn")] = "awq",
     bits: Annotated[int, typer.Option(help="4; for hqq and rtn 3 or 8 too")] = 4,
-    group_size: Annotated[int, typer.Option(help="32, 64 or 128")] = 64,
+    group_size: Groups = 64,
     plan: Annotated[Path | None, typer.Option(help="a plan of notebook 03, to remove its blocks first")] = None,
     images: Annotated[str | None, typer.Option(help="folder or table of photographs that awq is calibrated on")] = None,
     conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions")] = None,
@@ -185,20 +175,8 @@ def quantize(
     """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
     from medprune.quantizing.checkpoint import quantize_folder
 
-    info, size = quantize_folder(
-        model,
-        out,
-        method,
-        bits,
-        group_size,
-        plan=plan,
-        images=images,
-        facts=conditions,
-        rows=rows,
-        quantize_head=quantize_head,
-        quantize_vision=quantize_vision,
-        other_model=other_model,
-    )
+    also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "other_model": other_model}
+    info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows, **also)
     peak = (info["peak_bytes"] or 0) / 2**20
     typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {peak:.0f} MiB")
 
@@ -215,7 +193,6 @@ def compare(
     from medprune.judging.scores import scores_of
     from medprune.results.page import readable
     from medprune.results.stats import compare as paired
-    from medprune.store import run_root
 
     def scores(name):
         run, _, method = name.partition(":")
@@ -246,9 +223,8 @@ def address(repository: Annotated[str, typer.Argument(help="OWNER/NAME on GitHub
 
 
 @app.command()
-def publish(name: Annotated[str, typer.Argument(help="the run")] = "demo", runs_dir: Runs = None) -> None:
+def publish(name: Name = "demo", runs_dir: Runs = None) -> None:
     """Copy a finished run's executed notebooks into notebooks/, to be committed with their outputs."""
     from medprune.runs.series import publish as copy
-    from medprune.store import run_root
 
     copy(run_root(name, runs_dir))

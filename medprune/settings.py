@@ -203,15 +203,12 @@ def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]
 
 def values_of(config) -> dict:
     """Return the settings that a config holds as JSON-able values by name."""
-    held = config.__dict__ if isinstance(config, Config) else config.model_dump()
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in held.items() if not k.startswith("_")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items() if not k.startswith("_")}
 
 
-def changed(config, **values):
+def changed(config, **values) -> Config:
     """Return a copy of a config with other values."""
-    if isinstance(config, Config):
-        return Config(values_of(config) | values, config._reader)
-    return config.model_copy(update=values)
+    return Config(values_of(config) | values, getattr(config, "_reader", "this job"))
 
 
 def readers(name: str) -> tuple[str, ...]:
@@ -304,10 +301,7 @@ def _check_counts(c: Settings) -> None:
             raise ValueError(f"{name}={list(getattr(c, name))} must name each once.")
     counts = c.blocks_removed
     if counts[:1] != (0,) or len(counts) < 3 or list(counts) != sorted(set(counts)):
-        raise ValueError(
-            f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising: "
-            "scores are held against the whole model's, and the curve needs three points."
-        )
+        raise ValueError(f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising, for a curve.")
     if not set(c.recover) <= set(counts):
         raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
     if "awq" not in c.methods:

@@ -27,7 +27,6 @@ from medprune.settings import DATA, PATHS, REPO, STAGES, Config, asked, build, r
 
 PACKAGE = Path(__file__).parent
 RECORD = "medprune.json"  # in a folder of weights: what it was made from
-UNITS = "units.sqlite"  # in a run's folder
 GROUND = {f"medprune.{name}" for name in ("settings", "store", "progress")}  # decide no value that is not recorded
 LIBRARIES = [
     "torch", "transformers", "peft", "autoawq", "bitsandbytes", "hqq", "sentence-transformers", "numpy", "pillow",
@@ -63,13 +62,11 @@ def _content(path: Path, stamp: tuple, large: bool) -> str:
     if not large:
         return _digest(path, stamp)
     key = hashlib.sha256(repr((path, stamp)).encode()).hexdigest()
-    cache = Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune") / "hashes.sqlite"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(cache, timeout=60)) as base, base:
-        base.execute("CREATE TABLE IF NOT EXISTS hashes (stamp TEXT PRIMARY KEY, hash TEXT)")
-        found = base.execute("SELECT hash FROM hashes WHERE stamp = ?", [key]).fetchone() or [_digest(path, stamp)]
-        base.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?)", [key, found[0]])
-    return found[0]
+    cache = Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune")
+    known = Units(cache / "hashes.sqlite", "content")
+    if key not in known:
+        known.add(key, _digest(path, stamp))
+    return known[key]
 
 
 def _digest(path: Path, stamp: tuple) -> str:
@@ -252,10 +249,6 @@ def run_root(run_name, runs_dir: str | None = None) -> Path:
 class Run:
     """A run's folder and the stage that is writing. What the stage reads goes through `read`, to be remembered."""
 
-    config: Config
-    overrides: dict  # settings that differ from those of the stages before
-    given: set[str]  # settings that the user named
-
     def __init__(self, root: Path, stage: str):
         self.root, self.stage, self.dir = Path(root), stage, Path(root) / stage
         self.inputs: dict[str, str] = {}  # hashes by path, which is the run's folder's own or absolute
@@ -274,34 +267,30 @@ class Run:
 
     def reads(self, *paths: str | Path) -> list[Path]:
         """Take files or folders as inputs of this stage, and return them."""
-        for path in map(Path, paths):
-            path = path.absolute()
-            place = path.relative_to(self.root) if path.is_relative_to(self.root) else path
-            self.inputs[str(place)] = content(path)
-        return [Path(path) for path in paths]
+        found = [Path(path).absolute() for path in paths]
+        for path in found:
+            self.inputs[str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)] = content(path)
+        return found
 
     def units(self, context: str) -> Units:
         """Return the run's units of a context, which this stage uses from now on, so that `clean` leaves them."""
         self.contexts.add(context)
-        return Units(self.root / UNITS, context)
+        return Units(self.root / "units.sqlite", context)
 
 
-def open_stage(
-    stage: str, run_name, runs_dir: str | None = None, profile: str = "auto", settings: dict | None = None, **given
-) -> tuple[Run, Config]:
+def open_stage(stage, run_name, runs_dir=None, profile="auto", settings=None, **given) -> tuple[Run, Config]:
     """Open a stage of a run for writing; return (run, the settings that the stage reads).
 
     Notebook 01 resolves the settings and writes them to run.json; later ones take them from there, with what stages
     between have changed, and put in what is given here. Stages before it must be finished. The run is locked until
     `finish`, or until this process ends. Raises ValueError in one sentence.
     """
-    run, given = Run(run_root(run_name, runs_dir), stage), asked(settings, given)
-    first = stage == STAGES[0]
+    run, given, first = Run(run_root(run_name, runs_dir), stage), asked(settings, given), stage == STAGES[0]
     for need in STAGES[: STAGES.index(stage)]:
         run.of(need)
     before = values_of(resolve(profile, given)) if first else settings_before(run.root, stage, profile)
     whole = values_of(build(before, given))
-    run.given = set(given)
+    run.given = set(given)  # settings that the user named
     run.overrides = {name: value for name, value in whole.items() if value != before[name]}
     lock(run.root)
     run.dir.mkdir(parents=True, exist_ok=True)
@@ -424,7 +413,4 @@ def describe_machine() -> dict:
         "cpu": name[1] if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+    } | {name: versions()[name] for name in ("python", "torch", "transformers")}

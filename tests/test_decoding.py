@@ -68,13 +68,15 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
 
     def forward(model, ids, cache, pixels=None):
         clock["given"] += 9.0 if pixels is not None else 1.0
-        return torch.zeros(1, 4), cache
+        return torch.zeros(1, 4)
 
     def synchronize(device):
         assert device.type == "cuda"
         clock["now"], clock["given"] = clock["now"] + clock["given"], 0.0
 
     monkeypatch.setattr(timing, "forward", forward)
+    monkeypatch.setattr(timing, "LIMIT_S", 1e9)
+    monkeypatch.setattr(timing, "open_image", lambda _: None)
     monkeypatch.setattr(timing, "roomy_cache", lambda *_: None)
     monkeypatch.setattr(timing, "parts", lambda _: types.SimpleNamespace(blocks=[]))
     monkeypatch.setattr(timing, "prompt_text", lambda *_: "")
@@ -83,7 +85,7 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     model = torch.nn.Module()
     model.device, model.dtype = torch.device("cuda"), torch.float16
-    measured = timing.measure_decoding(model, None, {"image": None, "question": ""}, new_tokens=4, limit_s=1e9)
+    measured = timing.measure_decoding(model, None, {"path": "", "question": ""}, new_tokens=4)
     assert measured["ms_per_token"] == pytest.approx(1000)
 
 

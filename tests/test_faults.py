@@ -162,7 +162,7 @@ def test_a_crash_in_a_notebook_has_a_status_of_its_own(tmp_path, monkeypatch, ca
     for debug in ([], ["--debug"]):
         words = ["medprune", "run", "--profile", "smoke", "--runs-dir", str(tmp_path), *debug]
         monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(series.NotebookCrashError if debug else SystemExit) as stop:
+        with pytest.raises(RuntimeError if debug else SystemExit) as stop:
             cli.main()
     assert "01_finetune crashed: ZeroDivisionError: division by zero" in str(stop.value)
     monkeypatch.setattr(sys, "argv", words[:-1])

@@ -1,9 +1,11 @@
 """Names of parts, loading and what it refuses or fills in, identities of embedders, bases and their cards."""
 
 import ast
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,17 @@ def test_the_licences_of_assembled_bases_and_of_the_hub_s(tmp_path, monkeypatch)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("1")
     assert assembled.base_card("some/llava") == {"name": "some/llava", "licence": "llama2"}
+
+
+def test_a_model_that_refers_to_itself_does_not_stay_beside_the_next(base):
+    model = torch.nn.Linear(2, 2)
+    model.itself = [model]  # as the layers of a 4-bit model do
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is not None
+        load(base)
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -158,8 +158,8 @@ def test_awq_layout_is_autoawqs_own():
 
 @pytest.mark.parametrize(
     ("shape", "bits", "group_size", "sentence"),
-    [((128, 64), 5, 64, "bits must be"), ((128, 64), 4, 48, "group_size must be"), ((96, 64), 4, 64, "divide 96"),
-     ((128, 60), 4, 64, "multiple of 8")],
+    [((128, 64), 5, 64, "5 bits in groups of 64"), ((128, 64), 4, 48, "groups of 48"),
+     ((96, 64), 4, 64, "a layer of 96 inputs"), ((128, 60), 4, 64, "128 inputs and 60 outputs")],
 )  # fmt: skip
 def test_impossible_layers_are_refused(shape, bits, group_size, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -25,6 +25,7 @@ from medprune.settings import RECIPES, Config, resolve
 from medprune.store import Units, made
 from medprune.tuning import finetune, processes, recovery, tower
 from medprune.tuning.finetune import add_lora, answer_loss, train
+from medprune.tuning.recovery import Training
 
 
 def conversation(answer="Psoriasis, with silvery scale."):
@@ -60,7 +61,7 @@ def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, base, items, tmp
     plan = make_plan(load(base)[0].config, [3], "")
     pruned = apply_plan(load(base)[0], plan)
     before = {n: p.detach().clone() for n, p in pruned.named_parameters()}
-    model, _, costs = recovery.recover(base, plan, recipe, items, tmp_path, config, 2, "cpu", torch.bfloat16)
+    model, _, costs = recovery.recover(Training(base, plan, recipe, items, config, 2), tmp_path, "cpu")
     found = changed(model, before)
     projector = {n for n in before if "projector" in n}
     linears = {n for n in before if "language_model.layers" in n and n.endswith("_proj.weight")}
@@ -85,11 +86,9 @@ def test_last_blocks_train_an_untied_head(base):
     assert model.lm_head.weight.requires_grad and not parts(model).text_model.embed_tokens.weight.requires_grad
 
 
-def test_recipes_that_cannot_be_are_refused_in_a_sentence(base):
-    with pytest.raises(ValueError, match="choose lora, projector, last_blocks, distill"):
-        recovery.trainable(load(base)[0], "lorra", resolve("smoke"))
-    with pytest.raises(ValueError, match="base_bits"):
-        recovery.trainable(load(base, bits=4)[0], "last_blocks", resolve("smoke"))
+def test_recipes_that_cannot_be_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="recipe='lorra' must be 'lora', 'projector', 'last_blocks' or 'distill'"):
+        resolve("smoke", recipe="lorra")
     with pytest.raises(ValueError, match="base_bits=4"):
         resolve("smoke", base_bits=4)
     with pytest.raises(ValueError, match="data_fractions"):
@@ -150,9 +149,9 @@ def test_two_processes_learn_what_one_does(base, items, tmp_path):
     config = resolve("smoke", {"batch_size": 2, "learning_rate": 1e-2, "save_every": 2})
     plan, found = make_plan(load(base)[0].config, [3], ""), {}
     for n in (1, 2):
-        out, job = tmp_path / f"out{n}", (base, plan, "lora", items, (), 3, config, tmp_path / f"checkpoints{n}")
-        processes.train(tmp_path / "job.json", *job, out, "its context", n)
-        record = made(out, "its context")
+        out, training = tmp_path / f"out{n}", Training(base, plan, "lora", items, config, 3)
+        processes.train(tmp_path / "job.json", training, tmp_path / f"checkpoints{n}", out, n)
+        record = made(out, training.context())
         assert record["processes"] == n and record["steps"] == 3 and record["trainable_params"] > 0
         found[n] = [c["loss"] for c in record["curve"]]
     assert found[1] == pytest.approx(found[2], rel=1e-2) and found[1][-1] < found[1][0]
@@ -188,8 +187,7 @@ def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, mon
         return merged
 
     def train(folder):
-        config = resolve("smoke")
-        return recovery.recover(base, None, "lora", items, tmp_path / folder, config, 1, "cpu", torch.bfloat16)
+        return recovery.recover(Training(base, None, "lora", items, resolve("smoke"), 1), tmp_path / folder, "cpu")
 
     assert 0 <= train("whole")[2]["merge_kl_nats"] < recovery.MAX_MERGE_KL
     monkeypatch.setattr(finetune, "merge", lossy)
@@ -212,8 +210,6 @@ def test_two_processes_answer_and_score_what_one_does(base, items, tmp_path, mon
     monkeypatch.setattr(processes, "_run", lambda *_: pytest.fail("nothing was left to do"))
     processes.fill(together, "answers", base, rows, config, label="whole")
     processes.fill(together, "leave_one_out", base, rows, config, blocks=[1, 2, 3, 4])
-    with pytest.raises(ValueError, match="leave_one_out, answers"):
-        processes.fill(together, "answer", base, rows, config)
 
 
 def test_processes_are_asked_for_what_is_missing_and_take_their_share(base, items, tmp_path, monkeypatch):
@@ -226,7 +222,7 @@ def test_processes_are_asked_for_what_is_missing_and_take_their_share(base, item
     processes.fill(units, "answers", base, rows, config, label="whole", removed=(2,))
     job, n = jobs[0]
     assert n == 2 and [r["id"] for r in job["rows"]] == [r["id"] for r in rows[1:]] and job["removed"] == [2]
-    processes._answer(job, Config(job["settings"]), state, "cpu", torch.bfloat16)
+    processes._answer(job, Config(job["config"]), state, "cpu")
     second = list(dict.fromkeys(path for path, _ in items))[1::2]
     assert {r["path"] for r in rows if f"whole {r['id']}" in units} == {rows[0]["path"], *second}
 

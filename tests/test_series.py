@@ -1,6 +1,7 @@
 """The whole series at `smoke` through the command line: run, run again, killed in the middle of 02 and of 03; and what
 counts as done, with notebooks that only play."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import golden
 import nbformat
 import pandas as pd
 import psutil
@@ -69,6 +71,12 @@ def test_second_run_finds_everything_done(series):
     dry = medprune(*words, "--dry-run", "-p", "group_size", 32)
     assert "05_awq_vs_bnb: would run, as group_size was 64 and is 32" in dry.stdout and dry.returncode == 0
     assert dry.stdout.count("done") == 5
+
+
+def test_the_numbers_are_the_golden_ones(series):
+    """Of every table and metric; `tests/golden.py` says how near they must be, and writes them anew."""
+    found = golden.differences(golden.collect(series[0]), json.loads(golden.FILE.read_text()))
+    assert not found, "\n".join(found[:20])
 
 
 def test_the_folder_holds_what_somebody_needs(series):

@@ -51,7 +51,7 @@ class RowSkip(ExitStack):
 
 @torch.inference_mode()
 def answer(model, processor, rows: list[dict], max_new_tokens: int, batch_rows: int = 128, skip=None, label="answers"):
-    """Answer each row {"path" (or "image"), "question"} greedily; return a list of Answer in the order of the rows.
+    """Answer each row {"path", "question"} greedily; return a list of Answer in the order of the rows.
 
     batch_rows: how many (image, block) prefixes, and how many answers, are held in memory at once. skip: for each
     row the block it goes without, or -1.
@@ -59,7 +59,7 @@ def answer(model, processor, rows: list[dict], max_new_tokens: int, batch_rows: 
     skip = torch.tensor(skip if skip is not None else [-1] * len(rows))
     groups = defaultdict(list)  # (image, block) -> numbers of its rows
     for i, row in enumerate(rows):
-        groups[row.get("path") or id(row["image"]), int(skip[i])].append(i)
+        groups[row["path"], int(skip[i])].append(i)
     answers: list[Answer | None] = [None] * len(rows)
     with RowSkip(model, skip.tolist()) as skipping, progress(len(rows), label, "answer") as bar:
         for chunk in chunks(list(groups.values()), batch_rows):
@@ -85,7 +85,7 @@ def chunks(items: list, size: int):
 
 def _run_prefixes(model, processor, rows: list[dict]):
     """Run each row's prompt up to its last image token; return (token ids (rows, prefix), their cache)."""
-    images = [row["image"] if "image" in row else open_image(row["path"]) for row in rows]
+    images = [open_image(row["path"]) for row in rows]
     batch = encode(processor, [prompt_text(processor, row["question"]) for row in rows], images, model.dtype)
     image_token = model.config.image_token_id
     heads = [ids[: int((ids == image_token).nonzero()[-1]) + 1] for ids in batch["input_ids"]]
@@ -93,7 +93,8 @@ def _run_prefixes(model, processor, rows: list[dict]):
         raise ValueError("prompts differ in length before the question: give one chat template and one image size.")
     prefix = torch.stack(heads)
     cache = DynamicCache(config=model.config.text_config)
-    return prefix, forward(model, prefix, cache, batch["pixel_values"])[1]
+    forward(model, prefix, cache, batch["pixel_values"])
+    return prefix, cache
 
 
 def _questions(processor, rows: list[dict], groups: list[list[int]], prefix: torch.Tensor, batch_rows: int):
@@ -112,10 +113,10 @@ def _questions(processor, rows: list[dict], groups: list[list[int]], prefix: tor
 
 
 def forward(model, ids, cache, pixel_values=None):
-    """Return the logits (batch, vocab) of the last of `ids` (batch, seq), and the cache grown by them."""
+    """Return the logits (batch, vocab) of the last of `ids` (batch, seq), by which the cache grows."""
     extra = {} if pixel_values is None else {"pixel_values": pixel_values.to(model.device)}
     out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-    return out.logits[:, -1], cache
+    return out.logits[:, -1]
 
 
 class Roomy(DynamicLayer):
@@ -163,7 +164,7 @@ def _decode(model, processor, cache, ids, max_new_tokens, skipping) -> list[Answ
     active = torch.arange(len(ids))
     out: list[list[int]] = [[] for _ in ids]
     ended = [False] * len(ids)
-    logits, cache = forward(model, ids, cache)
+    logits = forward(model, ids, cache)
     for step in range(max_new_tokens):
         token = logits.argmax(-1).cpu()
         stop = torch.isin(token, ends)
@@ -177,7 +178,7 @@ def _decode(model, processor, cache, ids, max_new_tokens, skipping) -> list[Answ
             keep = ~stop
             cache.batch_select_indices(keep.nonzero()[:, 0])
             active, token, skipping.rows = active[keep], token[keep], skipping.rows[keep]
-        logits, cache = forward(model, token[:, None], cache)
+        logits = forward(model, token[:, None], cache)
     texts = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [Answer(text.strip(), len(ids), end) for text, ids, end in zip(texts, out, ended, strict=True)]
 

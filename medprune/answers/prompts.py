@@ -39,11 +39,8 @@ def encode_conversation(processor, messages: list[dict]) -> dict:
     text, spans = _text_and_spans(processor, messages)
     tokens = processor.tokenizer(text, return_offsets_mapping=True)
     ids = torch.tensor(tokens["input_ids"])
-    labels = torch.full_like(ids, IGNORED)
-    for k, (a, b) in enumerate(tokens["offset_mapping"]):
-        if b > a and any(start <= a and b <= end for start, end in spans):
-            labels[k] = ids[k]
-    return {"input_ids": ids, "labels": labels}
+    said = [b > a and any(start <= a and b <= end for start, end in spans) for a, b in tokens["offset_mapping"]]
+    return {"input_ids": ids, "labels": ids.where(torch.tensor(said), IGNORED)}
 
 
 def _text_and_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
@@ -66,8 +63,6 @@ def _text_and_spans(processor, messages: list[dict]) -> tuple[str, list[tuple[in
         text += gap + said
         spans.append((start, len(text)))
         text += "\n" if prompt.endswith("\n") else ""
-    if not spans:
-        raise ValueError("a conversation without an answer carries no loss: give at least one assistant turn.")
     return text, spans
 
 
@@ -117,9 +112,7 @@ class Conversations(Dataset):
         return self.encode(self.processor, messages) | {"pixel_values": self.pixels(path)}
 
 
-def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    """Return 1-D tensors as one (rows, longest), filled up with `value` on the right."""
-    return pad_sequence(rows, batch_first=True, padding_value=value)
+padded = partial(pad_sequence, batch_first=True)  # 1-D tensors as one (rows, longest), filled up on the right
 
 
 def collator(pad_token_id: int):
@@ -130,18 +123,18 @@ def collator(pad_token_id: int):
     """
 
     def collate(rows):
-        ids = padded([r["input_ids"] for r in rows], pad_token_id)
-        targets = padded([r["labels"] for r in rows], IGNORED)[:, 1:]  # token t is predicted at t - 1
+        ids = padded([r["input_ids"] for r in rows], padding_value=pad_token_id)
+        targets = padded([r["labels"] for r in rows], padding_value=IGNORED)[:, 1:]  # token t is predicted at t - 1
         kept = (targets != IGNORED).any(0).nonzero()[:, 0]
         batch = {
             "input_ids": ids,
-            "attention_mask": padded([torch.ones_like(r["input_ids"]) for r in rows], 0),
+            "attention_mask": padded([torch.ones_like(r["input_ids"]) for r in rows]),
             "labels": targets[:, kept],
             "logits_to_keep": kept,
             "pixel_values": torch.stack([r["pixel_values"] for r in rows]),
         }
         if "turns" in rows[0]:
-            batch |= _apart(padded([r["turns"] for r in rows], -1), batch["pixel_values"].dtype)
+            batch |= _apart(padded([r["turns"] for r in rows], padding_value=-1), batch["pixel_values"].dtype)
         return batch
 
     return collate

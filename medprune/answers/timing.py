@@ -14,30 +14,30 @@ from medprune.data.pictures import open_image
 from medprune.models.families import parts
 from medprune.models.loading import weight_bytes
 
+REPEATS = 4
+LIMIT_S = 4.0  # after which no further repeat is begun, for models that are slow on this machine
+
 
 @torch.inference_mode()
-def measure_decoding(model, processor, row: dict, new_tokens: int = 8, repeats: int = 4, limit_s: float = 4.0) -> dict:
-    """Return ms_per_token, the fastest of some repeats, at batch size 1, and peak_bytes while answering.
-
-    limit_s: seconds after which no further repeat is begun, for models that are slow on this machine.
+def measure_decoding(model, processor, row: dict, new_tokens: int = 8) -> dict:
+    """Return ms_per_token, the fastest of REPEATS, at batch size 1, and peak_bytes while answering.
 
     Tokens are forced past the end of sequence, so that every model decodes the same number; the first, which comes
     out of the prefill, is not counted.
     """
-    image = row["image"] if "image" in row else open_image(row["path"])
-    batch = encode(processor, [prompt_text(processor, row["question"])], [image], model.dtype)
+    batch = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], model.dtype)
     ids, pixels = batch["input_ids"][0][None], batch["pixel_values"]
     best, begun = float("inf"), time.perf_counter()
     with peak_memory(model) as peak:
-        for number in range(repeats):
-            if number and time.perf_counter() - begun > limit_s:
+        for number in range(REPEATS):
+            if number and time.perf_counter() - begun > LIMIT_S:
                 break
             cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)  # as answers have it
-            logits, cache = forward(model, ids, cache, pixels)
+            logits = forward(model, ids, cache, pixels)
             wait(model.device)
             start = time.perf_counter()
             for _ in range(new_tokens):
-                logits, cache = forward(model, logits.argmax(-1)[:, None].cpu(), cache)
+                logits = forward(model, logits.argmax(-1)[:, None].cpu(), cache)
             wait(model.device)
             best = min(best, time.perf_counter() - start)
     return {"ms_per_token": best / new_tokens * 1e3, "peak_bytes": peak["bytes"]}

@@ -1,6 +1,7 @@
 """Load and save a LLaVA and its processor, choose device and dtype, count parameters and bytes."""
 
 import functools
+import gc
 import os
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ def choose_device() -> str:
 
 def choose_dtype(device: str) -> torch.dtype:
     """Return bfloat16, or float16 on GPUs without it (a T4)."""
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    if device.startswith("cuda") and torch.cuda.get_device_capability() < (8, 0):
         return torch.float16
     return torch.bfloat16
 
@@ -74,6 +75,9 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
     """
     base_config(folder)
     processor = load_processor(folder)
+    gc.collect()  # a model that was let go and refers to itself, as NF4's layers do, would stay beside this one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
     options |= {"device_map": {"": device} if bits == 4 or device != "cpu" else None, "output_loading_info": True}
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)

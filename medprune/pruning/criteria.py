@@ -42,8 +42,10 @@ def block_influence(model, batches: list[TeacherBatch]) -> pd.DataFrame:
     """
     tables, first = [], 0
     for batch in batches:
+        image = batch.inputs["input_ids"] == model.config.image_token_id
+        kinds = {"score": torch.ones_like(image), "image_tokens": image, "text_tokens": ~image}
         for b, change in _changes(model, batch):
-            found = {kind: _row_means(batch, change, which) for kind, which in _kinds(model, batch).items()}
+            found = {kind: _row_means(batch, change, which) for kind, which in kinds.items()}
             tables.append(pd.DataFrame({"block": b, "row": range(first, first + len(batch.ids)), **found}))
         first += len(batch.ids)
     return pd.concat(tables, ignore_index=True)
@@ -62,12 +64,6 @@ def _changes(model, batch: TeacherBatch) -> list[tuple[int, torch.Tensor]]:
             hooks.enter_context(block.register_forward_hook(partial(compare, b)))
         model(**{k: v.to(model.device) for k, v in batch.inputs.items()}, use_cache=False, logits_to_keep=1)
     return changes
-
-
-def _kinds(model, batch: TeacherBatch) -> dict[str, torch.Tensor]:
-    """Return, by column, which tokens (images, seq) it is the mean of."""
-    image = batch.inputs["input_ids"] == model.config.image_token_id
-    return {"score": torch.ones_like(image), "image_tokens": image, "text_tokens": ~image}
 
 
 def _row_means(batch: TeacherBatch, change: torch.Tensor, which: torch.Tensor) -> torch.Tensor:

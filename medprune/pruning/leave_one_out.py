@@ -5,7 +5,6 @@ and calibration row (block, row, score) has the importance_score as its mean ove
 for many blocks at once: see `decoding.RowSkip`.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -101,13 +100,17 @@ def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> Tea
     """
     items, owners = [], []
     for path, numbers in _by_image(rows):
-        messages = [message for i in numbers for message in _exchange(rows[i]["question"], answers[i])]
+        messages = []
+        for i in numbers:
+            asked, said = ({"type": "text", "text": text} for text in (rows[i]["question"], answers[i]))
+            messages.append({"role": "user", "content": [{"type": "image"}, asked]})
+            messages.append({"role": "assistant", "content": [said]})
         item = encode_questions(processor, messages)
         items.append(item | {"pixel_values": image_pixels(processor, path, dtype)})
         owners.append(torch.tensor([SHARED, *numbers])[item["turns"]])
     inputs = collator(processor.tokenizer.pad_token_id)(items)
     labels, kept = inputs.pop("labels"), inputs.pop("logits_to_keep")
-    return TeacherBatch([row["id"] for row in rows], inputs, kept, labels, padded(owners, -1))
+    return TeacherBatch([row["id"] for row in rows], inputs, kept, labels, padded(owners, padding_value=-1))
 
 
 def teacher_batches(processor, rows: list[dict], answers: list[str], dtype, batch_rows: int) -> list[TeacherBatch]:
@@ -124,12 +127,6 @@ def _by_image(rows: list[dict]):
     """Yield (image path, numbers of the rows about it) for neighbouring rows of one image."""
     for path, group in groupby(range(len(rows)), key=lambda i: rows[i]["path"]):
         yield path, list(group)
-
-
-def _exchange(question: str, said: str) -> list[dict]:
-    """Return a question about an image and its answer as the messages of a chat."""
-    asked = [{"type": "image"}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": said}]}]
 
 
 @torch.inference_mode()
@@ -170,7 +167,7 @@ def perplexity(model, batches: list[TeacherBatch], blocks, units: Units) -> pd.D
     the mean over the row's tokens; higher = keep. Each block of each row is one unit, never computed twice.
     """
 
-    def loss(number, original, logp, labels):
+    def loss(_, logp, labels):
         return -logp.gather(1, labels[:, None])[:, 0]
 
     return _teacher_forced("perplexity", model, batches, blocks, units, loss)
@@ -179,24 +176,18 @@ def perplexity(model, batches: list[TeacherBatch], blocks, units: Units) -> pd.D
 def logit_divergence(model, batches: list[TeacherBatch], blocks, units: Units, reference=None) -> pd.DataFrame:
     """Score blocks by KL(p || p without the block) of the next token, in nats, on the original's own answers.
 
-    batches: `teacher_batches` of the original's answers. p is this model's, or `reference`, the `original_logits`
-    of the model that other blocks are gone from already. Returns and resumes as `perplexity` does.
+    batches: `teacher_batches` of the original's answers. p is this model's, or, log-probabilities (targets,
+    vocab) by batch, the `reference` model's, which no block is gone from yet. Returns and resumes as `perplexity`.
     """
 
-    def divergence(number, original, logp, labels):
-        p = original if reference is None else reference[number]
+    def divergence(p, logp, _):
         return (p.exp() * (p - logp)).sum(-1)
 
-    return _teacher_forced("logit divergence", model, batches, blocks, units, divergence)
+    return _teacher_forced("logit divergence", model, batches, blocks, units, divergence, reference)
 
 
-def original_logits(model, batches: list[TeacherBatch]) -> list[torch.Tensor]:
-    """Return log-probabilities (targets, vocab) per batch, float32: 4 bytes x targets x vocabulary are held."""
-    return [next(leave_one_out_logits(model, batch, []))[1] for batch in batches]
-
-
-def _teacher_forced(name: str, model, batches: list[TeacherBatch], blocks, units: Units, score) -> pd.DataFrame:
-    """Return (block, row, score): the mean of score(batch's number, original, logp, labels) over a row's targets."""
+def _teacher_forced(name: str, model, batches, blocks, units: Units, score, reference=None) -> pd.DataFrame:
+    """Return (block, row, score), the mean over a row's targets of score(p, logp, labels); p: as `logit_divergence`."""
 
     def key(row: str, block: int) -> str:
         return f"{name} of {row} without block {block}"
@@ -204,20 +195,15 @@ def _teacher_forced(name: str, model, batches: list[TeacherBatch], blocks, units
     with progress(len(blocks) * len(batches), name, "block") as bar:
         for number, batch in enumerate(batches):
             todo = [b for b in blocks if any(key(row, b) not in units for row in batch.ids)]
-            for b, means in _row_means(model, batch, todo, partial(score, number)):
-                for row, mean in zip(batch.ids, means, strict=True):
+            if not todo:
+                continue
+            found = leave_one_out_logits(model, batch, todo)
+            original = next(found)[1]
+            p = reference[number] if reference else original
+            for b, logp, labels, rows in found:
+                sums = torch.zeros(len(batch.ids), device=rows.device).index_add(0, rows, score(p, logp, labels))
+                for row, mean in zip(batch.ids, (sums / rows.bincount(minlength=len(sums))).tolist(), strict=True):
                     units.add(key(row, b), mean)
                 bar.update()
     rows = [row for batch in batches for row in batch.ids]
     return _by_row({b: [units[key(row, b)] for row in rows] for b in blocks})
-
-
-def _row_means(model, batch: TeacherBatch, blocks, score: Callable):
-    """Yield (block, mean of score(original, logp, labels) over the targets of each of the batch's rows)."""
-    if not blocks:
-        return
-    found, n = leave_one_out_logits(model, batch, blocks), len(batch.ids)
-    _, original, _, _ = next(found)
-    for b, logp, labels, rows in found:
-        sums = torch.zeros(n, device=rows.device).index_add(0, rows, score(original, logp, labels))
-        yield b, (sums / rows.bincount(minlength=n)).tolist()

@@ -42,10 +42,8 @@ def load_plan(path: Path, base: str | None = None) -> Plan:
     texts, numbers = (plan.base, plan.criterion), (-1, *plan.kept, plan.n_blocks)
     whole = all(type(t) is str for t in texts) and all(type(n) is int for n in numbers)
     if not (whole and plan.kept and all(a < b for a, b in pairwise(numbers))):
-        raise ValueError(
-            f"{path} is no plan: it must be JSON with the texts base and criterion, the number n_blocks, and kept, "
-            "the rising numbers of blocks below n_blocks that stay, as notebook 03 writes it."
-        )
+        form = "the texts base and criterion, the number n_blocks, and kept, the rising numbers of blocks that stay"
+        raise ValueError(f"{path} is no plan: it must be JSON with {form}, as notebook 03 writes it.")
     if base is not None and plan.base != base:
         raise ValueError(f"{path} is for the model {plan.base!r}, not for this one, {base!r}: give a plan made for it.")
     return plan
@@ -67,9 +65,8 @@ def make_plan(config, removed, base: str, protect=(0, 1, -1), criterion: str = "
 
 def plans_from_order(config, order: list[int], counts, base: str, protect, criterion: str) -> list[Plan]:
     """Return one plan per count of blocks removed, least important first; ValueError if the order is too short."""
-    for n in counts:
-        if n > len(order):
-            raise ValueError(f"blocks_removed has {n}, but only {len(order)} of the model's blocks may be removed.")
+    if max(counts) > len(order):
+        raise ValueError(f"blocks_removed has {max(counts)}, but only {len(order)} of the model's blocks may go.")
     return [make_plan(config, order[:n], base, protect, criterion) for n in counts]
 
 
@@ -129,21 +126,18 @@ def check_kept(pruned: dict, source: dict, plan: Plan) -> None:
 
     pruned, source: state dicts of the pruned and of the original model.
     """
-    gone = set(plan.removed)
-    expected = {name for name in source if block_number(name) not in gone}
-    found = {original_name(name, plan): name for name in pruned}
-    for name in sorted(expected - set(found)):
-        raise ValueError(f"the pruned model lacks {name}, which its plan keeps.")
-    for name in sorted(set(found) - expected):
-        raise ValueError(f"the pruned model has {found[name]}, which the original has not under {name}.")
-    for name in sorted(expected):
-        a, b = source[name], pruned[found[name]]
-        same_storage = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-        if not same_storage and not (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)):
-            raise ValueError(f"{found[name]} of the pruned model is not bit for bit {name} of the original.")
-
-
-def original_name(name: str, plan: Plan) -> str:
-    """Return what a tensor of the pruned model was called in the original."""
-    number = block_number(name)
-    return name if number is None else name.replace(f".{number}.", f".{plan.kept[number]}.", 1)
+    places = {b: place for place, b in enumerate(plan.kept)} | {None: None}  # None: outside the blocks
+    expected = {}  # by the name in the pruned model, that in the original
+    for name in source:
+        b = block_number(name)
+        if b in places:
+            expected[name.replace(f".{b}.", f".{places[b]}.", 1)] = name
+    for name in sorted(expected.keys() - pruned.keys()):
+        raise ValueError(f"the pruned model lacks {expected[name]}, which its plan keeps.")
+    for name in sorted(pruned.keys() - expected.keys()):
+        raise ValueError(f"the pruned model has {name}, which the original has not.")
+    for name, original in expected.items():
+        a, b = source[original], pruned[name]
+        alike = a.shape == b.shape and a.dtype == b.dtype
+        if not alike or not (a.data_ptr() == b.data_ptr() or torch.equal(a, b)):
+            raise ValueError(f"{name} of the pruned model is not bit for bit {original} of the original.")

@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 
 from medprune.models.families import n_blocks, protected
 from medprune.pruning.criteria import removal_order
-from medprune.pruning.leave_one_out import logit_divergence, original_logits, teacher_batches
+from medprune.pruning.leave_one_out import leave_one_out_logits, logit_divergence, teacher_batches
 from medprune.pruning.plan import without
 from medprune.store import Units
 
@@ -34,8 +34,6 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 def overlap(order_a, order_b, n: int) -> float:
     """Return the Jaccard index (0-1, 1 = the same) of the first n blocks of two removal orders."""
-    if not 0 < n <= min(len(order_a), len(order_b)):
-        raise ValueError(f"n={n} must be 1 to {min(len(order_a), len(order_b))}, the length of the shorter order.")
     a, b = set(order_a[:n]), set(order_b[:n])
     return len(a & b) / len(a | b)
 
@@ -73,16 +71,10 @@ def stability(scores: pd.DataFrame, clusters, n_removed, draws: int = 1000, seed
     left, right = orders(shuffled < half), orders((shuffled >= half) & (shuffled < 2 * half))
     low, high = np.quantile(np.argsort(drawn, axis=1), [0.025, 0.975], axis=0)
     ranks = pd.DataFrame({"block": wide.index, "rank": np.argsort(full), "low": low, "high": high})
-    rows = [
-        {
-            "n_removed": n,
-            "overlap": np.mean([overlap(full, d, n) for d in drawn]),
-            "halves": np.mean([overlap(a, b, n) for a, b in zip(left, right, strict=True)]),
-            "chance": chance_overlap(len(full), n),
-        }
-        for n in n_removed
-    ]
-    return ranks, pd.DataFrame(rows)
+    found = [np.mean([overlap(full, d, n) for d in drawn]) for n in n_removed]
+    halves = [np.mean([overlap(a, b, n) for a, b in zip(left, right, strict=True)]) for n in n_removed]
+    chance = [chance_overlap(len(full), n) for n in n_removed]
+    return ranks, pd.DataFrame({"n_removed": n_removed, "overlap": found, "halves": halves, "chance": chance})
 
 
 def greedy_order(model, score_fn, protect, n: int, units: Units) -> list[int]:
@@ -114,9 +106,7 @@ class _Passing(dict):
     add = dict.__setitem__
 
 
-def greedy_by_divergence(
-    model, processor, rows, said, first: pd.DataFrame, protect, n: int, units: Units, batch_rows: int
-) -> list[int]:
+def greedy_by_divergence(model, processor, rows, said, first, protect, n, units, batch_rows: int) -> list[int]:
     """Return `greedy_order` by logit divergence from the whole model, the cheapest criterion that looks at answers.
 
     rows, said: calibration questions and the whole model's answers; a question an image is scored again after each
@@ -124,7 +114,8 @@ def greedy_by_divergence(
     """
     some = range(1, len(rows), 3)
     few = teacher_batches(processor, [rows[i] for i in some], [said[i] for i in some], model.dtype, batch_rows)
-    reference, whole = original_logits(model, few), n_blocks(model.config)
+    # 4 bytes x targets x vocabulary are held of each batch
+    reference, whole = [next(leave_one_out_logits(model, batch, []))[1] for batch in few], n_blocks(model.config)
 
     def divergence(current, kept):
         if len(kept) == whole:  # scored already, on every question
@@ -140,12 +131,9 @@ def knee(removed, scores) -> int:
     """Return the count of blocks at which the curve of scores bends: the point farthest above its chord.
 
     removed (n,) rising, scores (n,) in percent; the chord joins the first point and the last (Kneedle, Satopaa et
-    al. 2011, for a falling concave curve). A curve that is nowhere above its chord falls at once: its first count is
-    returned. Raises ValueError for fewer than three points, or counts that do not rise.
+    al. 2011, for a falling concave curve). Of a curve nowhere above its chord, which falls at once, the first count.
     """
     x, y = np.asarray(removed, float), np.asarray(scores, float)
-    if len(x) != len(y) or len(x) < 3 or not (np.diff(x) > 0).all() or not np.isfinite(y).all():
-        raise ValueError(f"removed {list(removed)} must be at least 3 rising counts, each with a finite score.")
     above = y - np.interp(x, [x[0], x[-1]], [y[0], y[-1]])
     above[above <= 1e-9 * max(1.0, np.abs(y).max())] = 0
     return int(removed[int(np.argmax(above))])

@@ -6,6 +6,7 @@ this transformers or a CPU breaks. What comes out are `PackedLinear` layers with
 
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ with warnings.catch_warnings(record=True):  # awq announces its deprecation, and
 N_GRID = 20  # ratios 0, 0.05 ... 0.95 that autoawq tries: alpha of the paper's equation 5
 
 
+def _bar(numbers, desc):
+    with progress(len(numbers), desc, "block") as shown:
+        for number in numbers:
+            yield number
+            shown.update()
+
+
+autoawq.tqdm = _bar  # over the blocks: its own would print where it likes
+
+
 class _Captured(Exception):
     pass
 
@@ -35,28 +46,23 @@ def _on_differences(module: nn.Module):
     beside what the search compares, and which takes a third of the time on CPU.
     """
 
-    def forward(linear, first):
-        def run(x):
-            if not first:
-                y = nn.functional.linear(x, linear.weight, linear.bias)
-                first.update(x=x, y=y, weight=linear.weight.detach().clone(), rounded=x.bfloat16())
-            y = first["y"]
-            if not torch.equal(linear.weight, first["weight"]):
-                y = y + first["rounded"] @ (linear.weight - first["weight"]).bfloat16().t()
-            if not torch.equal(x, first["x"]):
-                y = y + (x - first["x"]).bfloat16() @ linear.weight.bfloat16().t()
-            return y
-
-        return run
+    def forward(linear, first, x):
+        if not first:
+            y = nn.functional.linear(x, linear.weight, linear.bias)
+            first.update(x=x, y=y, weight=linear.weight.detach().clone(), rounded=x.bfloat16())
+        y = first["y"]
+        if not torch.equal(linear.weight, first["weight"]):
+            y = y + first["rounded"] @ (linear.weight - first["weight"]).bfloat16().t()
+        if not torch.equal(x, first["x"]):
+            y = y + (x - first["x"]).bfloat16() @ linear.weight.bfloat16().t()
+        return y
 
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     for layer in linears:
-        layer.forward = forward(layer, {})
-    try:
-        yield
-    finally:
-        for layer in linears:
-            del layer.forward
+        layer.forward = partial(forward, layer, {})
+    yield
+    for layer in linears:
+        del layer.forward
 
 
 class _Llava(LlavaAWQForCausalLM):
@@ -85,33 +91,15 @@ class _Quantizer(AwqQuantizer):
         caught = {}
 
         def catch(module, args, kwargs):
-            caught["hidden"] = args[0] if args else kwargs.pop("hidden_states")
-            caught["kwargs"] = dict(kwargs)
+            caught.update(hidden=args[0], kwargs=kwargs)
             raise _Captured
 
         inputs = {k: v.to(self.model.device) for k, v in self.calib_data.items()}
         with blocks[0].register_forward_pre_hook(catch, with_kwargs=True), torch.no_grad(), suppress(_Captured):
             self.model(**inputs, use_cache=False)
         kwargs = caught["kwargs"]
-        # A captured cache would grow with every forward of the search and move the positions of the next.
-        kwargs.pop("past_key_values", None)
         kwargs["position_embeddings"] = tuple(t.float() for t in kwargs["position_embeddings"])
         return blocks, kwargs, caught["hidden"].float()
-
-    def quantize(self):
-        """Run autoawq's loop over the blocks under our bar, in place of its tqdm, which would print where it likes."""
-
-        def bar(numbers, desc):
-            with progress(len(numbers), desc, "block") as shown:
-                for number in numbers:
-                    yield number
-                    shown.update()
-
-        theirs, autoawq.tqdm = autoawq.tqdm, bar
-        try:
-            super().quantize()
-        finally:
-            autoawq.tqdm = theirs
 
     def pseudo_quantize_tensor(self, w: Tensor):
         """Return (rounded, scales, zero points) by autoawq's arithmetic, without its slow checks for NaN."""
@@ -194,14 +182,16 @@ class _Quantizer(AwqQuantizer):
 
 @torch.no_grad()
 def quantize_awq(model, batch: dict[str, Tensor], group_size: int) -> dict:
-    """Search, fold and pack every block of `model` in place; return the losses of the scale search.
+    """Search, fold and pack every block of `model` in place; return {"loss_curve", "calibration": what it was, said}.
 
     `batch` is a processor batch of equal, unpadded rows: input_ids (rows, tokens) and, for image-text calibration,
-    pixel_values. The result holds `ratios`, the alphas tried, and `losses`, a list for the first Linear of each group
+    pixel_values. The curve holds `ratios`, the alphas tried, and `losses`, a list for the first Linear of each group
     that shares a scale, by its full name: the mean squared error of the inspected output (equation 4; lower is better).
     """
-    device = model.device
+    batch, device = {k: v for k, v in batch.items() if k != "attention_mask"}, model.device
+    kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
     quantizer = _Quantizer(_Llava, model, None, 4, group_size, True, "gemm", batch, None, None, duo_scaling=True)
     quantizer.quantize()
     model.to(device)
-    return {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": quantizer.loss_curves}
+    curve = {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": quantizer.loss_curves}
+    return {"loss_curve": curve, "calibration": f"{kind}, {rows} rows of {tokens} tokens"}

@@ -29,17 +29,16 @@ _NEEDED = {
     "bitsandbytes": "bitsandbytes installed",
 }
 _OPTIONS = {"quantize_head": "head", "quantize_vision": "vision tower"}
+_UNSAID = {"base": "not stated", "plan": "none stated", "scores": "not evaluated", "licence": "that of the base model"}
 
 
-def save_quantized(
-    model, folder, method: str, info: dict, base=None, plan=None, scores=None, processor=None, licence=None, **record
-) -> Path:
+def save_quantized(model, folder, method: str, info: dict, processor=None, record: dict | None = None, **said) -> Path:
     """Write a model that `quantize` returned, its configuration and a model card, the folder as a whole or not at all.
 
     4-bit rtn and awq are written in AWQ's GEMM layout, bnb as transformers writes it; both load in plain transformers
     (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head or tower and hqq only `load_quantized` loads.
-    `info` is what `quantize` returned beside the model; base, plan, scores and licence are sentences for the card;
-    `record` is what the folder is made from, for `store.made`.
+    `info` is what `quantize` returned beside the model; `record` is what the folder is made from, for `store.made`;
+    `said` are sentences for the card: base, plan, scores and licence.
     Raises ValueError where the model is not quantized or was quantized by another method.
     """
     if not is_quantized(model):
@@ -47,7 +46,7 @@ def save_quantized(
     if method != info["method"]:
         raise ValueError(f"method is {method!r}, but the model was quantized by {info['method']!r}.")
     config = _quantization_config(model, info)
-    with write_folder(folder, **record) as temporary:
+    with write_folder(folder, **record or {}) as temporary:
         state = _stored_state(model, config)
         model.config.quantization_config = config
         try:
@@ -56,10 +55,8 @@ def save_quantized(
             del model.config.quantization_config
         if processor is not None:
             processor.save_pretrained(temporary)
-        said = {"base": base or "not stated", "plan": plan or "none stated", "scores": scores or "not evaluated"}
-        said |= {"licence": licence or "that of the base model"}
         size = sum(file.stat().st_size for file in temporary.iterdir())
-        write_text(temporary / "README.md", _card(info, config, **said, folder_bytes=size))
+        write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
 
 
@@ -78,18 +75,14 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
     """
     folder = Path(folder)
     settings = read_json(folder / "config.json")
-    config = settings.pop("quantization_config", None)
-    if config is None:
+    if not (config := settings.pop("quantization_config", None)):
         raise ValueError(f"{folder} holds no quantization_config; load it with medprune.models.loading.load.")
     if config["quant_method"] not in ("awq", "bitsandbytes", _FORMAT):
         raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
     dtype, shape = getattr(torch, settings["dtype"]), LlavaConfig.from_dict(settings)
     if config["quant_method"] == "bitsandbytes":
         _check_nf4_keys(shape, folder)
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, output_loading_info=True
-        )
-        check_loading(report, folder)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": device})
     else:
         model = _load_packed(folder, shape, config, dtype, device)
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -205,8 +198,9 @@ def _restore_nf4(model) -> None:
             state.absmax = state.absmax.T.reshape(-1).float()  # (groups, out) back to rows of the weight
 
 
-def _card(info: dict, config: dict, base: str, plan: str, scores: str, licence: str, folder_bytes: int) -> str:
+def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     """Return the model card: what the folder is, how it was made and how to load it."""
+    said = _UNSAID | said
     name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
     sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
     kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
@@ -217,12 +211,12 @@ def _card(info: dict, config: dict, base: str, plan: str, scores: str, licence: 
 
 Not for clinical use: a research artefact, evaluated on teaching images only.
 
-- Base: {base}
-- Prune plan: {plan}
+- Base: {said["base"]}
+- Prune plan: {said["plan"]}
 - Method: {name}, bits {info["bits"]}, group size {info["group_size"]}; kept as they were: {", ".join(kept)}
 - Calibration: {info.get("calibration", "none")}
-- Scores: {scores}
-- Licence: {licence}
+- Scores: {said["scores"]}
+- Licence: {said["licence"]}
 - Bytes of this folder's files without this card: {folder_bytes}
 
 | part, in memory right after quantizing | bytes |
@@ -254,26 +248,22 @@ def quantize_folder(
     quantize.check_storage(method, **storage)
     if shape := base_config(source):
         account(shape, 0, method=method, **storage)
-    chosen = load_plan(plan, None if other_model else _identity(source)) if plan else None
+    identity = content(source) if Path(source).is_dir() else source
+    chosen = load_plan(plan, None if other_model else identity) if plan else None
     conditions = load_conditions(facts)
     records = _calibration_records(images, conditions, rows) if method == "awq" else None
     device = loading.choose_device()
     llava, processor = loading.load(source, device, loading.choose_dtype(device))
+    card, calibration = base_card(source), None
+    said = {"base": card["name"], "licence": card["licence"]}
     if chosen:
         apply_plan(llava, chosen)
-    calibration = None
+        said["plan"] = f"blocks {', '.join(map(str, chosen.removed))} removed by {chosen.criterion}"
     if records:
         calibration = quantize.quantization_batch(processor, records, conditions, load_questions(), llava.dtype, seed=0)
     llava, info = quantize.quantize(llava, method, calibration=calibration, **storage)
-    without = f"blocks {', '.join(map(str, chosen.removed))} removed by {chosen.criterion}" if chosen else None
-    card = base_card(source)
-    save_quantized(llava, out, method, info, card["name"], without, processor=processor, licence=card["licence"])
+    save_quantized(llava, out, method, info, processor, **said)
     return info, sum(file.stat().st_size for file in out.iterdir())
-
-
-def _identity(source: str) -> str:
-    """Return what a plan made for a model holds as its base."""
-    return content(source) if Path(source).is_dir() else source
 
 
 def _calibration_records(images: str | None, conditions: dict, rows: int) -> list:

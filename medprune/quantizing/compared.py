@@ -1,18 +1,17 @@
 """The models that notebook 05 compares: each quantized once, saved, loaded again and asked."""
 
-import hashlib
 import shutil
-from pathlib import Path
+from hashlib import sha256
 
 import torch
 
 from medprune.answers import decoding, timing
 from medprune.models.loading import load, load_processor, n_parameters
 from medprune.models.sizes import account
-from medprune.pruning.plan import Plan, apply_plan
+from medprune.pruning.plan import apply_plan
 from medprune.quantizing import checkpoint, quantize
 from medprune.settings import NF4_GROUP
-from medprune.store import Run, content, context, made
+from medprune.store import content, context, made
 
 
 def work_list(methods, recover) -> list[tuple[str, str]]:
@@ -26,38 +25,26 @@ def work_list(methods, recover) -> list[tuple[str, str]]:
     work = [(method, "original") for method in methods]
     work += [(m, f"recovered-{k}") for k in recover for m in methods if k == n or m in ("awq", "bnb")]
     work += [(method, f"pruned-{n}") for method in methods]
-    return work + [
-        ("awq", f"magnitude-{n}"),
-        ("awq_text", f"recovered-{n}"),
-        ("rtn_3bit", "original"),
-        ("rtn_mixed", "original"),
-    ]
+    work += [("awq", f"magnitude-{n}"), ("awq_text", f"recovered-{n}")]
+    return work + [("rtn_3bit", "original"), ("rtn_mixed", "original")]
 
 
 def quantize_once(
-    run: Run,
-    method: str,
-    name: str,
-    source: Path,
-    plan: Plan | None,
-    bits,
-    calibration: dict | None,
-    asked: list[dict],
-    config,
-    device: str,
-    dtype,
-    card: dict,
+    run, method, name, source, plan, bits, calibration, asked, config, device, dtype, card
 ) -> tuple[list[dict], dict]:
     """Quantize a model, save it, load it again and ask it; return (answers' rows, its costs), made once.
 
-    method: as in `work_list`, the part before "_" being the quantizer. plan: of blocks to remove first. bits: one
-    number or one for each block. calibration: awq's batch. card: base, plan and licence for the model card. The folder
-    is kept if config.kept_methods names the method and the model is no mere comparison.
+    method: as in `work_list`, the part before "_" being the quantizer. source: the 16-bit model's folder. plan: of
+    blocks to remove first, or None. bits: one number or one for each block. calibration: awq's batch. card: base, plan
+    and licence for the model card. The folder is kept if config.kept_methods names the method and the model is no mere
+    comparison.
     """
     quantizer, label = method.split("_")[0], f"{method}-{name}"
     group_size = NF4_GROUP if quantizer == "bnb" else config.group_size
-    made_of = [content(source), plan and list(plan.kept), quantizer, bits, group_size, _hash(calibration)]
-    mark = context("medprune.quantizing.checkpoint", *made_of)
+    tensors = {k: v.contiguous().view(torch.uint8).numpy() for k, v in (calibration or {}).items()}
+    hashes = {k: sha256(v).hexdigest() for k, v in tensors.items()}
+    how = (quantizer, bits, group_size)
+    mark = context("medprune.quantizing.checkpoint", content(source), plan and list(plan.kept), *how, hashes)
     units = run.units(decoding.answers_context(mark, asked, config.max_new_tokens))
     folder = run.dir / "quantized" / label
     kept = method in config.kept_methods and name.split("-")[0] in ("original", "recovered")
@@ -65,7 +52,7 @@ def quantize_once(
     model = processor = None
     if any(key not in units for key in wanted) or (kept and not made(folder, mark)):
         if not made(folder, mark):
-            _quantize(folder, mark, source, plan, quantizer, bits, group_size, calibration, device, dtype, card)
+            _quantize(folder, mark, source, plan, how, calibration, device, dtype, card)
         units.add("costs", made(folder, mark)["costs"])
         model, processor = checkpoint.load_quantized(folder, device), load_processor(folder)
     rows, speed = timing.evaluate(model, processor, label, asked, units, config)
@@ -74,20 +61,15 @@ def quantize_once(
     return rows, units["costs"] | speed
 
 
-def _quantize(folder, mark, source, plan, quantizer, bits, group_size, calibration, device, dtype, card) -> None:
-    """Load, prune and quantize a model, and save it with its costs."""
+def _quantize(folder, mark, source, plan, how, calibration, device, dtype, card) -> None:
+    """Load, prune and quantize a model, and save it with its costs; how: method, bits, group size."""
     model, processor = load(source, device, dtype)
     if plan:
         apply_plan(model, plan)
     costs = {"parameters": n_parameters(model)}
-    model, info = quantize.quantize(model, quantizer, bits, group_size, calibration)
-    costs["plan_bytes"] = account(model.config, 0, bits, group_size, method=quantizer).weights_bytes
+    model, info = quantize.quantize(model, *how, calibration)
+    method, bits, group_size = how
+    costs["plan_bytes"] = account(model.config, 0, bits, group_size, method=method).weights_bytes
     costs |= {"seconds": info["seconds"], "quantize_peak_bytes": info["peak_bytes"]}
     costs |= {"stored_bytes": info["packed_bytes"]["total"], "loss_curve": info.get("loss_curve")}
-    checkpoint.save_quantized(model, folder, quantizer, info, processor=processor, **card, context=mark, costs=costs)
-
-
-def _hash(batch: dict | None) -> str:
-    """Return a hash of a calibration batch's tensors."""
-    parts = [(k, v.contiguous().view(torch.uint8).numpy().tobytes()) for k, v in sorted((batch or {}).items())]
-    return hashlib.sha256(repr([(k, hashlib.sha256(v).hexdigest()) for k, v in parts]).encode()).hexdigest()[:16]
+    checkpoint.save_quantized(model, folder, method, info, processor, {"context": mark, "costs": costs}, **card)

@@ -73,8 +73,8 @@ def kernel_width() -> int | None:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
-    fits = [width for width in (64, 32) if torch.equal(_from_kernel(packed, 80, 32, width), codes.to(torch.uint8))]
-    return fits[0] if fits else None
+    codes = codes.to(torch.uint8)
+    return next((width for width in (64, 32) if torch.equal(_from_kernel(packed, 80, 32, width), codes)), None)
 
 
 @lru_cache(maxsize=8)
@@ -94,12 +94,11 @@ def kernel_agrees(gemv, device: torch.device, dtype: torch.dtype) -> bool:
     """
     try:
         errors = [_kernel_error(gemv, *sizes, device, dtype) for sizes in ((3, 24, 3, 64), (16, 32, 11, 128))]
-    except Exception as problem:  # whatever a compiler or driver may raise: decoding is slower without, and not wrong
-        why = f"cannot be compiled for {device}: {problem}"
-    else:
         if all(error <= 0.01 for error in errors):
             return True
         why = f"is off by {max(errors):.0%} on {device}."
+    except Exception as problem:  # whatever a compiler or driver may raise: decoding is slower without, and not wrong
+        why = f"cannot be compiled for {device}: {problem}"
     warnings.warn(f"Weights are unpacked for every token, as the 4-bit kernel {why}", stacklevel=2)
     return False
 
@@ -136,16 +135,11 @@ class PackedLinear(nn.Module):
     for up to 16 rows. Elsewhere the weight is unpacked for each call.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bits: int = 4, group_size: int = 64, bias=None, device=None
-    ):
+    def __init__(self, in_features: int, out_features: int, bits=4, group_size=64, bias=None, device=None):
         super().__init__()
-        if bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, not {bits}.")
-        if group_size not in GROUP_SIZES or in_features % group_size:
-            raise ValueError(f"group_size must be one of {GROUP_SIZES} and divide {in_features}, not {group_size}.")
-        if out_features % 8:
-            raise ValueError(f"out_features must be a multiple of 8, not {out_features}.")
+        if bits not in BITS or group_size not in GROUP_SIZES or in_features % group_size or out_features % 8:
+            shape = f"{in_features} inputs and {out_features} outputs"
+            raise ValueError(f"{bits} bits in groups of {group_size} do not store a layer of {shape}.")
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         groups = in_features // group_size
         byte = {"dtype": torch.uint8, "device": device}
@@ -221,9 +215,8 @@ class PackedLinear(nn.Module):
         if packed and fits and len(x) <= MAX_KERNEL_ROWS and kernel_width() is not None:
             if self.tables is None:
                 self._run()
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x.contiguous(), self.qweight, self.group_size, self.tables
-            )
+            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+            return multiply(x.contiguous(), self.qweight, self.group_size, self.tables)
         return torch.cat([F.linear(x, self.fake_quantized_weight(x.dtype, *outs)) for outs in self._slices()], -1)
 
     @torch.no_grad()
@@ -265,15 +258,11 @@ class PackedLinear(nn.Module):
         self.compact()
         super()._load_from_state_dict(*args)
 
-    def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, group_size={self.group_size}"
-
 
 def to_awq(layer: PackedLinear) -> dict[str, Tensor]:
     """Return a 4-bit layer in AWQ's GEMM layout: int32 qweight (in, out / 8) and qzeros (groups, out / 8), scales."""
     codes, scale, zero_point = layer.parts()
-    tensors = {"qweight": _pack_awq(codes.t()), "qzeros": _pack_awq(zero_point), "scales": scale.contiguous()}
-    return tensors if layer.bias is None else tensors | {"bias": layer.bias}
+    return {"qweight": _pack_awq(codes.t()), "qzeros": _pack_awq(zero_point), "scales": scale.contiguous()}
 
 
 def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
@@ -283,11 +272,8 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> dict[str, Tenso
 
 
 def _pack_awq(codes: Tensor) -> Tensor:
-    eight = codes.contiguous().view(codes.shape[0], -1, 8).int()  # (rows, words, 8)
-    word = torch.zeros_like(eight[..., 0])
-    for nibble, column in enumerate(_AWQ_ORDER):
-        word |= eight[..., column] << (4 * nibble)
-    return word
+    eight = codes.contiguous().view(len(codes), -1, 8).int()  # (rows, words, 8)
+    return sum(eight[..., column] << (4 * nibble) for nibble, column in enumerate(_AWQ_ORDER))
 
 
 def _unpack_awq(words: Tensor) -> Tensor:

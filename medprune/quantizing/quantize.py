@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medprune.answers import prompts
 from medprune.answers.timing import peak_memory
@@ -41,32 +41,19 @@ def quantize(
         started = time.perf_counter()
         found = {}
         if method == "awq":
-            found = _awq(model, calibration, group_size)
+            from medprune.quantizing.awq import quantize_awq
+
+            found = quantize_awq(model, calibration, group_size)
         else:
-            _pack(model, method, targets, group_size)
+            for name, width in targets.items():
+                model.set_submodule(name, _packed(model.get_submodule(name), method, width, group_size))
         if quantize_head:
             _untie(model)
         model.eval()
         seconds = time.perf_counter() - started
-    info = {"method": method, "bits": bits, "group_size": group_size}
-    info |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
-    info |= {"seconds": seconds, "peak_bytes": peak["bytes"], "packed_bytes": packed_bytes(model)}
-    return model, info | found
-
-
-def _awq(model, calibration: dict[str, Tensor], group_size: int) -> dict:
-    from medprune.quantizing.awq import quantize_awq
-
-    batch = {k: v for k, v in calibration.items() if k != "attention_mask"}  # all ones, as checked
-    kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
-    curve = quantize_awq(model, batch, group_size)
-    return {"loss_curve": curve, "calibration": f"{kind}, {rows} rows of {tokens} tokens"}
-
-
-def _pack(model, method: str, targets: dict[str, int], group_size: int) -> None:
-    pack = {"rtn": PackedLinear.from_linear, "bnb": lambda linear, *_: nf4(linear), "hqq": _hqq}[method]
-    for name, bits in targets.items():
-        model.set_submodule(name, pack(model.get_submodule(name), bits, group_size))
+    info = {"method": method, "bits": bits, "group_size": group_size, "seconds": seconds, "peak_bytes": peak["bytes"]}
+    also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "packed_bytes": packed_bytes(model)}
+    return model, info | also | found
 
 
 def _untie(model) -> None:
@@ -91,11 +78,9 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     """Raise ValueError with one sentence on what no model can be stored in; `bits` are one number or a block's each."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
-    if isinstance(bits, bool) or not isinstance(bits, int | list | tuple):
-        raise ValueError(f"bits must be a whole number or a list of one for each block, not {bits!r}.")
-    block_bits = [bits] if isinstance(bits, int) else list(bits)
+    block_bits = list(bits) if isinstance(bits, list | tuple) else [bits]
     choices = CHOICES if method in MIXING else WIDTHS[method]
-    if wrong := [b for b in block_bits if b not in choices]:
+    if wrong := [b for b in block_bits if isinstance(b, float) or b not in choices]:
         raise ValueError(f"bits for {method} must be one of {choices}, not {wrong[0]}.")
     if set(block_bits) == {16}:
         raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
@@ -159,15 +144,9 @@ def packed_bytes(model) -> dict[str, int]:
     """
     found, seen = parts(model), set()
     linears = [m for block in found.blocks for name, m in block.named_modules() if name.endswith("_proj")]
-    groups = {
-        "vision_tower": [found.vision_tower],
-        "projector": [found.projector],
-        "embeddings": [found.text_model.embed_tokens],
-        "block_linears": linears,
-        "block_norms": list(found.blocks),
-        "final_norm": [found.text_model],
-        "head": [found.head],
-    }
+    groups = {"vision_tower": [found.vision_tower], "projector": [found.projector]}
+    groups |= {"embeddings": [found.text_model.embed_tokens], "block_linears": linears, "block_norms": found.blocks}
+    groups |= {"final_norm": [found.text_model], "head": [found.head]}  # each less what was counted before it
     sizes = {part: sum(weight_bytes(m, seen) for m in modules) for part, modules in groups.items()}
     return sizes | {"total": sum(sizes.values())}
 
@@ -184,12 +163,15 @@ def nf4(linear: nn.Linear) -> nn.Module:
     return layer.eval()
 
 
-def _hqq(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """Pack a Linear by HQQ, whose zero points are not rounded (Badri and Shaji, 2023)."""
+def _packed(linear: nn.Linear, method: str, bits: int, group_size: int) -> nn.Module:
+    """Pack a Linear by rtn, bnb or hqq, whose zero points are not rounded (Badri and Shaji, 2023)."""
+    if method == "rtn":
+        return PackedLinear.from_linear(linear, bits, group_size)
+    if method == "bnb":
+        return nf4(linear)
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    settings = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
-    weight = linear.weight
+    settings, weight = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1), linear.weight
     return HQQLinear(linear, settings, compute_dtype=weight.dtype, device=str(weight.device))
 
 
@@ -205,8 +187,6 @@ def bits_by_importance(importance_scores: Sequence[float], target_mean_bits: flo
     scores, widths = [float(s) for s in importance_scores], sorted({int(c) for c in choices}, reverse=True)
     if not widths or not set(widths) <= set(CHOICES):
         raise ValueError(f"choices must be among {CHOICES}, not {tuple(choices)}.")
-    if not scores:
-        raise ValueError("importance_scores is empty: give one score for each block.")
     if unknown := [i for i, s in enumerate(scores) if math.isnan(s)]:
         raise ValueError(f"block {unknown[0]} has no importance_score (NaN); give a protected block infinity.")
     if not widths[-1] <= target_mean_bits <= widths[0]:

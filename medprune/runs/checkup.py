@@ -5,7 +5,6 @@ How much a stage takes beside the weights is measured while it runs, not foretol
 
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ from medprune.data.questions import load_conditions
 from medprune.data.records import class_counts, load_images
 from medprune.models.sizes import ASSEMBLED, GIB, account, base_config
 from medprune.settings import NF4_GROUP, Settings
-from medprune.store import LIBRARIES, describe_machine, runs_home
+from medprune.store import describe_machine, runs_home, versions
 
 RUNTIME_BYTES = int(0.6 * GIB)  # CUDA context and cuBLAS workspaces
 CPU_LIMIT_B = 1.0  # billions of parameters; a model beyond it would take days a stage without CUDA
@@ -38,7 +37,7 @@ def checkup(config: Settings, runs_dir: str | None = None) -> tuple[list[str], b
     memory, disk = (device[f"{kind}_bytes"] / GIB for kind in ("memory", "disk"))
     lines = [
         f"profile {config.name}, base {config.base}",
-        ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"{device['name']}: {memory:.1f} GiB of memory, {disk:.0f} GiB of disk",
     ]
     found = [_data(config), _weights(config.base), _fits(config, device)]

@@ -3,7 +3,6 @@
 The first cell of every notebook installs the package there by `install_hosted.sh`, beside the preinstalled torch.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from medprune.store import run_root, write_folder, write_text
 
 BADGES = ("<!-- badges -->", "<!-- end of badges -->")
 COLAB, KAGGLE = "https://colab.research.google.com/github", "https://kaggle.com/kernels/welcome?src=https://github.com"
-ADDRESS = re.compile(r'^ADDRESS = ".*?"', re.MULTILINE)
+ADDRESS = re.compile(r'ADDRESS = \\".*?\\"')  # in the JSON of a notebook
 
 
 def bring_run(folder: str | Path, run_name: str = "demo", runs_dir: str | None = None) -> Path:
@@ -43,24 +42,18 @@ def write_address(repository: str, root: Path = REPO) -> list[Path]:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"repository {repository!r} must be OWNER/NAME, as in https://github.com/OWNER/NAME.")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if not all(mark in text for mark in BADGES):
-        raise ValueError(f"{readme} has not the lines {BADGES[0]} and {BADGES[1]}, between which badges go.")
     rows = ["| notebook | Colab | Kaggle |", "|---|---|---|"]
     for stage in STAGES:
         page = f"{repository}/blob/main/notebooks/{stage}.ipynb"
         colab = f"[![open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}/{page})"
         kaggle = f"[![open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({KAGGLE}/{page})"
         rows.append(f"| {stage} | {colab} | {kaggle} |")
-    before, _, rest = text.partition(BADGES[0])
-    after = rest.partition(BADGES[1])[2]
-    changed = [write_text(readme, "\n".join([before + BADGES[0], *rows, BADGES[1]]) + after)]
-    for stage in STAGES:
-        path = root / "notebooks" / f"{stage}.ipynb"
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        first = next(c for c in notebook["cells"] if c["cell_type"] == "code")
-        said = ADDRESS.sub(f'ADDRESS = "https://github.com/{repository}"', "".join(first["source"]))
-        first["source"] = said.splitlines(keepends=True)
-        changed.append(write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
-    return changed
+    readme, table = root / "README.md", "\n".join([BADGES[0], *rows, BADGES[1]])
+    text, found = re.subn(f"{BADGES[0]}.*{BADGES[1]}", table, readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"{readme} has not the lines {BADGES[0]} and {BADGES[1]}, between which badges go.")
+    changed = {readme: text}
+    for path in (root / "notebooks" / f"{stage}.ipynb" for stage in STAGES):
+        said = rf'ADDRESS = \\"https://github.com/{repository}\\"'
+        changed[path] = ADDRESS.sub(said, path.read_text(encoding="utf-8"), count=1)
+    return [write_text(path, text) for path, text in changed.items()]

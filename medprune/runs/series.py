@@ -22,10 +22,6 @@ from medprune.store import Run, differing, lock, read_json, run_root, settings_b
 NOTEBOOKS = REPO / "notebooks"
 
 
-class NotebookCrashError(RuntimeError):
-    """A notebook ended in an error that is no user's mistake."""
-
-
 def check_run(config) -> None:
     """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
     if config.images != "synthetic":
@@ -35,11 +31,8 @@ def check_run(config) -> None:
         return
     n_blocks = shape_of(base).blocks
     removable = n_blocks - len(protected_numbers(n_blocks, config.protected_blocks))
-    for n in config.blocks_removed:
-        if n > removable:
-            raise ValueError(
-                f"blocks_removed has {n}, but only {removable} of the model's {n_blocks} blocks may be removed."
-            )
+    if (most := max(config.blocks_removed)) > removable:
+        raise ValueError(f"blocks_removed has {most}, but only {removable} of the model's {n_blocks} blocks may go.")
     for method in config.methods:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
 
@@ -48,9 +41,7 @@ def _check_images(source: str, conditions: dict) -> None:
     """Raise ValueError unless at least one picture opens; most often the first is looked at, and no other."""
     records, _ = load_images(source, conditions, check=False)
     if max(Counter(r.condition for r in records).values()) < 2:
-        raise ValueError(
-            f"{source} shows no condition twice: two images are the least, one to train on and one to test."
-        )
+        raise ValueError(f"{source} shows no condition twice, with an image to train on and one to test.")
     for record in records:
         try:
             open_image(record.path, max_side=64)
@@ -60,40 +51,35 @@ def _check_images(source: str, conditions: dict) -> None:
     load_images(source, conditions)  # says what is wrong with them
 
 
-def run_series(run_name, profile="auto", start=None, parameters: dict | None = None, runs_dir=None, say=print) -> Path:
+def run_series(run_name, profile="auto", start=None, parameters=None, runs_dir=None, say=print, dry_run=False) -> Path:
     """Run the notebooks in order into runs/<run_name>/, but for those that are done; return the run's folder.
 
     start: the stage to begin at, run again even if done; stages before it must be finished, and are left as they are.
-    parameters: settings by name, and more of them in a dict `settings`.
+    parameters: settings by name, and more of them in a dict `settings`. dry_run: only say what would run, and why.
     Raises ValueError in one sentence for what cannot be run, before any notebook starts, and for a user's mistake that
-    stopped one; NotebookCrashError for any other error in one.
+    stopped one; RuntimeError for any other error in one.
     """
     root, whole, given, stages = _prepare(run_name, profile, start, dict(parameters or {}), runs_dir)
-    lock(root)
+    if not dry_run:
+        lock(root)
+    doubt = ""
     try:
         for stage in STAGES:
-            reasons = _reasons(root, stage, whole, start) if stage in stages else []
-            if reasons:
-                _execute(stage, root, _parameters(root, stage, whole, given), say, reasons)
-                _check_ran(root, stage, whole)
+            reasons = why_undone(root, stage, whole) if stage in stages else []
+            if stage == start:
+                reasons = ["--from names it"]
+            if not reasons:
+                say(f"{stage}: done{doubt}")
+            elif dry_run:
+                say(f"{stage}: would run, as {'; '.join(reasons)}")
+                doubt = f", unless what {stage} writes changes"
             else:
-                say(f"{stage}: done")
+                _execute(stage, root, _parameters(root, stage, whole, given), say, reasons)
+                for name, (was, _) in differing(root, stage, whole).items():
+                    raise RuntimeError(f"{stage} ran with {name}={was!r}, which was not asked for.")
     finally:
         unlock(root)
     return root
-
-
-def plan_series(run_name, profile="auto", start=None, parameters: dict | None = None, runs_dir=None) -> list[str]:
-    """Return what `run_series` would do, a line for each stage, with the reasons."""
-    root, whole, _, stages = _prepare(run_name, profile, start, dict(parameters or {}), runs_dir)
-    lines, doubt = [], ""
-    for stage in STAGES:
-        if stage in stages and (reasons := _reasons(root, stage, whole, start)):
-            lines.append(f"{stage}: would run, as {'; '.join(reasons)}")
-            doubt = f", unless what {stage} writes changes"
-        else:
-            lines.append(f"{stage}: done{doubt}")
-    return lines
 
 
 def _prepare(run_name, profile: str, start: str | None, parameters: dict, runs_dir) -> tuple:
@@ -103,11 +89,9 @@ def _prepare(run_name, profile: str, start: str | None, parameters: dict, runs_d
     before = STAGES[: STAGES.index(start or STAGES[0])]
     stages = STAGES[len(before) :]
     given = asked(parameters.pop("settings", None), parameters)
-    for name in given:
-        if not set(readers(name)) & set(stages):
-            raise ValueError(
-                f"{name!r} would change nothing: {readers(name)[-1]} takes it, and --from {start} leaves it."
-            )
+    for name, takers in {name: readers(name) for name in given}.items():
+        if not set(takers) & set(stages):
+            raise ValueError(f"{name!r} would change nothing: {takers[-1]} takes it, which --from {start} leaves out.")
     root = run_root(run_name, runs_dir)
     for stage in before:
         Run(root, start).of(stage)
@@ -123,10 +107,6 @@ def _prepare(run_name, profile: str, start: str | None, parameters: dict, runs_d
     return root, whole, given, stages
 
 
-def _reasons(root: Path, stage: str, whole: dict, start: str | None) -> list[str]:
-    return ["--from names it"] if stage == start else why_undone(root, stage, whole)
-
-
 def _parameters(root: Path, stage: str, whole: dict, given: dict) -> dict:
     """Return a notebook's parameters: the first takes the settings given, later ones what the run has otherwise."""
     options = {"profile": whole["name"], "run_name": root.name, "runs_dir": str(root.parent)}
@@ -134,12 +114,6 @@ def _parameters(root: Path, stage: str, whole: dict, given: dict) -> dict:
         before = settings_before(root, stage)
         given = {name: value for name, value in whole.items() if value != before[name]}
     return options | {"settings": given}
-
-
-def _check_ran(root: Path, stage: str, whole: dict) -> None:
-    """Hold what a stage says it was run with against what was asked for."""
-    for name, (was, _) in differing(root, stage, whole).items():
-        raise RuntimeError(f"{stage} ran with {name}={was!r}, which was not asked for.")
 
 
 def _execute(stage: str, root: Path, values: dict, say, reasons: list[str]) -> None:
@@ -160,7 +134,7 @@ def _execute(stage: str, root: Path, values: dict, say, reasons: list[str]) -> N
         said = " ".join(str(error.evalue).split()).rstrip(".")
         if error.ename == "ValueError":
             raise ValueError(f"{stage} stopped: {said} (its cells: {target}).") from error
-        raise NotebookCrashError(f"{stage} crashed: {error.ename}: {said} (its cells: {target}).") from error
+        raise RuntimeError(f"{stage} crashed: {error.ename}: {said} (its cells: {target}).") from error
     say(f"{stage}: {time.monotonic() - started:.0f} s")
 
 

@@ -10,25 +10,17 @@ import pandas as pd
 from medprune.settings import STAGES
 from medprune.store import lock, read_json, unlock
 
-CHECKPOINTS = "checkpoints-*"
-
 
 def list_runs(home: Path) -> pd.DataFrame:
     """Return a row for each run in a folder: run, profile, stages, finished, score (of the last step), size_bytes."""
     rows = []
     for root in sorted(f.parent for f in Path(home).glob("*/run.json")):
         manifests = [read_json(f) for stage in STAGES if (f := root / stage / "manifest.json").exists()]
-        rows.append(
-            {
-                "run": root.name,
-                "profile": read_json(root / "run.json")["settings"]["name"],
-                "stages": " ".join(m["stage"][:2] for m in manifests) or "none",
-                "finished": max((m["finished"] for m in manifests), default=""),
-                "score": _last_score(root),
-                "size_bytes": size_of(root),
-            }
-        )
-    return pd.DataFrame(rows)
+        profile = read_json(root / "run.json")["settings"]["name"]
+        stages = " ".join(m["stage"][:2] for m in manifests) or "none"
+        finished = max((m["finished"] for m in manifests), default="")
+        rows.append([root.name, profile, stages, finished, _last_score(root), size_of(root)])
+    return pd.DataFrame(rows, columns=["run", "profile", "stages", "finished", "score", "size_bytes"])
 
 
 def _last_score(root: Path) -> float | None:
@@ -59,7 +51,7 @@ def needless(root: Path) -> list[Path]:
     found = [*root.rglob(".*.tmp"), *root.rglob(".*.old"), *root.glob("*.jsonl"), *root.glob("*/*.jsonl")]
     for stage in STAGES:
         if (root / stage / "manifest.json").exists():
-            found += (root / stage).glob(CHECKPOINTS)
+            found += (root / stage).glob("checkpoints-*")
     return sorted(set(found))
 
 

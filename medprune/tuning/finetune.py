@@ -8,6 +8,7 @@ import copy
 import re
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,32 +59,23 @@ def _on_gpu(model) -> bool:
     return next(model.parameters()).device.type == "cuda"
 
 
-def train(
-    model, processor, items, folder: Path, config, steps: int, callbacks=(), label="fine-tuning", loss=None, held_out=()
-) -> list[dict]:
+def train(model, processor, items, folder, config, steps, callbacks=(), label="tuning", loss=answer_loss, held_out=()):
     """Fine-tune on (image path, messages) items for `steps` optimizer steps; return the loss curve.
 
     Checkpoints go to `folder` every config.save_every steps, and a killed run goes on from the last one to the same
     end. With `held_out` items the curve has their loss too, `held_out_loss`, at every checkpoint; training ends early
-    once it has not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. loss: as
-    `answer_loss`, the default. `model` is left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where
-    that is fastest, unless float32 weights are trained.
+    once it has not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. `model` is
+    left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest, unless float32 weights
+    are trained.
     """
     keep_pixels, dtype = len(items) <= 4096 and not _on_gpu(model), model_dtype(model)
-    learned, kept_back = (
-        Conversations(processor, list(some), dtype, keep_pixels, config.multi_turn) for some in (items, held_out)
-    )
+    encoded = partial(Conversations, processor, dtype=dtype, keep_pixels=keep_pixels, multi_turn=config.multi_turn)
     early = [EarlyStoppingCallback(config.patience)] if held_out and config.patience else []
-    trainer = Trainer(
-        model=model,
-        args=_arguments(model, folder, config, steps, held_out),
-        optimizers=(_optimizer(model, config.learning_rate), None),
-        train_dataset=learned,
-        eval_dataset=kept_back if held_out else None,
-        data_collator=collator(processor.tokenizer.pad_token_id),
-        compute_loss_func=loss or answer_loss,
-        callbacks=[_Bar(label), *callbacks, *early],
-    )
+    data = {"train_dataset": encoded(items), "eval_dataset": encoded(held_out) if held_out else None}
+    data |= {"data_collator": collator(processor.tokenizer.pad_token_id), "compute_loss_func": loss}
+    optimizers = (_optimizer(model, config.learning_rate), None)
+    arguments, shown = _arguments(model, folder, config, steps, held_out), [_Bar(label), *callbacks, *early]
+    trainer = Trainer(model, arguments, **data, optimizers=optimizers, callbacks=shown)
     trainer.remove_callback(PrinterCallback)
     with _prepared(model):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -92,47 +84,28 @@ def train(
 
 def _arguments(model, folder: Path, config, steps: int, held_out) -> TrainingArguments:
     """Return the Trainer's arguments: what the settings say, and what the device and the model's dtypes call for."""
-    cuda, stopping = _on_gpu(model), bool(held_out and config.patience)
+    cuda = _on_gpu(model)
     nf4 = getattr(model.config, "quantization_config", None)
     computed_in = nf4.bnb_4bit_compute_dtype if nf4 else model_dtype(model)
     whole = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=max(1, steps // 20),
-        seed=config.seed,
-        data_seed=config.seed,
-        save_steps=config.save_every,
-        save_total_limit=1,
-        eval_steps=config.save_every,
-        eval_strategy="steps" if held_out else "no",
-        load_best_model_at_end=stopping,
-        use_cpu=not cuda,
-        fp16=cuda and computed_in == torch.float16,
-        bf16=(cuda or whole) and computed_in == torch.bfloat16,
-        gradient_checkpointing=cuda,
-        dataloader_pin_memory=cuda,
-        label_names=["labels"],
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to=[],
-    )
+    chosen = {"max_steps": steps, "learning_rate": config.learning_rate, "lr_scheduler_type": config.schedule}
+    chosen |= {"warmup_steps": max(1, steps // 20), "seed": config.seed, "data_seed": config.seed}
+    chosen |= {"per_device_train_batch_size": config.batch_size, "per_device_eval_batch_size": config.batch_size}
+    chosen |= {"output_dir": str(folder), "save_steps": config.save_every, "save_total_limit": 1}
+    chosen |= {"eval_strategy": "steps" if held_out else "no", "eval_steps": config.save_every}
+    chosen |= {"load_best_model_at_end": bool(held_out and config.patience)}
+    chosen |= {"fp16": cuda and computed_in == torch.float16, "bf16": (cuda or whole) and computed_in == torch.bfloat16}
+    chosen |= {"use_cpu": not cuda, "gradient_checkpointing": cuda, "dataloader_pin_memory": cuda}
+    chosen |= {"label_names": ["labels"], "prediction_loss_only": True, "remove_unused_columns": False}
+    arguments = TrainingArguments(**chosen, logging_steps=1, disable_tqdm=True, report_to=[])
     arguments._n_gpu = 1  # of one process: of several visible GPUs the Trainer would make the batch larger
     return arguments
 
 
 def _optimizer(model, learning_rate: float) -> torch.optim.Optimizer:
     """Return AdamW; whole weights, trained before, move a tenth as fast as adapters, which start at nothing."""
-    adapters, whole = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (adapters if "lora_" in name else whole).append(parameter)
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    adapters, whole = [p for n, p in learned if "lora_" in n], [p for n, p in learned if "lora_" not in n]
     groups = [{"params": adapters}, {"params": whole, "lr": learning_rate / 10}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, weight_decay=0.0)
 
@@ -188,8 +161,6 @@ def merge(model: PeftModel, into=None):
     into the 4-bit weights they would be rounded away with them. Of a model trained without adapters, the weights.
     """
     if getattr(model, "is_loaded_in_4bit", False):
-        if into is None:
-            raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)
         model = PeftModel(into, copy.deepcopy(model.peft_config["default"]))
         left = set_peft_model_state_dict(model, trained).unexpected_keys
@@ -237,7 +208,5 @@ class LiveCurve(TrainerCallback):
         points, step = curve_of(state.log_history), state.global_step
         if not points or (step % max(1, state.max_steps // 20) and step != state.max_steps):
             return
-        if self.shown is None:
-            self.shown = display(self.draw(points), display_id=True)
-        else:
-            self.shown.update(self.draw(points))
+        show = self.shown.update if self.shown else partial(display, display_id=True)
+        self.shown = show(self.draw(points)) or self.shown

@@ -18,36 +18,20 @@ from medprune.pruning.leave_one_out import leave_one_out
 from medprune.pruning.plan import Plan, apply_plan, make_plan
 from medprune.settings import Config, changed, values_of
 from medprune.store import Units, read_json, write_json
-from medprune.tuning.recovery import recover
+from medprune.tuning.recovery import Training, recover
 
 
-def train(
-    path: Path,
-    source,
-    plan: Plan | None,
-    recipe,
-    items,
-    held_out,
-    steps,
-    config,
-    folder,
-    out,
-    context,
-    n_processes: int,
-) -> None:
-    """Tune a model in n_processes processes and save it in `out`, with the context and `recovery.recover`'s costs.
+def train(path: Path, training: Training, folder: Path, out: Path, n_processes: int) -> None:
+    """Do a training in n_processes processes and save the model in `out`, with its context and `recover`'s costs.
 
-    path: of the job file. source: the model's folder; plan: None for every block; items, held_out: (image path,
-    messages); folder: for checkpoints. Raises RuntimeError where a process fails.
+    path: of the job file. folder: for checkpoints. Raises RuntimeError where a process fails.
     """
-    job = {"work": "train", "source": source, "plan": plan and asdict(plan), "recipe": recipe, "steps": steps}
-    job |= {"items": items, "held_out": held_out, "folder": folder, "out": out, "context": context}
-    _run(write_json(path, job | {"settings": values_of(config)}), n_processes)
+    job = vars(training) | {"plan": training.plan and asdict(training.plan), "config": values_of(training.config)}
+    job |= {"work": "train", "folder": folder, "out": out, "context": training.context()}
+    _run(write_json(path, job), n_processes)
 
 
-def fill(
-    units: Units, work: str, source: Path, rows: list[dict], config, label: str = "", blocks=(), removed=()
-) -> None:
+def fill(units: Units, work: str, source, rows: list[dict], config, label: str = "", blocks=(), removed=()) -> None:
     """Compute missing units in config.processes processes, which write them into `units` as they go.
 
     work: "leave_one_out", the answers without each of `blocks`, or "answers", those to the rows under a label
@@ -56,14 +40,14 @@ def fill(
     """
     if work == "leave_one_out":
         blocks = [b for b in blocks if f"block {b}" not in units]
-    elif work == "answers":
-        rows = [r for r in rows if f"{label} {r['id']}" not in units]
+        done = not blocks and "original" in units
     else:
-        raise ValueError(f"work {work!r} is not known: choose one of leave_one_out, answers.")
-    if not (blocks if work == "leave_one_out" and "original" in units else rows):
+        rows = [r for r in rows if f"{label} {r['id']}" not in units]
+        done = not rows
+    if done:
         return
     job = {"work": work, "source": source, "rows": rows, "label": label, "blocks": blocks, "removed": list(removed)}
-    job |= {"units": units.path, "context": units.context, "settings": values_of(config)}
+    job |= {"units": units.path, "context": units.context, "config": values_of(config)}
     with tempfile.TemporaryDirectory() as folder:
         _run(write_json(Path(folder) / "job.json", job), config.processes)
 
@@ -72,8 +56,8 @@ def _run(job: Path, processes: int) -> None:
     """Run a job file in processes of this machine, a GPU each where there are GPUs, through accelerate."""
     words = f"--num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     words += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun; without a GPU it is gloo's
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *words]
-    done = subprocess.run([*launcher, "-m", "medprune.tuning.processes", job])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    done = subprocess.run([*launch, "-m", "medprune.tuning.processes", job])
     if done.returncode:
         raise RuntimeError(f"{job} in {processes} processes ended with status {done.returncode}: see above.")
 
@@ -83,32 +67,31 @@ def main(path: str) -> None:
     job, state = read_json(Path(path)), PartialState(cpu=not torch.cuda.is_available())
     device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
     share = _train if job["work"] == "train" else _answer
-    share(job, Config(job["settings"]), state, device, choose_dtype(device.split(":")[0]))
+    share(job, Config(job["config"]), state, device)
 
 
-def _train(job: dict, config, state: PartialState, device: str, dtype) -> None:
+def _train(job: dict, config, state: PartialState, device: str) -> None:
     each, left = divmod(config.batch_size, state.num_processes)
     if left or not each:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {state.num_processes} processes.")
-    plan = job["plan"] and Plan(**job["plan"])
-    mine, checkpoints = changed(config, batch_size=each), Path(job["folder"])
-    how = (job["recipe"], job["items"], checkpoints, mine, job["steps"], device, dtype)
-    model, processor, costs = recover(job["source"], plan, *how, held_out=job["held_out"])
+    plan, mine = job["plan"] and Plan(**job["plan"]), changed(config, batch_size=each)
+    training = Training(job["source"], plan, job["recipe"], job["items"], mine, job["steps"], job["held_out"])
+    model, processor, costs = recover(training, Path(job["folder"]), device)
     if state.is_main_process:
         save(model, processor, Path(job["out"]), context=job["context"], processes=state.num_processes, **costs)
     state.wait_for_everyone()
 
 
-def _answer(job: dict, config, state: PartialState, device: str, dtype) -> None:
+def _answer(job: dict, config, state: PartialState, device: str) -> None:
     """Answer without every n-th block, or the questions about every n-th image."""
-    model, processor = load(job["source"], device, dtype)
+    model, processor = load(job["source"], device, choose_dtype(device))
     if job["removed"]:
         apply_plan(model, make_plan(model.config, job["removed"], "", ()))
     units, rows = Units(job["units"], job["context"]), job["rows"]
     share = slice(state.process_index, None, state.num_processes)
     if job["work"] == "leave_one_out":
-        blocks, length = job["blocks"][share], config.calibration_tokens
-        leave_one_out(model, processor, rows, blocks, units, length, config.batch_rows)
+        length = config.calibration_tokens
+        leave_one_out(model, processor, rows, job["blocks"][share], units, length, config.batch_rows)
     else:
         paths = list(dict.fromkeys(r["path"] for r in rows))[share]
         answer_rows(model, processor, [r for r in rows if r["path"] in paths], job["label"], units, config)

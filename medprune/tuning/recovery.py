@@ -10,6 +10,7 @@
 import random
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,21 +20,55 @@ from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
 from medprune.data.records import sample_balanced
 from medprune.models.families import parts
-from medprune.models.loading import load
-from medprune.pruning.plan import apply_plan
-from medprune.settings import RECIPES
+from medprune.models.loading import choose_dtype, load
+from medprune.pruning.plan import Plan, apply_plan
+from medprune.settings import Config, values_of
+from medprune.store import content, context
 from medprune.tuning import finetune
 
 LAST_BLOCKS = 3
 MAX_MERGE_KL = 0.5  # nats a token; folding adapters into bfloat16 weights moved runs of `local` by a hundredth of it
 DISTILL_WEIGHT = 1.0  # of the hidden states' loss, beside cross-entropy in nats
+# The settings that decide a training; it can see no others.
+TRAINING = ["seed", "base_bits", "lora_r", "lora_alpha", "lora_targets", "learning_rate", "schedule", "multi_turn"]
+TRAINING += ["batch_size", "save_every", "patience"]
+
+
+@dataclass
+class Training:
+    """What a training starts from and sees.
+
+    source: folder of the unpruned model. plan: None for every block. items, held_out: (image path, messages). steps:
+    of the optimizer. config: of any settings, those of TRAINING.
+    """
+
+    source: Path
+    plan: Plan | None
+    recipe: str
+    items: list
+    config: Config
+    steps: int
+    held_out: list = ()
+
+    def __post_init__(self):
+        self.config = Config({name: getattr(self.config, name) for name in TRAINING}, "a training")
+
+    def context(self) -> str:
+        """Return what it depends on: the model and blocks it starts from, pictures and texts, settings, code."""
+        seen = [(content(path), messages) for path, messages in [*self.items, *self.held_out]]
+        kept, settings = self.plan and list(self.plan.kept), values_of(self.config)
+        return context(__name__, content(self.source), kept, self.recipe, seen, settings, self.steps)
+
+    def untrained(self, device: str, bits: int = 16) -> tuple:
+        """Return (model, processor) as the training starts, without the blocks that the plan removes."""
+        model, processor = load(self.source, device, choose_dtype(device), bits=bits)
+        return apply_plan(model, self.plan) if self.plan else model, processor
 
 
 def training_items(records, fraction: float, n: int, conditions, questions, seed: int) -> list[tuple[str, list[dict]]]:
     """Return at least n (image path, conversation) items from a class-balanced `fraction` of the records."""
-    chosen = records
-    if fraction < 1:
-        chosen = sample_balanced(records, max(1, round(fraction * len(records))), seed)
+    n_images = max(1, round(fraction * len(records)))
+    chosen = sample_balanced(records, n_images, seed) if fraction < 1 else records
     return conversation_items(chosen, n, conditions, questions, random.Random(seed + 1))
 
 
@@ -46,17 +81,10 @@ def conversation_items(records, n: int, conditions, questions, rng) -> list[tupl
 def trainable(model, recipe: str, config):
     """Freeze all but what the recipe trains, in place; return the model, wrapped by peft for LoRA.
 
-    What is trained without LoRA is held in float32, for bfloat16 rounds small steps away. Raises ValueError for an
-    unknown recipe, and for one that would train weights which are in 4 bits.
+    What is trained without LoRA is held in float32, for bfloat16 rounds small steps away.
     """
     if recipe in ("lora", "distill"):
         return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
-    if recipe not in ("projector", "last_blocks"):
-        raise ValueError(f"recipe {recipe!r} is not known: choose {', '.join(RECIPES)}.")
-    if getattr(model, "is_loaded_in_4bit", False):
-        raise ValueError(
-            f"recipe {recipe} trains whole weights, which the Trainer refuses over a 4-bit base: use base_bits 16."
-        )
     inner = parts(model)
     chosen = [inner.projector] if recipe == "projector" else [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
     if recipe == "last_blocks" and not model.config.text_config.tie_word_embeddings:
@@ -99,40 +127,30 @@ def distillation(student, teacher):
         yield loss
 
 
-def recover(
-    source: Path, plan, recipe: str, items, folder: Path, config, steps: int, device: str, dtype, label=None, **more
-):
-    """Load, prune and train one model by a recipe; return (plain model in eval mode, processor, costs).
+def recover(training: Training, folder: Path, device: str, label: str = "", callbacks=()) -> tuple:
+    """Load, prune and train one model; return (plain model in eval mode, processor, costs).
 
-    source: folder of the unpruned model. plan: None for every block. folder: where checkpoints go, so that a killed
-    training goes on from the last one. more: as `finetune.train` takes it (held_out, callbacks). costs:
-    trainable_params, train_s, train_peak_bytes, loss (of the last step), steps, the curve, and merge_kl_nats, as
-    `merged` says.
+    folder: where checkpoints go, so that a killed training goes on from the last one. costs: trainable_params,
+    train_s, train_peak_bytes, loss (of the last step), steps, the curve, and merge_kl_nats, as `merged` says.
     """
-    model, processor = _pruned(source, plan, device, dtype, config.base_bits)
+    config, recipe, items = training.config, training.recipe, training.items
+    model, processor = training.untrained(device, config.base_bits)
     torch.manual_seed(config.seed)
-    started = time.perf_counter()
+    started, loss = time.perf_counter(), finetune.answer_loss
     with peak_memory(model) as peak, ExitStack() as stack:
         model = trainable(model, recipe, config)
-        n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        loss = finetune.answer_loss
+        costs = {"trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         if recipe == "distill":
-            teacher = load(source, device, dtype, bits=config.base_bits)[0]
+            teacher = load(training.source, device, choose_dtype(device), bits=config.base_bits)[0]
             loss = stack.enter_context(distillation(model, teacher))
-        how = {"label": label or recipe, "loss": loss, **more}
-        curve = finetune.train(model, processor, items, folder, config, steps, **how)
-    costs = {
-        "trainable_params": n_trainable,
-        "train_s": time.perf_counter() - started,
-        "train_peak_bytes": peak["bytes"],
-        "loss": curve[-1]["loss"],
-        "steps": steps,
-        "curve": curve,
-    }
+        how = (config, training.steps, callbacks, label or recipe, loss, training.held_out)
+        curve = finetune.train(model, processor, items, folder, *how)
+    costs |= {"train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"]}
+    costs |= {"loss": curve[-1]["loss"], "steps": training.steps, "curve": curve}
     if config.base_bits == 4:  # QLoRA's adapters go into the 16-bit model, beside which there is nothing to compare
-        plain = finetune.merge(model, _pruned(source, plan, "cpu", dtype)[0])
-        return plain, processor, costs | {"merge_kl_nats": None}
-    plain, apart = merged(model, processor, items[0], config.multi_turn)
+        plain, apart = finetune.merge(model, training.untrained("cpu")[0]), None
+    else:
+        plain, apart = merged(model, processor, items[0], config.multi_turn)
     return plain, processor, costs | {"merge_kl_nats": apart}
 
 
@@ -146,10 +164,7 @@ def merged(model, processor, item, multi_turn: bool) -> tuple:
     apart = trained - answer_log_probs(plain, processor, item, multi_turn)
     apart = float((trained.exp() * apart).sum(-1).mean())
     if not apart <= MAX_MERGE_KL:
-        raise ValueError(
-            f"merging changed what the model says by {apart:.2g} nats a token, where rounding changes "
-            f"less than {MAX_MERGE_KL:g}: an adapter was lost or counted twice."
-        )
+        raise ValueError(f"merging changed what the model says by {apart:.2g} nats a token: an adapter was lost.")
     return plain, apart
 
 
@@ -165,8 +180,3 @@ def answer_log_probs(model, processor, item, multi_turn: bool) -> torch.Tensor:
     with torch.autocast(model.device.type, dtype, enabled=mixed):
         logits = model.eval()(**batch, use_cache=False).logits
     return logits[chosen].float().log_softmax(-1)
-
-
-def _pruned(source: Path, plan, device: str, dtype, bits: int = 16):
-    model, processor = load(source, device, dtype, bits=bits)
-    return apply_plan(model, plan) if plan else model, processor

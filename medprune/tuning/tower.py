@@ -25,7 +25,9 @@ def align_vision(model, processor, records, conditions, steps: int, seed: int = 
     tower, projector = inner.vision_tower.float().train(), inner.projector.float().train()
     labels = torch.tensor([names.index(r.condition) for r in records])
     pixels = torch.stack([image_pixels(processor, r.path, torch.float32) for r in records])
-    targets = _name_embeddings(inner.text_model, processor.tokenizer, names)
+    words = inner.text_model.embed_tokens.weight.detach().float()
+    tokens = [processor.tokenizer(f" {name}")["input_ids"] for name in names]
+    targets = torch.stack([words[ids].mean(0) for ids in tokens])  # (names, width)
     torch.manual_seed(seed)
     draw = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW([*tower.parameters(), *projector.parameters()], lr=6e-4, weight_decay=0.05)
@@ -47,12 +49,6 @@ def align_vision(model, processor, records, conditions, steps: int, seed: int = 
     tower.to(model.dtype).eval()
     projector.to(model.dtype).eval()
     return curve
-
-
-def _name_embeddings(text_model, tokenizer, names: list[str]) -> torch.Tensor:
-    """Return the mean embedding (names, width) of each name's tokens."""
-    table = text_model.embed_tokens.weight.detach().float()
-    return torch.stack([table[tokenizer(f" {name}")["input_ids"]].mean(0) for name in names])
 
 
 def _contrast(patches: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,13 +73,11 @@ def prepare_tuned_tower(config, run: Run, records, conditions: dict) -> str:
     folder, trained, mark = run.dir / "base", run.dir / "tower", context(__name__, content(base), seen, *how)
     if not made(folder, mark):
         model, processor = load(base)
-        pieces = {"vision": parts(model).vision_tower, "projector": parts(model).projector}
+        pieces = torch.nn.ModuleDict({"vision": parts(model).vision_tower, "projector": parts(model).projector})
         if not made(trained, mark):
             curve = align_vision(model, processor, records, conditions, config.vision_steps, config.seed)
             with write_folder(trained, context=mark, curve=curve) as temporary:
-                for name, module in pieces.items():
-                    save_file(module.state_dict(), temporary / f"{name}.safetensors")
-        for name, module in pieces.items():
-            module.load_state_dict(load_file(trained / f"{name}.safetensors"))
+                save_file(pieces.state_dict(), temporary / "model.safetensors")
+        pieces.load_state_dict(load_file(trained / "model.safetensors"))
         save(model, processor, folder, context=mark)
     return str(folder)
