@@ -1,8 +1,9 @@
 """The numbers of a `smoke` run that a wrong number in the code would change: collected, written and compared.
 
 python tests/golden.py RUN_FOLDER writes them anew into tests/golden/smoke.json; look at the diff before committing it.
-Times, memory and versions are left out. Tolerances are what processors differ by (measured with oneDNN and ATen held to
-AVX2 against AVX512 with bfloat16), and no more: counts, parameters, bytes and orders by weights are exact.
+Times, memory and versions are left out, and ways back that are given as much time as another. With oneDNN and ATen held to
+AVX2, instead of AVX512 with bfloat16, 95 numbers differ, by half a percent at most: 2 are allowed. Scores, which one word
+can move, may differ by some points. Counts, parameters, bytes and orders by weights are exact.
 """
 
 import json
@@ -27,7 +28,8 @@ PASSING = ("_s", "_bytes_peak", "seconds", "raw", "answer", "question", "referen
            "ms_per_token", "peak_bytes", "model_fingerprint", "path", "tokens", "merge_kl_nats")  # fmt: skip
 EXACT = ("parameters", "stored_bytes", "plan_bytes", "trainable_params", "n", "n_images", "steps", "images", "block",
          "blocks_removed", "unparsed", "training_words", "entries", "bits")  # fmt: skip
-ABSOLUTE = {"importance_score": 0.02, "low": 12.0, "high": 12.0, "score": 6.0, "score_percent": 6.0, "diff": 8.0}
+ABSOLUTE = {"score": 6.0, "score_before": 6.0, "diff": 8.0}
+BOUNDS = 12.0  # of a score's interval
 RELATIVE = 0.02
 
 
@@ -38,6 +40,8 @@ def collect(root: Path) -> dict:
         found[f"{stage}/metrics"] = {"all": _plain(json.loads((root / stage / "metrics.json").read_text()))}
         for name in names:
             table = pd.read_csv(root / stage / f"{name}.csv")
+            if name == "recipes":
+                table = table[table["budget"] == "steps"]
             if name == "scores":
                 table = table.groupby("method", sort=False)["score_percent"].agg(["mean", "size"]).reset_index()
                 table = table.rename(columns={"mean": "score", "size": "n"})
@@ -60,15 +64,16 @@ def differences(found: dict, wanted: dict) -> list[str]:
         for row, values in wanted[key].items():
             for column, value in values.items():
                 other = found[key].get(row, {}).get(column)
-                if not _near(column, other, value):
+                if not _near(column, other, value, scores="score" in values or "diff" in values):
                     said.append(f"{key} row {row} {column}: {other!r} where {value!r} was")
     return sorted(said)
 
 
-def _near(column: str, other, value) -> bool:
+def _near(column: str, other, value, scores: bool) -> bool:
     if isinstance(value, str) or isinstance(other, str) or other is None or column in EXACT:
         return other == value
-    return abs(other - value) <= ABSOLUTE.get(column, RELATIVE * abs(value) + 1e-6)
+    allowed = BOUNDS if scores and column in ("low", "high") else ABSOLUTE.get(column, RELATIVE * abs(value) + 1e-6)
+    return abs(other - value) <= allowed
 
 
 if __name__ == "__main__":

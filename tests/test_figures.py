@@ -53,9 +53,9 @@ def test_figure_sweep_draws_a_line_with_intervals_per_criterion_and_the_papers()
     (ax,) = fig.axes
     assert labelled(fig) and ax.get_ylabel() == "judge score (%)" and "count" in ax.get_xlabel()
     first, second = ax.containers
-    # the two lines stand 0.05 x 2 blocks apart, so that their intervals do not hide each other
-    np.testing.assert_allclose(first.lines[0].get_xydata(), [[-0.05, 80], [1.95, 50]])
-    np.testing.assert_allclose(second.lines[0].get_xydata(), [[0.05, 80], [2.05, 30]])
+    # the two lines stand 0.02 x 2 blocks apart, so that their intervals do not hide each other
+    np.testing.assert_allclose(first.lines[0].get_xydata(), [[-0.02, 80], [1.98, 50]])
+    np.testing.assert_allclose(second.lines[0].get_xydata(), [[0.02, 80], [2.02, 30]])
     (alone,) = figures.figure_sweep(df[df.criterion == "x"]).axes[0].containers
     assert alone.lines[0].get_xydata().tolist() == [[0, 80], [2, 50]]
     assert [s[:, 1].tolist() for s in second.lines[2][0].get_segments()] == [[75, 87], [25, 37]]

@@ -22,7 +22,7 @@ from medprune.pruning.leave_one_out import leave_one_out
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.results.figures import figure_recipes
 from medprune.settings import RECIPES, Config, resolve
-from medprune.store import Units, made
+from medprune.store import Units, content, made
 from medprune.tuning import finetune, processes, recovery, tower
 from medprune.tuning.finetune import add_lora, answer_loss, train
 from medprune.tuning.recovery import Training
@@ -246,8 +246,10 @@ def test_the_tower_is_trained_again_where_what_it_saw_is_other(base, items, tmp_
     before = {n: p.clone() for n, p in load(base)[0].named_parameters()}
     moved = {n for n in changed(load(tmp_path / "base")[0], before)}
     assert moved and all("vision_tower" in n or "projector" in n for n in moved)
+    first = content(tmp_path / "base")  # what it was put together from must not show, or the model is tuned again
     shutil.rmtree(tmp_path / "base")
-    assert prepare() == 1 and changed(load(tmp_path / "base")[0], before) == moved, "base/ is put together from tower/"
+    assert prepare() == 1 and content(tmp_path / "base") == first
+    assert changed(load(tmp_path / "base")[0], before) == moved, "base/ is put together from tower/"
     assert [prepare(image_size=32), prepare(seed=1), prepare()] == [2, 3, 4], "A, B, A is trained three times"
     pixels = Path(records[0].path).read_bytes()
     Image.new("RGB", (40, 48), "white").save(records[0].path)

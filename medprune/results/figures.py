@@ -137,7 +137,7 @@ def figure_sweep(sweep: pd.DataFrame) -> Figure:
     fig, ax = _axes(size=(8, 4.5))
     named = sweep if "criterion" in sweep else sweep.assign(criterion="ours")
     lines = list(_groups(named.dropna(subset="score"), "criterion"))
-    apart = 0.05 * min(np.diff(np.sort(sweep["blocks_removed"].unique())), default=0)  # of the error bars at one count
+    apart = 0.02 * min(np.diff(np.sort(sweep["blocks_removed"].unique())), default=0)  # of the error bars at one count
     for k, (color, name, rows) in enumerate(lines):
         line = rows.groupby("blocks_removed", as_index=False)[["score", "low", "high"]].mean()
         style = {"color": color, "fmt": "o-"}
@@ -310,8 +310,9 @@ def _axes(rows: int = 1, columns: int = 1, size=(7, 4.2), **also):
 def _groups(table: pd.DataFrame, by: str):
     """Yield the colour, name and rows of each group, in the table's order."""
     groups = table.groupby(by, sort=False)
-    for color, (name, rows) in zip(sns.color_palette("colorblind", len(groups)), groups, strict=True):
-        yield color, name, rows
+    colors = [c for c in sns.color_palette("colorblind") if max(c) - min(c) > 0.1]  # its grey is for controls
+    for number, (name, rows) in enumerate(groups):
+        yield colors[number % len(colors)], name, rows
 
 
 def _arms(rows: pd.DataFrame, middle: str = "score") -> np.ndarray:

@@ -21,7 +21,7 @@ def align_vision(model, processor, records, conditions, steps: int, seed: int = 
     and every patch to its size (squared error, weight 0.3). What the language model then finds in place of the
     image reads like words it knows. AdamW, one-cycle rate of 6e-4, mirrored and rotated images.
     """
-    inner, names = parts(model), sorted(conditions)
+    inner, names, dtype = parts(model), sorted(conditions), model.dtype
     tower, projector = inner.vision_tower.float().train(), inner.projector.float().train()
     labels = torch.tensor([names.index(r.condition) for r in records])
     pixels = torch.stack([image_pixels(processor, r.path, torch.float32) for r in records])
@@ -46,8 +46,8 @@ def align_vision(model, processor, records, conditions, steps: int, seed: int = 
             schedule.step()
             curve.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item()})
             bar.update()
-    tower.to(model.dtype).eval()
-    projector.to(model.dtype).eval()
+    tower.to(dtype).eval()
+    projector.to(dtype).eval()
     return curve
 
 
