@@ -278,8 +278,7 @@ def kill_at_first_unit(root, stage):
 def test_killed_in_02_and_in_03_it_ends_with_the_same_tables(series, tmp_path):
     undisturbed, _ = series
     root = tmp_path / "killed"
-    # the images that 01's splits name stay where the first run drew them
-    shutil.copytree(undisturbed / "01_finetune", root / "01_finetune", ignore=shutil.ignore_patterns("images", "base"))
+    shutil.copytree(undisturbed / "01_finetune", root / "01_finetune")
     shutil.copyfile(undisturbed / "run.json", root / "run.json")
     shutil.copyfile(undisturbed / "units.sqlite", root / "units.sqlite")
     everything = units_of(root)
@@ -307,7 +306,7 @@ def test_ways_back_of_another_pruned_model_are_trained_anew(series, tmp_path):
     """They have the same labels; what a model without one block was tuned to is not another's."""
     done, _ = series
     root = tmp_path / "other"
-    shutil.copytree(done, root, ignore=shutil.ignore_patterns("images", "base", "quantized"))
+    shutil.copytree(done, root, ignore=shutil.ignore_patterns("quantized"))
     process = papermill(root, "04_sft_recovery", "-p", "recover", "[2]")
     assert process.wait(600) == 0, process.stderr.read()
     trained = [

@@ -161,6 +161,8 @@ def merge(model: PeftModel, into=None):
     into the 4-bit weights they would be rounded away with them. Of a model trained without adapters, the weights.
     """
     if getattr(model, "is_loaded_in_4bit", False):
+        if into is None:
+            raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
         trained = get_peft_model_state_dict(model, save_embedding_layers=False)
         model = PeftModel(into, copy.deepcopy(model.peft_config["default"]))
         left = set_peft_model_state_dict(model, trained).unexpected_keys
