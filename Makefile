@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo study lab
+.PHONY: test lint setup demo study lab rehearse
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -26,6 +26,10 @@ demo: $(READY)
 study: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name study \
 	-p recipes '["lora","projector","last_blocks","distill"]' -p data_fractions '[0.05,0.25,1.0]' -p equal_time true
+
+# Profile t4 at full size on pretended GPUs: two T4s, as on Kaggle, and one with little host memory, as on Colab.
+rehearse: $(READY)
+	$(BIN)/medprune rehearse --machine kaggle & kaggle=$$!; $(BIN)/medprune rehearse --machine colab && wait $$kaggle
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -3,7 +3,8 @@
 python benchmarks/attention.py [--out FILE]
 
 The shapes are the `local` profile's: 120 rows, 9 heads, 3 key heads, width 64, bfloat16, with 60 and 100 cached
-tokens. Prints ms per layer, the fastest of many, and writes a JSON with the machine's description.
+tokens, without padding and with some in every other row. Prints ms per layer, the fastest of many, and writes a JSON
+with the machine's description.
 """
 
 import argparse
@@ -34,17 +35,26 @@ def fastest_ms(function, repeats: int) -> float:
 
 @torch.inference_mode()
 def measure(cached: int, repeats: int) -> dict:
-    """Time both on the same random tensors, and return the largest difference of their results."""
+    """Time both on the same random tensors, and return the largest difference of their results.
+
+    mask_cost: the time of `grouped_attention` with padding over that without.
+    """
     torch.manual_seed(0)
     query = torch.randn(ROWS, HEADS, 1, WIDTH).bfloat16()
     key, value = (torch.randn(ROWS, KEY_HEADS, cached, WIDTH).bfloat16() for _ in range(2))
     layer = SimpleNamespace(num_key_value_groups=HEADS // KEY_HEADS, is_causal=True, training=False)
-    calls = {name: lambda f=f: f(layer, query, key, value, None, scaling=WIDTH**-0.5)[0]
-             for name, f in (("sdpa", sdpa_attention_forward), ("grouped", grouped_attention))}  # fmt: skip
-    difference = (calls["sdpa"]().float() - calls["grouped"]().float()).abs().max().item()
-    row = {"cached_tokens": cached, "max_difference": difference}
+    seen = torch.ones(ROWS, 1, 1, cached, dtype=torch.bool)
+    seen[::2, ..., 40:44] = False
+    functions = {"sdpa": sdpa_attention_forward, "grouped": grouped_attention}
+    calls = {name + end: lambda f=f, mask=mask: f(layer, query, key, value, mask, scaling=WIDTH**-0.5)[0]
+             for name, f in functions.items() for end, mask in (("", None), ("_padded", seen))}  # fmt: skip
+    row = {"cached_tokens": cached}
+    for end in ("", "_padded"):
+        difference = calls["sdpa" + end]().float() - calls["grouped" + end]().float()
+        row["max_difference" + end] = difference.abs().max().item()
     row |= {f"{name}_ms": fastest_ms(call, repeats) for name, call in calls.items()}
-    return row | {"ratio": row["sdpa_ms"] / row["grouped_ms"]}
+    row |= {f"ratio{end}": row[f"sdpa{end}_ms"] / row[f"grouped{end}_ms"] for end in ("", "_padded")}
+    return row | {"mask_cost": row["grouped_padded_ms"] / row["grouped_ms"]}
 
 
 def main() -> None:

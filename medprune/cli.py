@@ -118,6 +118,24 @@ def settings() -> None:
 
 
 @app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="folder of a data set as downloaded or of conditions, or a table")],
+    out: Annotated[Path | None, typer.Option(help="CSV to write, which `images` takes")] = None,
+    conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions")] = None,
+    modality: Annotated[str | None, typer.Option(help="clinical, dermoscopic or both")] = None,
+) -> None:
+    """Say which data set this is, its pictures by condition and skin type, and what is left out and why."""
+    from medprune.data.questions import load_conditions
+    from medprune.data.records import describe_images, save_table
+
+    lines, records = describe_images(source, load_conditions(conditions), modality)
+    typer.echo("\n".join(lines))
+    if out is not None:
+        save_table(records, out)
+        typer.echo(f"{out}: {len(records)} rows")
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a folder or a config.json")] = "llava-1.5-7b",
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
@@ -155,6 +173,36 @@ def preflight(profile: Profile = "auto", parameter: Parameters = None, runs_dir:
     lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
     typer.echo("\n".join(lines))
     raise SystemExit(0 if fits else 1)
+
+
+@app.command()
+def rehearse(
+    machine: Annotated[str, typer.Option(help="kaggle (two T4s) or colab (one)")] = "kaggle",
+    gpu: Annotated[float | None, typer.Option(help="GiB of each GPU, other than the machine's")] = None,
+    gpus: Annotated[int | None, typer.Option(help="how many GPUs")] = None,
+    ram: Annotated[float | None, typer.Option(help="GiB of host memory")] = None,
+    disk: Annotated[float | None, typer.Option(help="GB of disk, downloads and scratch included")] = None,
+    folder: Annotated[Path | None, typer.Option(help="an empty one to keep; else a temporary one")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="only these; may be repeated")] = None,
+    parameter: Parameters = None,
+) -> None:
+    """Run profile t4 at full size on pretended GPUs, loops cut short; status 1 where it does not fit."""
+    import tempfile
+
+    from medprune.rehearsing import rehearsal
+
+    given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk}
+    chosen = rehearsal.machine(machine, **{k: v for k, v in given.items() if v is not None})
+    stages = rehearsal.stages(stage)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, _parameters(parameter), _said)
+    raise SystemExit(0 if not found["misfit"].any() else 1)
+
+
+def _said(taken: dict) -> None:
+    gpus = " + ".join(f"{b / 2**30:.2f}" for b in taken["card_bytes"])
+    used = f"GPU {gpus} GiB, host {taken['ram_bytes'] / 2**30:.1f} GiB, files {taken['disk_bytes'] / 1e9:.0f} GB"
+    typer.echo(f"{taken['stage']}: {used}, {taken['seconds']:.0f} s of rehearsal. {taken['misfit'] or 'fits'}")
 
 
 @app.command()

@@ -48,6 +48,9 @@ class Settings(BaseModel):
     seed: int = _setting(0, "123456", "of every random draw", ge=0, lt=2**32)
     # data
     images: str = _setting("synthetic", "16", '"synthetic", or a folder or table of photographs')
+    modality: Literal["clinical", "dermoscopic", "both"] | None = _setting(
+        None, "1", "of the photographs taken; null takes what there is, but mixes none"
+    )
     conditions: str | None = _setting(None, "123456", "facts file of other conditions, as data/conditions.json")
     n_train: Count | None = _setting(None, "1", "training images; null takes all there are")
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
@@ -55,6 +58,7 @@ class Settings(BaseModel):
     # base model
     base: str = _setting("smollm2", "15", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
     base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
+    held_bits: Literal[4, 16] = _setting(16, "123456", "of 16-bit models while they answer; 4: as NF4, to fit one card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
     embedding: str = _setting("minilm", "123456", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
@@ -65,6 +69,9 @@ class Settings(BaseModel):
     schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
     multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
     batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
+    micro_batch: Count | None = _setting(
+        None, "14", "of these in memory at once; null: all. Halved where they do not fit"
+    )
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
     epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
@@ -79,7 +86,7 @@ class Settings(BaseModel):
     equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
     # answers
     max_new_tokens: Count = _setting(38, "1345", "length of an answer")
-    batch_rows: Count = _setting(128, "12345", "answers decoded at once")
+    batch_rows: Count = _setting(128, "12345", "answers decoded at once; halved where they do not fit")
     # importance and pruning
     n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
     calibration_tokens: Count = _setting(32, "2", "length of the answers that are compared")
@@ -97,6 +104,7 @@ class Settings(BaseModel):
     judges_combined: Literal["median", "mean"] = _setting("median", "13456", "of several judges' scores")
     judge_model: str | None = _setting(None, "13456", "the model that a server is asked for")
     judge_url: str | None = _setting(None, "13456", "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    judge_key_env: str = _setting("OPENAI_API_KEY", "13456", "the environment variable, or secret, with a server's key")
     judge_bits: Literal[4, 16] = _setting(16, "13456", "of a chat model in this process")
     card_images: Count = _setting(8, "6", "test images whose answers the judge card is made of")
     card_judges: tuple[str, ...] = _setting(("cosine",), "6", "further judges, for the card and for agreement only")
@@ -122,13 +130,14 @@ PROFILES = {
     },
     "t4": {
         "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
-        "base_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4,
-        "multi_turn": True, "batch_size": 8, "sft_steps": 434, "recovery_steps": 217, "save_every": 50,
-        "max_new_tokens": 200, "batch_rows": 6, "n_calibration": 27, "calibration_tokens": 64,
+        "base_bits": 4, "held_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4,
+        "multi_turn": True, "batch_size": 8, "micro_batch": 4, "sft_steps": 434, "recovery_steps": 217,
+        "save_every": 50, "max_new_tokens": 200, "batch_rows": 18, "n_calibration": 27, "calibration_tokens": 64,
         "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "awq_rows": 32, "recipes": ("lora", "distill"),
-        "methods": ("awq", "bnb", "hqq", "rtn"), "judge": "Qwen/Qwen2.5-32B-Instruct", "judge_bits": 4,
+        "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4,
     },
 }  # fmt: skip
+TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs
 
 
 class Config:
@@ -147,18 +156,20 @@ class Config:
 def resolve(profile: str = "auto", settings: dict | None = None, /, **others) -> Settings:
     """Return the settings of `profile` with what is `asked` put in.
 
-    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Raises ValueError naming the choices
-    for an unknown profile or setting, and the reason for a value that cannot be.
+    "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Where `t4` finds several GPUs,
+    16-bit models are spread over them instead of held as NF4. Raises ValueError naming the choices for an unknown
+    profile or setting, and the reason for a value that cannot be.
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or profile
-    if profile == "auto":
-        import torch
+    from medprune.device import cards  # which imports torch
 
-        profile = "t4" if torch.cuda.is_available() else "local"
+    if profile == "auto":
+        profile = "t4" if cards() else "local"
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
-    return build({"name": profile, **PROFILES[profile]}, asked(settings, others))
+    defaults = PROFILES[profile] | (TWO_CARDS if profile == "t4" and cards() > 1 else {})
+    return build({"name": profile, **defaults}, asked(settings, others))
 
 
 def asked(settings: dict | None, others: dict) -> dict:
@@ -284,6 +295,10 @@ def _check_images(c: Settings) -> None:
 def _check_training(c: Settings) -> None:
     if c.batch_size % c.processes:
         raise ValueError(f"processes={c.processes} must divide batch_size={c.batch_size}.")
+    each = c.batch_size // c.processes
+    if each % min(c.micro_batch or each, each):
+        whole = f"batch_size={c.batch_size}" + (f" in {c.processes} processes" if c.processes > 1 else "")
+        raise ValueError(f"micro_batch={c.micro_batch} must divide {whole}.")
     if c.patience and not c.n_held_out:
         raise ValueError(f"patience={c.patience} needs n_held_out, the images that the loss is measured on.")
     for name in ("n_held_out", "n_calibration", "awq_rows"):
@@ -319,7 +334,7 @@ def _check_judges(c: Settings) -> None:
     if c.judge_url is None:
         return
     address = urlsplit(c.judge_url)
-    if address.username or address.password or address.query:
-        raise ValueError("judge_url must carry no name, password or query: a key belongs in OPENAI_API_KEY.")
+    if "@" in c.judge_url or address.query or address.fragment:
+        raise ValueError(f"judge_url must carry no name, password or query: a key belongs in {c.judge_key_env}.")
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ValueError(f"judge_url={c.judge_url!r} must be an address such as http://localhost:8000/v1.")

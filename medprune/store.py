@@ -237,6 +237,13 @@ class Units:
 
 
 # ---- runs
+def scratch() -> Path | None:
+    """Return where weights go that can be made again: MEDPRUNE_SCRATCH, or Kaggle's disk that is not kept."""
+    if home := os.environ.get("MEDPRUNE_SCRATCH"):
+        return Path(home).absolute()
+    return Path("/kaggle/temp/medprune") if Path("/kaggle/working").is_dir() else None
+
+
 def runs_home(runs_dir: str | None = None) -> Path:
     """Return where runs are kept: runs_dir, else MEDPRUNE_RUNS, else runs/ of the repository."""
     return Path(runs_dir or os.environ.get("MEDPRUNE_RUNS") or REPO / "runs").absolute()
@@ -275,6 +282,16 @@ class Run:
         for path in found:
             self.inputs[str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)] = content(path)
         return found
+
+    def weights(self, name: str) -> Path:
+        """Return where a folder of weights goes: the stage's folder, or `scratch`, to which a link there leads."""
+        link, home = self.dir / name, scratch()
+        if home is None or (link.exists() and not link.is_symlink()):
+            return link
+        target = home / f"{self.root.name}-{fingerprint(str(self.root))[:6]}" / self.stage / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+        return target
 
     def units(self, context: str) -> Units:
         """Return the run's units of a context, which this stage uses from now on, so that `clean` leaves them."""
@@ -411,10 +428,12 @@ def describe_machine() -> dict:
     """Return what a reader needs to place a timing: processor, cores, GPU, versions."""
     import torch
 
+    from medprune.device import cards, gpu
+
     info = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     return {
         "cpu": name[1] if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": " + ".join(gpu().get_device_name(card) for card in range(cards())) or None,
     } | {name: versions()[name] for name in ("python", "torch", "transformers")}

@@ -7,7 +7,7 @@ from medprune.models.sizes import GIB, base_config
 from medprune.runs import checkup
 from medprune.settings import resolve
 
-T4 = {"name": "a faked T4", "memory_bytes": int(14.1 * GIB), "disk_bytes": 20 * GIB, "cuda": True}
+T4 = {"name": "a faked T4", "memory_bytes": int(14.1 * GIB), "disk_bytes": 20 * GIB, "gpus": 1}
 
 
 def test_local_fits(tmp_path):
@@ -29,15 +29,23 @@ def test_t4_is_refused_here_in_clear_words(tmp_path, monkeypatch, capsys):
     assert "/kaggle/input/dermnet" in said and "is not in the hub's cache" in said
 
 
-@pytest.mark.parametrize(("base", "memory", "fits"), [
-    ("llava-hf/llava-1.5-7b-hf", 14.1, True),  # 13.2 GiB of weights
-    ("llava-hf/llava-1.5-7b-hf", 12.0, False),
-    ("llava-hf/llava-1.5-13b-hf", 14.1, False),
-    ("smollm2", 0.5, True),
+SEVEN_B, THIRTEEN_B = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"
+
+
+@pytest.mark.parametrize(("base", "memory", "gpus", "bits", "said"), [
+    (SEVEN_B, 14.1, 1, {}, None),  # 4.5 GiB as NF4, 13.2 in 16 bits
+    (SEVEN_B, 4.0, 1, {}, "With base_bits=4 it does not fit a faked T4: use a larger GPU or a smaller base."),
+    (SEVEN_B, 12.0, 1, {"held_bits": 16}, "With held_bits=16 it does not fit a faked T4: set held_bits to 4."),
+    (SEVEN_B, 12.0, 2, {"held_bits": 16}, None),
+    (SEVEN_B, 12.0, 2, {"base_bits": 16}, "With base_bits=16 it does not fit a faked T4: set base_bits to 4."),
+    (THIRTEEN_B, 12.0, 2, {"held_bits": 16}, "With held_bits=16 it does not fit a faked T4: set held_bits to 4."),
+    (THIRTEEN_B, 12.0, 1, {}, None),
+    ("smollm2", 0.5, 1, {"held_bits": 16}, None),
 ])  # fmt: skip
-def test_the_weights_decide_what_fits_a_gpu(base, memory, fits):
-    line, found = checkup._fits(resolve("t4", base=base), T4 | {"memory_bytes": int(memory * GIB)})
-    assert found is fits and ("does not fit a faked T4" in line) is not fits
+def test_the_weights_decide_what_fits_gpus(base, memory, gpus, bits, said):
+    machine = T4 | {"memory_bytes": int(memory * GIB), "gpus": gpus}
+    line, fits = checkup._fits(resolve("t4", {"base": base, **bits}), machine)
+    assert line.endswith(said or "answers and training take more") and fits is (said is None)
 
 
 def test_what_is_missing_is_said(tmp_path):

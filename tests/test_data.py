@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from medprune.data import records as records_module
-from medprune.data.dermnet import classify_dermnet, dermnet_slug
 from medprune.data.pictures import find_duplicates, open_image
+from medprune.data.published import classify_dermnet, dermnet_slug
 from medprune.data.questions import load_conditions
 from medprune.data.record import Record
 from medprune.data.records import class_counts, load_images, sample_balanced, split_records
@@ -250,7 +250,7 @@ def test_table_with_patients_skin_types_and_splits(tmp_path, suffix):
     frame.to_csv(source, index=False) if suffix == ".csv" else frame.to_parquet(source)
     records, report = load(source)
     assert [(r.condition, r.split) for r in records] == [("basal cell carcinoma", "train"), ("melanoma", None)]
-    assert [float(x) for x in (records[0].group, records[0].skin_tone)] == [7, 3] and records[1].group is None
+    assert (records[0].group, records[0].skin_tone, records[1].group) == ("7", "III", None)
     reasons = [reason.split(": ")[0] for reason in report["reason"]]
     assert reasons == ["listed under two conditions"] * 2 + ["not among the conditions", "no such file"]
 
@@ -259,7 +259,8 @@ def test_table_errors_name_what_is_wrong(tmp_path):
     table = tmp_path / "t.csv"
     for text, message in (
         ("path,label\na.png,rosacea\n", "lacks the column 'condition' .* it has 'path', 'label'"),
-        ("path;condition\na.png;rosacea\n", "it has 'path;condition': is the separator a comma"),
+        ("path:condition\na.png:rosacea\n", "lacks the column 'condition' .* it has 'path:condition'"),
+        ("path,condition,modality\na.png,rosacea,photo\n", "'photo' of 'a.png' must be clinical, dermoscopic"),
         ("path,condition,split\na.png,rosacea,validation\n", "'validation' of 'a.png'"),
         ("", "cannot be read as a table: [^\n]*$"),
         ("path,condition\na,b\na,b,c,d\n", "cannot be read as a table: [^\n]*$"),
@@ -274,14 +275,29 @@ def test_table_errors_name_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["Path, Condition ,Split\na.png, melanoma ,Train \n", "path,condition,split\na.png,melanoma,train,\n"],
-    ids=["capitals and spaces", "a comma too many in each line"],
+    [
+        "Path, Condition ,Split\nä.png, melanoma ,Train \n",
+        "path,condition,split\nä.png,melanoma,train,\n",
+        "Path;Condition;Split\nä.png;melanoma;train\n",
+        "path\tcondition\tsplit\r\nä.png\tmelanoma\ttrain\r\n",
+        '"path"|"condition"|"split"\nä.png|melanoma|train\n',
+    ],
+    ids=["capitals and spaces", "a comma too many in each line", "semicolons", "tabs", "bars"],
 )
-def test_table_as_people_write_them(tmp_path, text):
-    save(tmp_path / "a.png", picture(0))
-    (tmp_path / "t.csv").write_text(text)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be"])
+def test_table_as_people_write_them(tmp_path, text, encoding):
+    save(tmp_path / "ä.png", picture(0))
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
     (record,), report = load(tmp_path / "t.csv")
-    assert (record.key, record.condition, record.split) == ("train/a.png", "melanoma", "train") and report.empty
+    assert (record.key, record.condition, record.split) == ("train/ä.png", "melanoma", "train") and report.empty
+
+
+def test_names_without_their_suffix_are_found(tmp_path):
+    save(tmp_path / "0012.jpg", picture(0))
+    (tmp_path / "0034").write_bytes((tmp_path / "0012.jpg").read_bytes())
+    (tmp_path / "t.csv").write_text("path,condition\n0012,melanoma\n0034,melanoma\n12,melanoma\n")
+    records, report = load(tmp_path / "t.csv")
+    assert [Path(r.path).name for r in records] == ["0012.jpg", "0034"] and report["key"].tolist() == ["12"]
 
 
 def test_table_of_unknown_patients_and_skin_types(tmp_path):
@@ -294,7 +310,8 @@ def test_table_of_unknown_patients_and_skin_types(tmp_path):
     frame.to_parquet(tmp_path / "t.parquet")
     for name in ("t.csv", "t.parquet"):
         records, _ = load(tmp_path / name)
-        assert [r.skin_tone for r in records] == [None] * 6 + ["3", "007", "IV"] == [r.group for r in records]
+        assert [r.group for r in records] == [None] * 6 + ["3", "007", "IV"]
+        assert [r.skin_tone for r in records] == [None] * 6 + ["III", "007", "IV"]
 
 
 def test_one_condition_under_two_spellings_is_listed_twice(tmp_path):
@@ -312,6 +329,10 @@ def test_windows_paths_are_found_by_their_last_parts_or_named(tmp_path):
     records, report = load(tmp_path / "t.csv")
     assert [Path(r.path).relative_to(tmp_path).as_posix() for r in records] == ["images/a.png", "b.png"]
     assert report.reason.tolist() == [f"no such file (a Windows path): {tmp_path}/C:/data/images/c.png"]
+    (tmp_path / "t.csv").write_text("path,condition\n/kaggle/input/x/images/a.png,melanoma\nother/b.png,melanoma\n")
+    records, report = load(tmp_path / "t.csv")
+    assert [Path(r.path) for r in records] == [tmp_path / "images" / "a.png"]
+    assert report.reason.tolist() == [f"no such file: {tmp_path}/other/b.png"]  # b.png here may be another picture
 
 
 def test_what_is_left_out_is_named_in_the_sentence(tmp_path):
@@ -388,6 +409,10 @@ def test_kaggle_mounts_a_data_set_in_either_place(tmp_path, monkeypatch):
         load(tmp_path / "dermnet")
     save(tmp_path / "datasets" / "someone" / "dermnet" / "train" / ACNE / "rosacea-1.jpg", picture(0))
     assert [r.condition for r in load(tmp_path / "dermnet")[0]] == ["rosacea"]
+    (tmp_path / "datasets" / "someone" / "dermnet").rename(tmp_path / "dermnet")
+    assert [r.condition for r in load(tmp_path / "datasets" / "someone" / "dermnet")[0]] == ["rosacea"]
+    with pytest.raises(ValueError, match=f"and there is no {tmp_path}/other; expected"):
+        load(tmp_path / "datasets" / "someone" / "other")
 
 
 @pytest.mark.parametrize("content", ["nothing", "other directory", "broken image"])
@@ -555,7 +580,7 @@ def test_split_of_few_photographs_tests_every_condition_that_can_be_trained_on()
         test = Counter(r.condition for r in split["test"])
         assert test["a"] in (4, 5) and test["b"] in (2, 3) and test["c"] in (1, 2) and test["d"] == 1 and not test["e"]
         assert {r.condition for r in split["train"]} == set("abcde") and len(split["train"]) == 29 - len(split["test"])
-        assert report.notes == ("No test image shows e.",)
+        assert report.notes == ("No test image shows e: all are of one patient or picture.",)
         split, report = split_without_files(records, n_train=100, n_test=10, seed=seed)
         assert Counter(r.condition for r in split["test"]) == {"a": 4, "b": 3, "c": 2, "d": 1}
         assert report.notes[0] == "100 train images were asked for; 19 can be given."
@@ -569,7 +594,7 @@ def test_a_condition_of_one_patient_is_trained_on():
     for seed in range(5):
         split, report = split_without_files(records, seed=seed)
         assert [sum(r.condition == "c" for r in split[side]) for side in ("train", "test")] == [6, 0]
-        assert report.notes == ("No test image shows c.",)
+        assert report.notes == ("No test image shows c: all are of one patient or picture.",)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -584,7 +609,7 @@ def test_a_condition_bound_to_all_images_of_another_leaves_a_test():
     records = records_of({"a": 6, "b": 1})
     tied = [["b/0", "a/0"], ["a/0", "a/1"], ["a/1", "a/2"], ["a/2", "a/3"]]
     split, report = split_without_files(records, n_test=3, near=tied)
-    assert {r.key for r in split["test"]} <= {"a/4", "a/5"} and report.notes[-1] == "No test image shows b."
+    assert {r.key for r in split["test"]} <= {"a/4", "a/5"} and "No test image shows b:" in report.notes[-1]
 
 
 def test_splits_that_cannot_be_run_are_refused_by_name():
@@ -595,8 +620,12 @@ def test_splits_that_cannot_be_run_are_refused_by_name():
     records = records_of({"a": 6, "b": 6})
     with pytest.raises(ValueError, match="'b' has 2 test images and none to train on: n_train=1 holds none"):
         split_without_files(records, n_train=1, n_test=4)
-    with pytest.raises(ValueError, match="No image of a, b is left to test on: a patient's images stay together"):
+    with pytest.raises(ValueError, match="All 12 images are of patient 'p1' and stay together: a test needs another"):
         split_without_files(records_of({"a": 6, "b": 6}, group="p1"))
+    with pytest.raises(ValueError, match="No image of a, b is left to test on: a patient's images stay together"):
+        split_without_files([Record("x", "x", "b"), *records_of({"a": 1}, group="p1")])
+    with pytest.raises(ValueError, match="All 2 images are of one picture and stay together"):
+        split_without_files(records_of({"a": 2}), near=[["a/0", "a/1"]])
     with pytest.raises(ValueError, match="No image of a, c is left to train on"):
         split_without_files([*tested, Record("x", "x", "a", "train")], near=[["x", "test/a/0"]])
 

@@ -7,10 +7,12 @@ import types
 import pytest
 import torch
 from PIL import Image
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from medprune.answers import timing
+from medprune.answers import decoding, timing
 from medprune.answers.decoding import answer, answer_rows, answers_context
 from medprune.answers.prompts import prompt_text
+from medprune.models.attention import grouped_attention
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.settings import resolve
 from medprune.store import Units
@@ -27,6 +29,52 @@ def test_answers_equal_those_of_transformers_generate(tiny, rows):
         assert said.text == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
+@torch.inference_mode()
+def test_questions_of_several_lengths_have_the_logits_of_each_alone(tiny, rows):
+    """The first tokens after a question are forced, the same for all."""
+    model, processor = tiny
+    forced = torch.tensor([[7, 11, 13]])
+    prefix, cached = decoding._run_prefixes(model, processor, rows[::3], torch.full((3,), -1))
+    asked = decoding._questions(processor, rows, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)], prefix)
+    numbers, which, ids = map(list, zip(*asked, strict=True))
+    assert len({len(x) for x in ids}) > 1, "the test needs questions of several lengths"
+    cache = decoding._select(cached, which, max(map(len, ids)) + 3)
+    padded, seen = decoding._pad(ids, len(prefix), 3, model.device)
+    logits = [decoding.forward(model, padded, cache, seen=seen)]
+    logits += [decoding.forward(model, token.expand(9, 1), cache, seen=seen) for token in forced[0]]
+    for number, found in zip(numbers, torch.stack(logits, 1), strict=True):
+        text, image = prompt_text(processor, rows[number]["question"]), Image.open(rows[number]["path"])
+        batch = processor(text=text, images=image, return_tensors="pt")
+        whole = torch.cat([batch["input_ids"], forced], 1)
+        alone = model(input_ids=whole, pixel_values=batch["pixel_values"], logits_to_keep=4).logits[0]
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [0, 6])
+def test_padding_gets_no_attention_in_a_one_token_step(room):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 1, 4), torch.randn(3, 2, 9 + room, 4), torch.randn(3, 2, 9 + room, 4)
+    value[:, :, 9:] = 0
+    seen = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    seen[1, ..., 2:5] = False
+    layer = types.SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    arguments = layer, query, key[:, :, :9], value[:, :, :9]
+    for mask in (seen, None, torch.zeros(3, 1, 1, 9).masked_fill(~seen, -torch.inf)):
+        expected = sdpa_attention_forward(*arguments, mask)[0]
+        torch.testing.assert_close(grouped_attention(*arguments, mask)[0], expected)
+    key[1, :, 2:5] = 1e4
+    again = grouped_attention(layer, query, key[:, :, :9], value[:, :, :9], seen)[0]
+    torch.testing.assert_close(again, sdpa_attention_forward(*arguments, seen)[0])
+
+
+def test_what_enters_a_block_may_lie_on_another_device():
+    hidden, output = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, device="meta")
+    skipping = decoding.RowSkip.__new__(decoding.RowSkip)
+    skipping.rows = torch.tensor([5, -1])
+    assert skipping._pass_by(5, None, (hidden,), output).is_meta
+    assert decoding._branch(torch.tensor([0, 2, 3]), None, (hidden,), output).shape == (3, 3, 4)
+
+
 def test_leave_one_out_batch_says_what_each_pruned_model_says(tiny, rows):
     model, processor = tiny
     blocks = range(6)
@@ -39,14 +87,35 @@ def test_leave_one_out_batch_says_what_each_pruned_model_says(tiny, rows):
         assert alone == together[b * len(rows) : (b + 1) * len(rows)]
 
 
-def test_a_row_that_ends_leaves_the_batch_and_the_others_do_not_notice(tiny, rows):
+def test_rows_that_ended_leave_when_they_are_a_quarter_and_the_others_do_not_notice(tiny, rows, monkeypatch):
     model, processor = tiny
-    whole = answer(model, processor, rows, 10)
-    ids = [processor.tokenizer(a.text)["input_ids"] for a in whole]
-    model.generation_config.eos_token_id = [2, next(i for i in ids[0][1:] if i not in ids[4])]
-    ended = answer(model, processor, rows, 10)
-    assert ended[0].ended and ended[0].tokens < whole[0].tokens and whole[0].text.startswith(ended[0].text)
-    assert not ended[4].ended and ended[4] == whole[4]
+    batches, plain = [], decoding.forward
+
+    def forward(*arguments, **more):
+        """Shift what is said at every step, for this model would repeat itself, its end of sequence too."""
+        logits = plain(*arguments, **more).roll(len(batches), -1)
+        batches.append(logits.argmax(-1).tolist())
+        return logits
+
+    monkeypatch.setattr(decoding, "forward", forward)
+    model.generation_config.eos_token_id = -1
+    whole = answer(model, processor, rows, 12)
+    order = sorted(range(9), key=lambda i: len(processor.tokenizer(rows[i]["question"])["input_ids"]))
+    said = dict(zip(order, zip(*batches[1:], strict=True), strict=True))  # the first batch is the prefixes
+    assert {a.tokens for a in whole} == {12} and not any(a.ended for a in whole)
+    ends = [said[i][i] for i in (1, 3, 6, 8)]
+    lengths = {i: next((n for n, token in enumerate(tokens) if token in ends), 12) for i, tokens in said.items()}
+    assert len(set(lengths.values())) > 4, "the test needs rows that end at several steps"
+    batches.clear()
+    model.generation_config.eos_token_id = ends
+    for i, a in enumerate(answer(model, processor, rows, 12)):
+        text = processor.tokenizer.decode(said[i][: lengths[i]], skip_special_tokens=True).strip()
+        assert (a.text, a.tokens, a.ended) == (text, lengths[i], lengths[i] < 12)
+    left = 9
+    for step, batch in enumerate(batches[1:]):
+        assert len(batch) == left
+        going_on = sum(length > step for length in lengths.values())
+        left = going_on if left - going_on >= left / 4 else left
 
 
 def test_answers_are_asked_once_and_their_context_is_what_decides_them(tiny, rows, tmp_path, monkeypatch):
@@ -70,8 +139,7 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
         clock["given"] += 9.0 if pixels is not None else 1.0
         return torch.zeros(1, 4)
 
-    def synchronize(device):
-        assert device.type == "cuda"
+    def wait():
         clock["now"], clock["given"] = clock["now"] + clock["given"], 0.0
 
     monkeypatch.setattr(timing, "forward", forward)
@@ -82,9 +150,9 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
     monkeypatch.setattr(timing, "prompt_text", lambda *_: "")
     monkeypatch.setattr(timing, "encode", lambda *_: {"input_ids": [torch.zeros(3)], "pixel_values": torch.zeros(1)})
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(timing, "wait", wait)
     model = torch.nn.Module()
-    model.device, model.dtype = torch.device("cuda"), torch.float16
+    model.dtype = torch.float16
     measured = timing.measure_decoding(model, None, {"path": "", "question": ""}, new_tokens=4)
     assert measured["ms_per_token"] == pytest.approx(1000)
 

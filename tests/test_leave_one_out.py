@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from medprune.answers import decoding
 from medprune.answers.decoding import answer
 from medprune.models.families import parts
 from medprune.pruning.criteria import block_influence, magnitude, removal_order
@@ -37,7 +38,7 @@ def units(tmp_path):
 
 def without(model, block):
     pruned = copy.deepcopy(model)
-    return apply_plan(pruned, make_plan(pruned.config, [block], "", protect=()))
+    return apply_plan(pruned, make_plan(pruned.config, [block] if block >= 0 else [], "", protect=()))
 
 
 def test_output_similarity_resumes_without_asking_again(tiny, rows, units, monkeypatch):
@@ -51,6 +52,33 @@ def test_output_similarity_resumes_without_asking_again(tiny, rows, units, monke
     assert len(by_row) == 2 * len(rows)
     expected = dict(zip(first.block, first.importance_score, strict=True))
     assert by_row.groupby("block").score.mean().to_dict() == pytest.approx(expected)
+
+
+@torch.inference_mode()
+def test_prefixes_share_what_is_below_a_skipped_block_and_equal_those_of_pruned_models(tiny, rows):
+    model, processor = tiny
+    images, blocks, entered = rows[:9:3], range(6), []
+    for block in parts(model).blocks:
+        block.register_forward_pre_hook(lambda _, inputs: entered.append(len(inputs[0])))
+    asked, skip = images * 6 + images[:1], [b for b in blocks for _ in images] + [-1]
+    prefix, cached = decoding._run_prefixes(model, processor, asked, torch.tensor(skip))
+    assert entered == [3 * (b + 1) for b in blocks], "three images, and three rows more for each block below"
+    _, ids = decoding._questions(processor, rows, [[0]], prefix)[0][1:]
+    ids = ids.expand(len(asked), -1)
+    cache = decoding._select(cached, list(range(len(asked))), ids.shape[1])
+    with decoding.RowSkip(model, torch.tensor(skip)):
+        logits = decoding.forward(model, ids, cache)
+    for b in [*blocks, -1]:
+        pruned, places = (without(model, b), [i for i, s in enumerate(skip) if s == b])
+        alone = [asked[i] for i in places]
+        _, expected = decoding._run_prefixes(pruned, processor, alone, torch.full((len(alone),), -1))
+        kept = [layer for number, layer in enumerate(cached) if number != b]
+        for ours, theirs in zip(kept, expected, strict=True):
+            for states in range(2):
+                found = ours[states][ours[2][places]]
+                torch.testing.assert_close(found, theirs[states], rtol=1e-5, atol=1e-5)
+        own = decoding._select(expected, list(range(len(alone))), ids.shape[1])
+        torch.testing.assert_close(logits[places], decoding.forward(pruned, ids[places], own), rtol=1e-5, atol=1e-5)
 
 
 def test_teacher_forced_leave_one_out_equals_pruned_models(tiny, rows):
@@ -168,11 +196,11 @@ def test_other_batch_rows_after_a_kill_go_on_to_the_same_scores(
 def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, units, monkeypatch):
     model, processor = tiny
     blocks = [1, 2, 3, 4]
-    whole = output_similarity(model, processor, rows, embed, blocks, units("whole"), 4, 12)
+    whole = output_similarity(model, processor, rows, embed, blocks, units("whole"), 4, 2 * len(rows))
     dying = units(kind=DyingUnits)
-    dying.alive = 3  # the original's answers and the first chunk: half of 12 rows hold 2 blocks of 3 images
+    dying.alive = 3  # the original's answers and the first chunk of two blocks
     with pytest.raises(Killed):
-        output_similarity(model, processor, rows, embed, blocks, dying, 4, 12)
+        output_similarity(model, processor, rows, embed, blocks, dying, 4, 2 * len(rows))
     asked = []
 
     def spy(*arguments, skip=None, **more):
@@ -180,12 +208,12 @@ def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, units, m
         return answer(*arguments, skip=skip, **more)
 
     monkeypatch.setattr("medprune.pruning.leave_one_out.answer", spy)
-    again = output_similarity(model, processor, rows, embed, blocks, units(), 4, 12)
+    again = output_similarity(model, processor, rows, embed, blocks, units(), 4, 2 * len(rows))
     assert asked == [[3, 4]]
     assert again.equals(whole)
 
 
-def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows):
+def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows, tmp_path):
     model, processor = tiny
     for parameter in parts(model).blocks[3].parameters():
         parameter.data.mul_(3)
@@ -195,6 +223,7 @@ def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows):
     assert sorted(zip(influence.block, influence.row, strict=True)) == [(b, r) for b in range(6) for r in range(3)]
     between = influence[["image_tokens", "text_tokens"]]
     assert (influence.score.between(between.min(axis=1) - 1e-6, between.max(axis=1) + 1e-6)).all()
-    scores = magnitude(model)
+    model.save_pretrained(tmp_path)
+    scores = magnitude(tmp_path)
     assert max(scores, key=scores.get) == 3
     assert removal_order(scores, (0, 5))[-1] == 3

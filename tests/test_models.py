@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from medprune.answers.prompts import prompt_text
 from medprune.models import assembled, families, loading
 from medprune.models.loading import embedder_identity, load, load_processor, save, weight_bytes
+from medprune.pruning.plan import apply_plan, make_plan
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.quantize import quantize
 from medprune.settings import REPO, TARGETS
@@ -216,3 +217,50 @@ def test_a_model_that_refers_to_itself_does_not_stay_beside_the_next(base):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_model_loaded_block_by_block_is_the_model(base, tmp_path):
+    whole, processor = load(base)
+    save(whole, processor, tmp_path / "model")
+    model, _, fetch = loading.load_blockwise(tmp_path / "model")
+    blocks = families.parts(model).blocks
+    assert {p.device.type for p in blocks.parameters()} == {"meta"}
+    assert weight_bytes(model) < weight_bytes(whole) / 2 and not model.training
+    apply_plan(model, make_plan(model.config, [2], ""))  # a block keeps its place in the files
+    apply_plan(whole, make_plan(whole.config, [2], ""))
+    for block in families.parts(model).blocks:
+        fetch(block)
+    assert weight_bytes(model) == weight_bytes(whole) and model.generation_config == whole.generation_config
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.lm_head.weight is families.parts(model).text_model.embed_tokens.weight, "tied"
+    batch = processor(text=prompt_text(processor, "What?"), images=Image.new("RGB", (40, 40)), return_tensors="pt")
+    assert torch.equal(model(**batch).logits, whole(**batch).logits)
+
+
+def test_a_damaged_folder_is_refused_block_by_block_too(base, tmp_path):
+    save(*load(base), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(k for k in tensors if "layers.3.mlp" in k)
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model\.language_model\.layers\.3\.mlp"):
+        loading.load_blockwise(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no safetensors files"):
+        loading.load_blockwise(tmp_path)
+
+
+def test_16_bits_are_spread_where_one_gpu_is_too_small(monkeypatch):
+    shape = loading.base_config("llava-hf/llava-1.5-7b-hf")
+    monkeypatch.setattr(loading, "cards", lambda: 2)
+    monkeypatch.setattr(loading, "memory_bytes", lambda: int(14.7 * 2**30))
+    places = loading._places(shape, "cuda")
+    blocks = [places[f"model.language_model.layers.{b}"] for b in range(32)]
+    assert blocks == ["cuda:0"] * 16 + ["cuda:1"] * 16 and len(places) == 32 + 6
+    assert places["model.vision_tower"] == places["model.language_model.embed_tokens"] == "cuda:0"
+    assert places["lm_head"] == places["model.language_model.norm"] == "cuda:1"
+    monkeypatch.setattr(loading, "memory_bytes", lambda: 40 * 2**30)
+    assert loading._places(shape, "cuda") == {"": "cuda"}
+    monkeypatch.setattr(loading, "cards", lambda: 1)
+    monkeypatch.setattr(loading, "memory_bytes", lambda: 2**30)
+    assert loading._places(shape, "cuda") == {"": "cuda"}

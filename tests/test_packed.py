@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -144,9 +145,8 @@ def test_gradients_reach_the_input():
 
 
 def test_awq_layout_is_autoawqs_own():
-    import medprune.quantizing.awq  # noqa: F401, it silences the announcement
-
-    gemm = importlib.import_module("awq.utils.packing_utils")
+    with warnings.catch_warnings(record=True):  # awq announces its deprecation
+        gemm = importlib.import_module("awq.utils.packing_utils")
     layer = PackedLinear.from_linear(linear(128, 80))
     tensors = to_awq(layer)
     assert tensors["qweight"].shape == (128, 10) and tensors["qzeros"].shape == (2, 10)

@@ -1,6 +1,5 @@
 """Ways back after pruning: what each recipe trains and on which loss, held-out loss, early stop."""
 
-import copy
 import json
 import shutil
 import types
@@ -12,18 +11,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from medprune import device
 from medprune.answers.decoding import answer, answer_rows
 from medprune.answers.prompts import IGNORED, collator, encode_conversation, image_pixels
 from medprune.data.questions import load_conditions, load_questions
 from medprune.data.record import Record
 from medprune.models.families import parts
-from medprune.models.loading import load
+from medprune.models.loading import load, save
 from medprune.pruning.leave_one_out import leave_one_out
-from medprune.pruning.plan import apply_plan, make_plan
+from medprune.pruning.plan import apply_plan, blocks_of, make_plan
 from medprune.results.figures import figure_recipes
 from medprune.settings import RECIPES, Config, resolve
 from medprune.store import Units, content, made
-from medprune.tuning import finetune, processes, recovery, tower
+from medprune.tuning import finetune, processes, recovery, tower, trained
 from medprune.tuning.finetune import add_lora, answer_loss, train
 from medprune.tuning.recovery import Training
 
@@ -61,7 +61,9 @@ def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, base, items, tmp
     plan = make_plan(load(base)[0].config, [3], "")
     pruned = apply_plan(load(base)[0], plan)
     before = {n: p.detach().clone() for n, p in pruned.named_parameters()}
-    model, _, costs = recovery.recover(Training(base, plan, recipe, items, config, 2), tmp_path, "cpu")
+    training = Training(base, plan, recipe, items, config, 2)
+    recovery.train_into(training, tmp_path / "checkpoints", tmp_path / "out", "cpu", context="x")
+    model, costs = load(tmp_path / "out")[0], made(tmp_path / "out", "x")
     found = changed(model, before)
     projector = {n for n in before if "projector" in n}
     linears = {n for n in before if "language_model.layers" in n and n.endswith("_proj.weight")}
@@ -72,7 +74,6 @@ def test_a_recipe_changes_what_it_says_and_nothing_else(recipe, base, items, tmp
     assert found and found <= may, "and the embeddings, which the tied head is, among what stays"
     assert len(found) > 0.8 * len(may)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in model.parameters())
     counted = sum(before[n].numel() for n in may) if recipe in ("projector", "last_blocks") else None
     assert costs["trainable_params"] == (counted or costs["trainable_params"]) > 0
     assert costs["steps"] == 2 and costs["train_s"] > 0 and costs["loss"] > 0
@@ -98,17 +99,41 @@ def test_recipes_that_cannot_be_are_refused_in_a_sentence():
 
 
 def test_distillation_adds_the_distance_to_the_teacher_where_answers_are_predicted(base, batch):
-    teacher = load(base, dtype=torch.float32)[0]
-    student = copy.deepcopy(teacher)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    n_hooks = len(student._forward_pre_hooks)
-    with torch.no_grad(), recovery.distillation(student, teacher) as loss:
-        same = loss(student(**inputs), batch["labels"])
-        assert same == pytest.approx(answer_loss(student(**inputs), batch["labels"]))
-        parts(student).text_model.norm.weight *= 3  # hidden states three times as long: |3h - h|^2 / |h|^2 = 4
+    teacher, student = (load(base, dtype=torch.float32)[0] for _ in range(2))
+    inputs, chosen = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"] != IGNORED
+    seen = {k: v for k, v in inputs.items() if k != "logits_to_keep"}
+    n_hooks, whole = len(student._forward_pre_hooks), blocks_of(student)
+    with torch.no_grad(), recovery.distillation(student, whole) as loss:
         out = student(**inputs)
-        assert loss(out, batch["labels"]) - answer_loss(out, batch["labels"]) == pytest.approx(4, rel=1e-3)
-    assert len(student._forward_pre_hooks) == n_hooks and (batch["labels"] != IGNORED).any()
+        assert loss(out, batch["labels"]) == pytest.approx(answer_loss(out, batch["labels"])), "nothing is pruned"
+        apply_plan(student, make_plan(student.config, [3], ""))
+        wanted, found = (m.model(**seen).last_hidden_state[:, inputs["logits_to_keep"]][chosen] for m in (teacher, student))
+        distance = ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+        for _ in range(2):  # of a step taken in two parts
+            out = student(**inputs)
+            assert loss(out, batch["labels"]) - answer_loss(out, batch["labels"]) == pytest.approx(distance.item(), rel=1e-3)
+        assert distance > 1e-4 and len(parts(student).blocks) == 5
+    assert len(student._forward_pre_hooks) == n_hooks
+
+
+def test_the_teacher_is_the_student_s_own_base_with_its_adapters_off(base, batch):
+    teacher, student = (load(base, dtype=torch.float32)[0] for _ in range(2))
+    whole = blocks_of(student)
+    apply_plan(student, make_plan(student.config, [3], ""))
+    student = add_lora(student, 4, 8).train()
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data.add_(0.05)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    kept, chosen = inputs["logits_to_keep"], batch["labels"] != IGNORED
+    wanted = teacher.model(**{k: v for k, v in inputs.items() if k != "logits_to_keep"}).last_hidden_state[:, kept][chosen]
+    with recovery.distillation(student, whole) as loss:
+        out = student(**inputs, output_hidden_states=True)
+        found = out.hidden_states[-1][:, kept][chosen]
+        distance = ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+        added = loss(out, batch["labels"]) - answer_loss(out, batch["labels"])
+        assert added.item() == pytest.approx(distance.item(), rel=1e-3)
+    assert student.training and len(parts(student).blocks) == 5 and student.active_adapters == ["default"]
 
 
 def test_training_items_are_a_balanced_share_of_the_images(base):
@@ -181,15 +206,17 @@ def test_a_merged_model_says_what_the_adapted_one_did(base, items):
 def test_a_merge_that_changes_what_is_said_is_refused(base, items, tmp_path, monkeypatch):
     real = finetune.merge
 
-    def lossy(model, into=None):
-        merged = real(model, into)
+    def lossy(model):
+        merged = real(model)
         merged.lm_head.weight.data.mul_(-1000)
         return merged
 
     def train(folder):
-        return recovery.recover(Training(base, None, "lora", items, resolve("smoke"), 1), tmp_path / folder, "cpu")
+        training = Training(base, None, "lora", items, resolve("smoke"), 1)
+        recovery.train_into(training, tmp_path / f"{folder}-checkpoints", tmp_path / folder, "cpu", context="x")
+        return made(tmp_path / folder, "x")
 
-    assert 0 <= train("whole")[2]["merge_kl_nats"] < recovery.MAX_MERGE_KL
+    assert 0 <= train("whole")["merge_kl_nats"] < recovery.MAX_MERGE_KL
     monkeypatch.setattr(finetune, "merge", lossy)
     with pytest.raises(ValueError, match="merging changed what the model says by"):
         train("lossy")
@@ -256,3 +283,45 @@ def test_the_tower_is_trained_again_where_what_it_saw_is_other(base, items, tmp_
     assert prepare() == 5, "another picture under the same name"
     Path(records[0].path).write_bytes(pixels)
     assert tower.prepare_tuned_tower(resolve("smoke", base=str(base)), run, records, {}) == str(base)
+
+
+def test_weights_that_scratch_has_lost_are_folded_again_and_nothing_is_trained(base, items, tmp_path, monkeypatch):
+    run, config = types.SimpleNamespace(dir=tmp_path / "run"), resolve("smoke", base_bits=4, recipes=["lora"])
+    save(*load(base), tmp_path / "source")
+    training = Training(tmp_path / "source", make_plan(load(base)[0].config, [3], ""), "lora", items, config, 2)
+    record = trained.train_once(run, tmp_path / "scratch", training, "x")
+    first = content(tmp_path / "scratch")
+    assert record["steps"] == 2 and record["merge_kl_nats"] is None
+    assert (tmp_path / "run" / "adapters-scratch" / "adapter_config.json").exists()
+    shutil.rmtree(tmp_path / "scratch")
+    monkeypatch.setattr(recovery, "train_into", None)
+    assert trained.train_once(run, tmp_path / "scratch", training, "x") == record
+    assert content(tmp_path / "scratch") == first and load(tmp_path / "scratch")[0].config.text_config.num_hidden_layers == 5
+
+
+def test_a_step_is_taken_in_parts_that_fit_and_learns_the_same(base, items, tmp_path, monkeypatch):
+    config = resolve("smoke", {"batch_size": 4, "learning_rate": 1e-2, "save_every": 2})
+    seen, real = [], finetune._arguments
+    monkeypatch.setattr(finetune, "_arguments", lambda *a: seen.append(a[-1]) or real(*a))
+
+    def learn(folder, **changes):
+        torch.manual_seed(0)
+        model, processor = load(base, dtype=torch.float32)
+        wanted = Config({**vars(config), **changes})
+        return [c["loss"] for c in train(add_lora(model, 4, 8), processor, items, tmp_path / folder, wanted, 3)]
+
+    whole, parts_of_two = learn("a", micro_batch=None), learn("b", micro_batch=2)
+    assert seen == [4, 2] and parts_of_two == pytest.approx(whole, rel=1e-3)
+    forward, tried = finetune.Trainer.training_step, []
+
+    def too_large(self, *args, **kwargs):
+        tried.append(self.args.per_device_train_batch_size)
+        if len(tried) > 1 and tried[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(finetune.Trainer, "training_step", too_large)
+    monkeypatch.setattr(finetune, "cards", lambda: 1)
+    monkeypatch.setattr(device, "HALVED", {})
+    assert learn("c", micro_batch=2) == pytest.approx(whole, rel=1e-3), "as if no step had been tried before"
+    assert device.HALVED == {"training": 1}

@@ -1,5 +1,7 @@
 """Do the intervals cover, the pairs pair, and the power agree with simulation?"""
 
+import importlib.util
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from medprune.results import stats
+from medprune.settings import REPO
 
 IMAGES, QUESTIONS, DRAWS = 39, 3, 2000
 CLUSTERS = np.repeat(np.arange(IMAGES), QUESTIONS)
@@ -56,7 +59,7 @@ def test_every_value_its_own_cluster_is_the_plain_t_interval():
     test = scipy_stats.ttest_1samp(values, 0)
     plain = test.confidence_interval()
     found = stats.clustered_mean(values, np.arange(30))
-    assert (found["low"], found["high"], found["p"]) == pytest.approx((plain.low, plain.high, test.pvalue))
+    assert (found["low"], found["high"]) == pytest.approx((plain.low, plain.high))
 
 
 def test_unequal_clusters_weigh_answers_not_images():
@@ -67,15 +70,94 @@ def test_unequal_clusters_weigh_answers_not_images():
     assert found["high"] - found["mean"] == pytest.approx(scipy_stats.t.ppf(0.975, 1) * error)
 
 
-def test_bounds_are_not_clipped_to_the_scale():
-    assert stats.clustered_mean([100, 100, 100, 70], [0, 1, 2, 3])["high"] > 100
+@pytest.mark.parametrize("estimate", [stats.clustered_mean, stats.mean_score])
+def test_one_cluster_and_no_variance_have_no_interval(estimate):
+    for mean, values, clusters in ((50, [40, 60], ["image", "image"]), (73.15, [73.15] * 12, [0, 1, 2, 3, 4, 5] * 2)):
+        found = estimate(values, clusters)
+        assert found["mean"] == pytest.approx(mean) and math.isnan(found["low"]) and math.isnan(found["high"])
 
 
-def test_one_cluster_and_no_variance_do_not_crash():
-    one = stats.clustered_mean([40, 60], ["image", "image"])
-    assert one["mean"] == 50 and math.isnan(one["low"]) and math.isnan(one["high"])
-    same = stats.clustered_mean([73.15] * 6, [0, 0, 1, 1, 2, 2])
-    assert same["low"] == same["mean"] == same["high"] == pytest.approx(73.15)
+@pytest.fixture(scope="module")
+def coverage():
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", REPO / "benchmarks" / "coverage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("population", ["tied", "skewed", "graded"])
+def test_scores_are_covered_near_the_ends_or_have_no_interval(coverage, population):
+    draw = coverage.SCORES[population]
+    cells = [coverage.simulate(draw, right, n, draws=300) for right in coverage.RIGHT for n in coverage.IMAGES]
+    covered = [cell["covered_frac"] for cell in cells if cell["given_frac"] >= coverage.RARELY]
+    assert len(covered) >= 12 and min(covered) > 0.91  # three standard errors below 0.95
+    # With many images nothing is refused, and the intervals are no wider than they must be.
+    plain = [cell for cell in cells if cell["images"] >= {0.5: 24, 0.8: 39, 0.92: 96, 0.98: 999}[cell["right"]]]
+    assert len(plain) == 6 and min(cell["given_frac"] for cell in plain) > 0.97
+    assert np.mean([cell["covered_frac"] for cell in plain]) < 0.97
+    # Nothing is known of failures of 2 in 100 from 8 images.
+    assert cells[15]["images"] == 8 and cells[15]["right"] == 0.98 and cells[15]["given_frac"] < 0.05
+    assert max(cell["misleading_frac"] for cell in cells) < 0.1
+
+
+@pytest.mark.parametrize("population", ["10% lost", "30% lost", "10% lost, 30% gained", "10% lost and gained", "shrunk"])
+def test_differences_are_covered_where_few_images_differ_or_have_no_interval(coverage, population):
+    draw = coverage.PAIRS[population]
+    cells = [coverage.simulate(draw, right, n, 150, True) for right in (0.8, 0.98) for n in (8, 24, 96)]
+    covered = [cell["covered_frac"] for cell in cells if cell["given_frac"] >= coverage.RARELY]
+    assert len(covered) >= 2 and min(covered) > 0.89 and max(cell["misleading_frac"] for cell in cells) < 0.11
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(0, 9)), min_size=1, max_size=40))
+def test_limits_lie_on_the_scale_and_about_the_estimate(rows):
+    a, b, images = np.array(rows, float).T
+    for scores in (a, 15 - a):  # as far from 0 as from 100
+        found = stats.mean_score(scores * 100 / 15, images)
+        limits = [found["low"], found["high"]]
+        assert np.isnan(limits).all() or 0 <= limits[0] <= found["mean"] <= limits[1] <= 100
+    mirrored = [100 - limit for limit in limits[::-1]]
+    assert mirrored == pytest.approx([stats.mean_score(a * 100 / 15, images)[k] for k in ("low", "high")], nan_ok=True)
+    found, back = (stats.paired_difference(*(s * 100 / 15 for s in pair), images) for pair in ((a, b), (b, a)))
+    assert back["p"] == pytest.approx(found["p"], nan_ok=True)
+    assert [-back["high"], -back["low"]] == pytest.approx([found["low"], found["high"]], nan_ok=True)
+    if not math.isnan(found["low"]):
+        assert -100 <= found["low"] <= found["diff"] <= found["high"] <= 100
+        assert found["p"] < 0.05 or found["low"] <= 0 <= found["high"]
+
+
+def test_all_right_or_all_but_one_has_no_interval_and_two_wrong_have():
+    def score(n_wrong, images=24):
+        marks = [100.0] * (images - n_wrong) + [15.0] * n_wrong
+        return stats.mean_score(np.repeat(marks, 3), np.repeat(range(images), 3))
+
+    assert all(math.isnan(score(n)[limit]) for n in (0, 1) for limit in ("low", "high"))
+    found = score(2)
+    # 22 of 24 right: the limits are near those of a share of 22 of 24 (Clopper and Pearson: 73 to 99)
+    assert 76 < found["low"] < 80 and 98 < found["high"] < 99.5 and found["n"] == 72 and found["n_images"] == 24
+    with pytest.raises(ValueError, match="run from -3 to 40: they must lie within 0 to 100"):
+        stats.mean_score([40, -3], [0, 1])
+
+
+def test_jeffreys_limits_of_independent_right_and_wrong():
+    # 0/1 scores at 50%: no skewness to add, G - 1 scores are effective, and fewer for Student's t in place of z.
+    found = stats.mean_score([0, 100] * 10, range(20))
+    effective = 19 * (scipy_stats.norm.ppf(0.975) / scipy_stats.t.ppf(0.975, 19)) ** 2
+    limits = 100 * scipy_stats.beta.ppf([0.025, 0.975], effective / 2 + 0.5, effective / 2 + 0.5)
+    assert [found["low"], found["high"]] == pytest.approx(limits)
+
+
+def test_what_a_few_images_cannot_have_shown_widens_the_interval_near_the_ends():
+    scores = np.array([96.0] * 20 + [70.0] * 4)
+    mean, two_point = scores.mean() / 100, scores.mean() / 100 * (1 - scores.mean() / 100)
+    weight = 0.2 * (1 - 2 * mean) ** 2 / (24 * two_point)
+    variance = (scores.var(ddof=1) / 1e4 + weight * two_point) / (1 + weight)
+    effective = 24 * two_point / variance * (scipy_stats.norm.ppf(0.975) / scipy_stats.t.ppf(0.975, 23)) ** 2
+    limits = 100 * scipy_stats.beta.ppf([0.025, 0.975], effective * mean + 0.5, effective * (1 - mean) + 0.5)
+    found = stats.mean_score(scores, range(24))
+    assert [found["low"], found["high"]] == pytest.approx(limits)
+    plain = stats.clustered_mean(scores, range(24))
+    assert found["low"] < plain["low"] - 1 and found["high"] < 100
 
 
 @pytest.mark.parametrize(
@@ -100,31 +182,69 @@ def test_mean_moves_with_the_values_and_ignores_their_order(values, shift, order
     found = stats.clustered_mean(values, clusters)
     moved = stats.clustered_mean(np.array(values)[order] + shift, clusters[order])
     assert moved["mean"] == pytest.approx(found["mean"] + shift, abs=1e-6)
-    assert moved["high"] - moved["low"] == pytest.approx(found["high"] - found["low"], abs=1e-6)
-    assert found["low"] <= found["mean"] <= found["high"]
+    wide, moved_wide = (np.nan_to_num(f["high"] - f["low"]) for f in (found, moved))  # NaN where nothing varies
+    assert moved_wide == pytest.approx(wide, abs=1e-6)
+    assert math.isnan(found["low"]) or found["low"] <= found["mean"] <= found["high"]
 
 
 def test_balanced_paired_difference_is_the_t_test_on_image_means():
     rng = np.random.default_rng(3)
-    a = rng.uniform(20, 100, IMAGES * QUESTIONS)
+    a = rng.uniform(40, 80, IMAGES * QUESTIONS)
     b = a + np.repeat(rng.normal(-3, 8, IMAGES), QUESTIONS) + rng.normal(0, 4, a.size)
     test = scipy_stats.ttest_1samp((a - b).reshape(IMAGES, QUESTIONS).mean(1), 0)
     bounds = test.confidence_interval()
     found = stats.paired_difference(a, b, CLUSTERS)
-    assert [found[k] for k in ("diff", "low", "high", "p")] == pytest.approx(
-        [(a - b).mean(), bounds.low, bounds.high, test.pvalue]
-    )
-    back = stats.paired_difference(b, a, CLUSTERS)
-    assert (back["diff"], back["low"], back["p"]) == pytest.approx((-found["diff"], -found["high"], found["p"]))
+    assert (found["diff"], found["p"]) == pytest.approx(((a - b).mean(), test.pvalue))
+    # Gains and losses apart give nearly the same limits here; the wider are given.
+    assert -0.2 < found["low"] - bounds.low < 1e-9 and -1e-9 < found["high"] - bounds.high < 0.2
+
+
+def test_p_of_few_images_counts_all_flips_of_their_signs():
+    rng = np.random.default_rng(5)
+    for images in (6, 9, 12):
+        d = rng.integers(-2, 9, images) * 20 / 3
+        signs = np.array(list(itertools.product((1, -1), repeat=images)))
+        by_hand = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9)
+        found = stats.paired_difference(np.maximum(d, 0), np.maximum(-d, 0), range(images))
+        assert found["p"] == pytest.approx(by_hand)
+    # Images that are the same under both do not count; 30 that differ are still flipped, fast, and agree with t.
+    d = np.r_[rng.normal(4, 10, 30), np.zeros(60)]
+    exact = stats.paired_difference(50 + d, np.full(90, 50.0), range(90))["p"]
+    assert exact == stats.paired_difference(50 + d[:30], np.full(30, 50.0), range(30))["p"]
+    assert exact == pytest.approx(scipy_stats.ttest_1samp(d[:30], 0).pvalue, abs=0.01)
+
+
+def test_limits_lean_to_the_side_of_a_few_large_losses():
+    a = np.full(24, 100.0)
+    b = np.array([20.0] * 5 + [100.0] * 19)
+    found, plain = stats.paired_difference(b, a, range(24)), stats.clustered_mean(b - a, range(24))
+    # Gains are nowhere: the lower limit is that of Jeffreys's for the losses.
+    losses = 5 / 24 * 0.8
+    effective = losses * (1 - losses) * 24 / np.var((a - b) / 100, ddof=1)
+    effective *= (scipy_stats.norm.ppf(0.975) / scipy_stats.t.ppf(0.975, 23)) ** 2
+    most = 100 * scipy_stats.beta.ppf(0.975, effective * losses + 0.5, effective * (1 - losses) + 0.5)
+    assert found["low"] == pytest.approx(-most) and found["low"] < plain["low"] - 2
+    assert found["p"] == 2**-4 and found["high"] == 0 and plain["high"] < 0  # five losses alone may be chance
+
+
+def test_differences_of_differences_reach_200_and_scores_are_held_to_their_scale():
+    a, b = np.array([100.0] * 5 + [-100] * 3), np.array([-100.0] * 5 + [80] * 3)
+    found = stats.paired_difference(a, b, range(8))
+    assert found["high"] > 100 and found["diff"] == pytest.approx(57.5)
+    with pytest.raises(ValueError, match="a score of 130 is none of 0 to 100"):
+        stats.paired_difference([130, 20], [20, 20], [0, 1])
 
 
 def test_paired_difference_without_variance():
     clusters = [0, 1, 2, 3, 4]
     assert stats.paired_difference([0.1] * 5, [0.1] * 5, clusters)["p"] == 1
     shifted = stats.paired_difference([0.7] * 5, [0.4] * 5, clusters)
-    assert shifted["p"] == 2**-4 and shifted["low"] == shifted["high"] == pytest.approx(0.3)
+    assert shifted["p"] == 2**-4 and shifted["diff"] == pytest.approx(0.3) and math.isnan(shifted["low"])
     rounding = stats.paired_difference([0.1 + 0.2, 0.3, 1.0], [0.3, 0.1 + 0.2, 1.0], clusters[:3])
-    assert rounding["diff"] == rounding["low"] == rounding["high"] == 0 and rounding["p"] == 1
+    assert rounding["diff"] == 0 and rounding["p"] == 1 and math.isnan(rounding["high"])
+    three = stats.paired_difference([90, 90, 70, 90, 60], [90, 90, 90, 80, 90], clusters)
+    # -20 + 10 - 30 points make -40: of the 8 choices of signs, 4 make 40 or 60 either way.
+    assert math.isnan(three["low"]) and three["p"] == 0.5
     assert math.isnan(stats.paired_difference([1, 2], [2, 4], [0, 0])["p"])
     with pytest.raises(ValueError, match="a holds 2 scores and b 1"):
         stats.paired_difference([1, 2], [1], [0, 0])
@@ -176,6 +296,13 @@ def test_compare_adjusts_by_holm_and_finds_the_real_difference():
     assert table["low"][2] < 10 < table["high"][2] and table["p_holm"][2] < 1e-6
     assert table["p_holm"][0] > 0.05
     assert list(table["n"]) == [117] * 3 and list(table["n_images"]) == [39] * 3
+    # Bonferroni's limits hold for all three rows: those of one pair at a third of the risk, and wider.
+    assert (table["low_all"] < table["low"]).all() and (table["high_all"] > table["high"]).all()
+    sides = [scores.loc[scores["method"] == m, "score_percent"].to_numpy() for m in ("original", "quantize")]
+    alone = stats.paired_difference(*sides, CLUSTERS, alpha=0.05 / 3)
+    assert table.loc[2, ["low_all", "high_all"]].tolist() == [alone["low"], alone["high"]]
+    (one,) = stats.compare(scores, [("original", "prune")]).itertuples()
+    assert (one.low, one.high) == (one.low_all, one.high_all)
 
 
 def test_compare_pairs_by_id_whatever_the_order_and_counts_the_rest():
@@ -292,5 +419,23 @@ def test_note_beside_table_5_prints_what_was_computed():
     note = stats.detection_note(diffs * 5, draws=500)
     sd = (diffs * 5).std()
     assert f"{stats.simulate_detection(diffs * 5, 39, 4, draws=500):.0%} of 500" in note
-    assert f"would need {stats.images_needed(4, sd)} images" in note
-    assert f"{stats.minimum_detectable_effect(sd, 39):.1f} points" in note
+    assert note.startswith(f"On these data (standard deviation {sd:.1f} points [")
+    low, high = stats.sd_limits(diffs * 5)
+    needed = [stats.images_needed(4, s) for s in (sd, low, high)]
+    smallest = [stats.minimum_detectable_effect(s, 39) for s in (sd, low, high)]
+    assert low < sd < high and needed[1] < needed[0] < needed[2]
+    assert "would need {} images [{}, {}]".format(*needed) in note
+    assert "in 80% is {:.1f} points [{:.1f}, {:.1f}]".format(*smallest) in note
+    assert "would need 2 images [no interval]" in stats.detection_note([1.0] * 8, draws=10)
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "uniform"])
+def test_limits_of_a_standard_deviation_cover_it(draw):
+    rng = np.random.default_rng(11)
+    true = {"normal": 1, "laplace": math.sqrt(2), "uniform": math.sqrt(1 / 12)}[draw]
+    limits = np.array([stats.sd_limits(getattr(rng, draw)(size=39)) for _ in range(600)])
+    assert 0.9 <= np.mean((limits[:, 0] <= true) & (true <= limits[:, 1])) <= 0.99
+    values = [1.0, 2, 4, 8, 3, 5]
+    c = 6 / (6 - scipy_stats.norm.ppf(0.975))
+    assert math.prod(stats.sd_limits(values)) == pytest.approx(c * np.var(values, ddof=1))
+    assert np.isnan(stats.sd_limits([1, 2, 3, 4])).all() and np.isnan(stats.sd_limits([3.0] * 9)).all()

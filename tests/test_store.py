@@ -17,6 +17,7 @@ from medprune import store
 from medprune.runs.hosted import bring_run
 from medprune.settings import STAGES
 from medprune.store import (
+    Run,
     Units,
     code,
     content,
@@ -351,3 +352,23 @@ def test_what_is_no_run_is_not_brought_over(tmp_path):
 
 def test_the_hash_of_code_reaches_through_a_room():
     assert code("medprune.tuning.recovery") != code("medprune.tuning.tower")
+
+
+def test_weights_go_to_scratch_and_are_found_by_their_link(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEDPRUNE_SCRATCH", raising=False)
+    run = Run(tmp_path / "runs" / "demo", "01_finetune")
+    run.dir.mkdir(parents=True)
+    assert run.weights("model") == run.dir / "model" and not run.weights("model").is_symlink()
+    monkeypatch.setenv("MEDPRUNE_SCRATCH", str(tmp_path / "scratch"))
+    target = run.weights("model")
+    assert target.is_relative_to(tmp_path / "scratch") and not target.exists() and content(run.dir / "model") == "absent"
+    with write_folder(target, context="x") as folder:
+        write_text(folder / "weights", "w")
+    assert run.weights("model") == target and made(run.dir / "model", "x") and content(run.dir / "model") == content(target)
+    other = Run(tmp_path / "elsewhere" / "demo", "01_finetune")
+    other.dir.mkdir(parents=True)
+    assert other.weights("model") != target, "another run of that name"
+    monkeypatch.delenv("MEDPRUNE_SCRATCH")
+    (run.dir / "kept").mkdir()
+    monkeypatch.setenv("MEDPRUNE_SCRATCH", str(tmp_path / "scratch"))
+    assert run.weights("kept") == run.dir / "kept", "what lies in the run already stays there"

@@ -84,7 +84,7 @@ def test_block_scores_give_the_interval_of_image_means():
     four = table[table.block == 4].iloc[0]
     half = 12.706204736 * 1.0  # Student's t at 1 degree of freedom x the standard error of two means, 1 and 3
     assert (four.importance_score, four.low, four.high) == pytest.approx((2, 2 - half, 2 + half))
-    assert table[table.block == 5][["low", "high"]].eq(2).all(axis=None)
+    assert table[table.block == 5][["low", "high"]].isna().all(axis=None)  # nothing varies: no interval
     assert table.n_calibration.eq(4).all() and table.seed.eq(3).all()
     # Rows as if they were independent would give a narrower one.
     alone = tables.block_scores("x", rows_table({4: [1, 1, 3, 3]}), list("abcd")).iloc[0]
@@ -97,6 +97,7 @@ def test_knee_table_says_which_losses_are_shown_to_be_small():
     answers = pd.DataFrame([{"blocks_removed": n, "id": f"{i}-{q}", "cluster": i,
                              "score_percent": np.clip(m + rng.normal(0, 2), 0, 100)}
                             for n, m in means.items() for i in range(20) for q in range(3)])  # fmt: skip
+    assert tables.knee_table(answers, draws=10).loc[0, ["diff", "holds"]].tolist() == [0, True]
     table = tables.knee_table(answers, draws=200).set_index("blocks_removed")
     assert table.holds.tolist() == [True, True, True, False, False]
     assert table.knee.tolist() == [False, False, True, False, False]
@@ -107,11 +108,13 @@ def test_knee_table_says_which_losses_are_shown_to_be_small():
 
 
 def test_a_sweep_of_two_counts_has_no_knee_but_says_what_was_lost():
-    answers = pd.DataFrame([{"blocks_removed": n, "id": i, "cluster": i, "score_percent": 80.0 - 2 * n + i % 2}
+    answers = pd.DataFrame([{"blocks_removed": n, "id": i, "cluster": i, "score_percent": 80.0 + i % 2 - n * (1, 2, 3, 2)[i % 4]}
                             for n in (0, 1) for i in range(8)])  # fmt: skip
     table = tables.knee_table(answers, draws=10)
     assert table["diff"].tolist() == pytest.approx([0, -2]) and table.holds.all()
-    assert not table.knee.any() and table.knee_frac.isna().all()
+    assert not table.knee.any() and table.knee_frac.isna().all() and table["low"].isna().tolist() == [True, False]
+    same = answers.assign(score_percent=80.0 - 2 * answers["blocks_removed"])  # the very same loss everywhere
+    assert tables.knee_table(same, draws=10).holds.tolist() == [True, False]
     assert len(tables.knee_table(answers[answers.blocks_removed == 0])) == 1
 
 

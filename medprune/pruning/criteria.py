@@ -4,24 +4,34 @@ One score per decoder block, higher = keep, blocks counted from 0. Criteria that
 importance_score}; `block_influence` a table by calibration row, as those of leave_one_out.py.
 """
 
+from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
-from medprune.models.families import parts
+from medprune.models.families import block_number, current_name, parts
+from medprune.models.loading import weight_files
 from medprune.pruning.leave_one_out import SHARED, TeacherBatch
 
 
-def magnitude(model) -> dict[int, float]:
-    """Score blocks by the sum of absolute weights (Han et al. 2015, the paper's baseline)."""
-    return {
-        b: float(sum(p.detach().abs().sum(dtype=torch.float64) for p in block.parameters()))
-        for b, block in enumerate(parts(model).blocks)
-    }
+def magnitude(source: str | Path) -> dict[int, float]:
+    """Score blocks by the sum of absolute weights in 16 bits (Han et al. 2015, the paper's baseline).
+
+    source: the model's folder, which is read a tensor at a time, for a model in memory may be held in fewer bits.
+    """
+    scores = defaultdict(float)
+    for file in weight_files(source):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118, it is no dict
+                if (b := block_number(current_name(key))) is not None:
+                    scores[b] += float(tensors.get_tensor(key).abs().sum(dtype=torch.float64))
+    return dict(sorted(scores.items()))
 
 
 def reverse_order(n_blocks: int) -> dict[int, float]:
@@ -57,7 +67,8 @@ def _changes(model, batch: TeacherBatch) -> list[tuple[int, torch.Tensor]]:
     changes = []
 
     def compare(block, _, inputs, output):
-        changes.append((block, 1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1).cpu()))
+        entered = inputs[0].to(output.device).float()
+        changes.append((block, 1 - F.cosine_similarity(entered, output.float(), dim=-1).cpu()))
 
     with ExitStack() as hooks:
         for b, block in enumerate(parts(model).blocks):

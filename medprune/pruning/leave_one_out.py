@@ -16,6 +16,7 @@ import torch
 
 from medprune.answers.decoding import answer, chunks
 from medprune.answers.prompts import IGNORED, collator, encode_questions, image_pixels, padded
+from medprune.device import rows_that_fit
 from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.store import Units
@@ -46,17 +47,17 @@ def output_similarity(model, processor, rows, embed, blocks, units: Units, max_n
 def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: int, batch_rows: int) -> None:
     """Write the answers with all blocks, and without each, to `units`, where they are not there yet.
 
-    Blocks are left out in chunks of batch_rows / 2 images x blocks, at least one block: half a batch, which is as fast
-    on a CPU, and a kill, which costs the chunk at work, costs half as much.
+    Blocks are left out in chunks of at most batch_rows answers, at least one block: a kill costs the chunk at work.
     """
     if "original" not in units:
-        said = answer(model, processor, rows, max_new_tokens, batch_rows, label="answers with all blocks")
+        ask = partial(answer, model, processor, rows, max_new_tokens, label="answers with all blocks")
+        said = rows_that_fit(lambda n: ask(batch_rows=n), batch_rows, "answers", units)
         units.add("original", [vars(a) for a in said])
     todo = [b for b in blocks if f"block {b}" not in units]
-    n_images = len({r["path"] for r in rows})
-    for chunk in chunks(todo, max(1, batch_rows // (2 * n_images))):
+    for chunk in chunks(todo, max(1, batch_rows // len(rows))):
         skip, label = [b for b in chunk for _ in rows], f"without block {chunk[0]}..{chunk[-1]}"
-        said = answer(model, processor, rows * len(chunk), max_new_tokens, batch_rows, skip=skip, label=label)
+        ask = partial(answer, model, processor, rows * len(chunk), max_new_tokens, skip=skip, label=label)
+        said = rows_that_fit(lambda n, ask=ask: ask(batch_rows=n), batch_rows, "answers", units)
         for b, without_b in zip(chunk, chunks(said, len(rows)), strict=True):
             units.add(f"block {b}", [vars(a) for a in without_b])
 
@@ -139,9 +140,8 @@ def leave_one_out_logits(model, batch: TeacherBatch, blocks):
     """
     inner = parts(model)
     inputs = {k: v.to(model.device) for k, v in batch.inputs.items()}
-    labels, kept, owner = (t.to(model.device) for t in (batch.labels, batch.kept, batch.owner))
-    chosen = labels != IGNORED
-    targets, rows = labels[chosen], owner[:, 1:][:, kept][chosen]
+    kept, chosen = batch.kept, batch.labels != IGNORED  # on the host: the model may be spread over several devices
+    targets, rows = batch.labels[chosen], batch.owner[:, 1:][:, kept][chosen]
     seen = {}  # block -> the hidden states it takes, and its other arguments
 
     def remember(block, _, hidden, others):
@@ -150,8 +150,10 @@ def leave_one_out_logits(model, batch: TeacherBatch, blocks):
     with ExitStack() as hooks:
         for b, block in enumerate(inner.blocks):
             hooks.enter_context(block.register_forward_pre_hook(partial(remember, b), with_kwargs=True))
-        out = model(**inputs, use_cache=False, logits_to_keep=kept)
-    yield None, out.logits[chosen].float().log_softmax(-1), targets, rows
+        # the head by itself: a model that is spread would take `kept` to a device where its states are not
+        logits = inner.head(model.model(**inputs, use_cache=False).last_hidden_state[:, kept])
+    targets, rows = targets.to(logits.device), rows.to(logits.device)
+    yield None, logits[chosen].float().log_softmax(-1), targets, rows
     for b in blocks:
         hidden = seen[b][0]
         for later in range(b + 1, len(inner.blocks)):

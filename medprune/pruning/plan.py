@@ -76,16 +76,16 @@ def apply_plan(model, plan: Plan):
     Returns the model. Raises ValueError, and leaves the model whole, where the plan is for another number of blocks, or
     the gate finds a tensor that is missing, new, or not bit for bit the one the model had.
     """
-    whole, kinds = _blocks_of(model)
+    whole, kinds = blocks_of(model)
     if len(whole) != plan.n_blocks:
         raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(whole)}.")
     source = dict(model.state_dict())
     try:
         kept = torch.nn.ModuleList([whole[b] for b in plan.kept])
-        _set_blocks(model, kept, kinds and [kinds[b] for b in plan.kept])
+        set_blocks(model, kept, kinds and [kinds[b] for b in plan.kept])
         check_kept(model.state_dict(), source, plan)
     except BaseException:
-        _set_blocks(model, whole, kinds)
+        set_blocks(model, whole, kinds)
         raise
     return model
 
@@ -96,21 +96,22 @@ def without(model, removed):
 
     removed: numbers in the model as it stands. Its blocks, numbering and configuration are put back at the end.
     """
-    whole, kinds = _blocks_of(model)
+    whole, kinds = blocks_of(model)
     apply_plan(model, make_plan(model.config, removed, "", protect=()))
     try:
         yield model
     finally:
-        _set_blocks(model, whole, kinds)
+        set_blocks(model, whole, kinds)
 
 
-def _blocks_of(model) -> tuple[torch.nn.ModuleList, list[str]]:
+def blocks_of(model) -> tuple[torch.nn.ModuleList, list[str]]:
     """Return a model's blocks, and the kind of attention of each where its configuration lists them."""
     inner = parts(model)
     return inner.blocks, list(getattr(inner.text_model.config, "layer_types", None) or [])
 
 
-def _set_blocks(model, blocks: torch.nn.ModuleList, kinds: list[str]) -> None:
+def set_blocks(model, blocks: torch.nn.ModuleList, kinds: list[str]) -> None:
+    """Give a model these blocks, as `blocks_of` returned them, numbered from 0; the configuration follows."""
     text_model = parts(model).text_model
     text_model.layers = blocks
     for index, block in enumerate(blocks):

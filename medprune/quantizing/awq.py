@@ -1,37 +1,71 @@
-"""AWQ by autoawq 0.2.9 on a LLaVA of transformers 5, calibrated on images and text (arXiv:2306.00978, section 3.2).
+"""AWQ (arXiv:2306.00978, section 3.2) of a LLaVA, block by block, calibrated on images and text.
 
-autoawq walks the blocks, searches scales and clips, and folds them into the model; here are only the parts of it that
-this transformers or a CPU breaks. What comes out are `PackedLinear` layers with AWQ's own integers.
+What is searched, and by which arithmetic, is autoawq 0.2.9's, against which the tests hold scales and integers; what
+comes out are `PackedLinear` layers. A block is searched on one device, in float32, or in float16 on a GPU.
 """
 
-import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from medprune.models.families import parts
+from medprune.device import on_gpu
+from medprune.models.families import BLOCK_PARTS, SCALED, UNCLIPPED, attention, parts
 from medprune.progress import progress
 from medprune.quantizing.packed import PackedLinear
 
-with warnings.catch_warnings(record=True):  # awq announces its deprecation, and turns such warnings on for everyone
-    from awq.models.llava import LlavaAWQForCausalLM
-    from awq.quantize import quantizer as autoawq
-    from awq.quantize.quantizer import AwqQuantizer
-    from awq.utils.module import get_op_name
-
-N_GRID = 20  # ratios 0, 0.05 ... 0.95 that autoawq tries: alpha of the paper's equation 5
+N_GRID = 20  # ratios 0, 0.05 ... 0.95 that are tried: alpha of the paper's equation 5
+CLIPS = 10  # clips tried, from the largest weight of a group down to 0.55 of it
+CLIP_TOKENS = 512  # about as many tokens judge the clips
+ENTRIES = 2**26  # of the widest tensor in one forward, so that a block's working memory stays small
 
 
-def _bar(numbers, desc):
-    with progress(len(numbers), desc, "block") as shown:
-        for number in numbers:
-            yield number
-            shown.update()
+@torch.no_grad()
+def scale_groups(block) -> list[SimpleNamespace]:
+    """Return what AWQ scales together in a block (arXiv:2306.00978, section 3.2), in the order of the computation.
+
+    Of each group: `linears` {name in the block: Linear} that read the same input, `before`, the norm or Linear whose
+    outputs are divided by the scales (None where it does not give that input channel by channel, as with grouped
+    queries), `inspected`, the module whose output is compared, `takes_kwargs`, whether it is called with the block's
+    keyword arguments, and `clipped`, the names of linears whose weights are clipped. Raises ValueError for a block of
+    another structure.
+    """
+    kind, modules = type(block).__name__, dict(block.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    known = [name for names, _, _ in SCALED for name in names]
+    if sorted(linears) != sorted(known):
+        raise ValueError(f"AWQ knows no {kind} with the linear layers {', '.join(linears)}, but {', '.join(known)}.")
+    if other := {name for name, _ in block.named_children()} ^ BLOCK_PARTS:
+        raise ValueError(
+            f"AWQ knows no {kind} with or without {', '.join(sorted(other))}; what is scaled is not known."
+        )
+    groups = []
+    for names, before_name, inspected in SCALED:
+        before, inputs = modules[before_name], modules[names[0]].in_features
+        if isinstance(before, nn.Linear):
+            before = before if before.out_features == inputs else None
+        elif not _multiplies(before, inputs):
+            norm = f"{before_name}, {type(before).__name__}"
+            raise ValueError(f"AWQ knows no norm like {norm}, which is no plain product with its weight.")
+        group = {"linears": {name: modules[name] for name in names}, "before": before, "inspected": modules[inspected]}
+        clipped = [name for name in names if name not in UNCLIPPED]
+        groups.append(SimpleNamespace(**group, takes_kwargs=modules[inspected] is attention(block), clipped=clipped))
+    return groups
 
 
-autoawq.tqdm = _bar  # over the blocks: its own would print where it likes
+def _multiplies(norm, width: int) -> bool:
+    """Say whether twice the weight of a norm gives twice its output, as RMSNorm's does and Gemma's (1 + w) does not."""
+    if getattr(norm, "weight", None) is None:
+        return False
+    x, kept = torch.linspace(1, 2, width, device=norm.weight.device)[None], norm.weight.data
+    norm.weight.data = kept.float()  # doubling is exact there, and in float16 not of the smallest numbers
+    once = norm(x)
+    norm.weight.data = 2 * kept.float()
+    twice = norm(x)
+    norm.weight.data = kept
+    return torch.equal(twice, once * 2)
 
 
 class _Captured(Exception):
@@ -39,159 +73,266 @@ class _Captured(Exception):
 
 
 @contextmanager
-def _on_differences(module: nn.Module):
+def _on_differences(module: nn.Module, first: dict):
     """Let the Linears of a module run on the difference to their first call, W x = W0 x0 + (W - W0) x0 + W (x - x0).
 
-    The first call is in float32; the others multiply the differences alone, in bfloat16, whose rounding is then small
-    beside what the search compares, and which takes a third of the time on CPU.
+    The first call is in float32 and kept in `first`; the others multiply the differences alone, in bfloat16, whose
+    rounding is then small beside what the search compares, and which takes a third of the time on CPU.
     """
 
-    def forward(linear, first, x):
-        if not first:
+    def forward(linear, x):
+        if linear not in first:
             y = nn.functional.linear(x, linear.weight, linear.bias)
-            first.update(x=x, y=y, weight=linear.weight.detach().clone(), rounded=x.bfloat16())
-        y = first["y"]
-        if not torch.equal(linear.weight, first["weight"]):
-            y = y + first["rounded"] @ (linear.weight - first["weight"]).bfloat16().t()
-        if not torch.equal(x, first["x"]):
-            y = y + (x - first["x"]).bfloat16() @ linear.weight.bfloat16().t()
+            first[linear] = x, x.bfloat16(), y, linear.weight.detach()
+        x0, rounded, y, weight = first[linear]
+        if not torch.equal(linear.weight, weight):
+            y = y + rounded @ (linear.weight - weight).bfloat16().t()
+        if not torch.equal(x, x0):
+            y = y + (x - x0).bfloat16() @ linear.weight.bfloat16().t()
         return y
 
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     for layer in linears:
-        layer.forward = partial(forward, layer, {})
+        layer.forward = partial(forward, layer)
     yield
     for layer in linears:
         del layer.forward
 
 
-class _Llava(LlavaAWQForCausalLM):
-    """Where autoawq finds the blocks, and what is scaled with what; never instantiated, as its methods are static."""
-
-    model_type = "llava"
-
-    @staticmethod
-    def get_model_layers(model):
-        return parts(model).blocks
-
-    @staticmethod
-    def move_embed(model, device):
-        text_model = parts(model).text_model
-        text_model.embed_tokens.to(device)
-        text_model.rotary_emb.to(device)
+def _placed(value, device, dtype):
+    """Return a tensor, or those in a tuple or dict, on a device, and floats in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {key: _placed(v, device, dtype) for key, v in value.items()}
+    return tuple(_placed(v, device, dtype) for v in value) if isinstance(value, tuple) else value
 
 
-class _Quantizer(AwqQuantizer):
-    """autoawq's quantizer with a processor batch as `calib_data`; each block is searched in float32, one at a time."""
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
 
-    def init_quant(self, n_samples=None, max_seq_len=None):
-        """Run the whole model on the batch up to the first block; return (blocks, that block's kwargs, its input)."""
-        blocks = self.awq_model.get_model_layers(self.model)
-        self.dtype, self.loss_curves, self._name = next(blocks.parameters()).dtype, {}, ""
-        caught = {}
 
-        def catch(module, args, kwargs):
-            caught.update(hidden=args[0], kwargs=kwargs)
-            raise _Captured
+def _search_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return what a block is searched in: whole products in bfloat16 would choose an alpha of twice the loss."""
+    return torch.float16 if on_gpu(device) and dtype == torch.float16 else torch.float32
 
-        inputs = {k: v.to(self.model.device) for k, v in self.calib_data.items()}
-        with blocks[0].register_forward_pre_hook(catch, with_kwargs=True), torch.no_grad(), suppress(_Captured):
-            self.model(**inputs, use_cache=False)
-        kwargs = caught["kwargs"]
-        kwargs["position_embeddings"] = tuple(t.float() for t in kwargs["position_embeddings"])
-        return blocks, kwargs, caught["hidden"].float()
 
-    def pseudo_quantize_tensor(self, w: Tensor):
-        """Return (rounded, scales, zero points) by autoawq's arithmetic, without its slow checks for NaN."""
-        grouped = w.reshape(-1, self.group_size)
-        low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)  # aminmax takes four times as long
-        scales = (high - low).clamp_(min=1e-5) / 15
-        zeros = (low / scales).round_().neg_().clamp_(0, 15)
-        rounded = (grouped / scales).round_().add_(zeros).clamp_(0, 15).sub_(zeros).mul_(scales)
-        return rounded.view_as(w), scales.view(len(w), -1), zeros.view(len(w), -1)
+def _calls_of_first_block(model, batch: dict[str, Tensor]) -> list[tuple[Tensor, dict]]:
+    """Run a model on a batch up to its first block; return what that is called with, (hidden states, kwargs), by rows.
 
-    def _get_input_feat(self, layer, named_linears):
-        layer.float()  # whole products in bf16 now and then choose an alpha of twice the loss
-        return super()._get_input_feat(layer, named_linears)
+    Hidden states: (some rows, tokens, width).
+    """
+    (rows, tokens), calls, blocks = batch["input_ids"].shape, [], parts(model).blocks
+    widest = max(max(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear))
+    step = max(1, ENTRIES // (tokens * widest))
 
-    def _search_best_scale(self, module, prev_op, layers, inp, module2inspect=None, kwargs=None):
-        self._name = get_op_name(self.model, layers[0])
-        self.loss_curves[self._name] = []
-        inspected = layers[0] if module2inspect is None else module2inspect
-        x = inp.reshape(-1, inp.shape[-1])
-        # Where a single Linear is inspected and there are more tokens than inputs, ||D X||^2 = tr(D G D^T), G = X^T X.
-        self._gram = x.T @ x / len(x) if isinstance(inspected, nn.Linear) and len(x) > x.shape[1] else None
-        fast = self._gram is None and x.device.type == "cpu" and self.dtype != torch.float32
-        # autoawq puts the weights back from v.cpu(), which on a CPU is the very tensor that it scales in place.
-        copies = inspected.register_state_dict_post_hook(
-            lambda module, state, prefix, meta: state.update({k: v.clone() for k, v in state.items()})
-        )
-        with copies, _on_differences(inspected) if fast else nullcontext():
-            return super()._search_best_scale(module, prev_op, layers, inp, module2inspect, kwargs or {})
+    def catch(module, args, kwargs):
+        calls.append((args[0], kwargs))
+        raise _Captured
 
-    def _module_forward(self, x, module, module_kwargs):
-        if isinstance(module, nn.Linear) and self._gram is not None:
-            return module.weight.detach().clone()  # `_compute_loss` needs no more than the weight
-        return super()._module_forward(x, module, module_kwargs)
+    with blocks[0].register_forward_pre_hook(catch, with_kwargs=True):
+        for i in range(0, rows, step):
+            of_rows = {k: v[i * len(v) // rows : min(i + step, rows) * len(v) // rows] for k, v in batch.items()}
+            with suppress(_Captured):
+                model(**_placed(of_rows, model.device, model.dtype), use_cache=False)
+    return calls
 
-    def _compute_loss(self, fp16_output, int_w_output, device):
-        if self._gram is None:
-            loss = super()._compute_loss(fp16_output, int_w_output, device)
-        else:
-            d = int_w_output - fp16_output
-            loss = float(((d @ self._gram.to(d.device)) * d).sum() / len(d))
-        self.loss_curves[self._name].append(loss)
-        return loss
 
-    @torch.no_grad()
-    def _compute_best_clip(self, w: Tensor, input_feat: Tensor, n_grid=20, max_shrink=0.5, n_sample_token=512):
-        """Return the clips (out, groups, 1): autoawq's objective, through the Gram matrix of each group's inputs.
+def _inputs(block, groups, calls: list[tuple[Tensor, dict]]) -> list[list[Tensor]]:
+    """Run a block on its calls, which become the next block's; return each group's inputs, a tensor for a call."""
+    inputs, hooks = [[] for _ in groups], []
+    for group, kept in zip(groups, inputs, strict=True):
+        reader = next(iter(group.linears.values()))
+        hooks.append(reader.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0])))
+    for i, (hidden, kwargs) in enumerate(calls):
+        calls[i] = _first(block(hidden, **kwargs)), kwargs
+    for hook in hooks:
+        hook.remove()
+    return inputs
 
-        mean_t((q - w) x_t)^2 = (q - w) G (q - w)^T with G = X^T X / T, so no (out, tokens, in) tensor is made.
-        """
-        x = input_feat.reshape(-1, input_feat.shape[-1])
-        x = x[:: max(1, len(x) // n_sample_token)]
-        x = x.reshape(len(x), -1, self.group_size).float().to(w.device)  # (tokens, groups, group_size)
-        gram = torch.einsum("tgk,tgl->gkl", x, x) / len(x)
-        grouped = w.reshape(len(w), -1, self.group_size)
-        largest = grouped.abs().amax(-1, keepdim=True)
-        best, least = largest.clone(), torch.full_like(largest, float("inf"))
-        for step in range(int(max_shrink * n_grid)):
-            clip = largest * (1 - step / n_grid)
-            clipped = torch.clamp(grouped, -clip, clip).reshape(w.shape)
-            d = self.pseudo_quantize_tensor(clipped)[0].view_as(grouped) - grouped
-            error = (torch.einsum("cgk,gkl->cgl", d, gram) * d).sum(-1, keepdim=True)
-            better = error < least
-            least, best = torch.where(better, error, least), torch.where(better, clip, best)
-        return best
 
-    @torch.no_grad()
-    def _apply_quant(self, module, named_linears):
-        """Pack each Linear; autoawq's own packing loops over columns, and its layer cannot run on a CPU."""
-        for name, linear in named_linears.items():
-            module.set_submodule(name, PackedLinear.from_codes(*self.integers(linear), 4, linear.bias))
-        module.to(self.dtype)
+def pseudo_quantize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (w rounded to 4 bits, scales (out, groups), zero points (out, groups)), by autoawq's arithmetic."""
+    grouped = w.reshape(-1, group_size)
+    low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)  # aminmax takes four times as long
+    scales = (high - low).clamp_(min=1e-5) / 15
+    zeros = (low / scales).round_().neg_().clamp_(0, 15)
+    rounded = (grouped / scales).round_().add_(zeros).clamp_(0, 15).sub_(zeros).mul_(scales)
+    return rounded.view_as(w), scales.view(len(w), -1), zeros.view(len(w), -1)
 
-    def integers(self, linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, scale and zero_point as `PackedLinear` has them, by autoawq's arithmetic in fp16."""
-        rounded, scale, zero_point = self.pseudo_quantize_tensor(linear.weight.detach().half())
-        grouped = rounded.view(*scale.shape, -1)  # (out, groups, group_size)
-        codes = ((grouped + (zero_point * scale)[..., None]) / scale[..., None]).round().view_as(rounded)
-        return codes.to(torch.uint8), scale.t().contiguous(), zero_point.t().contiguous().to(torch.uint8)
+
+def integers(linear: nn.Linear, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scale and zero_point as `PackedLinear` has them, by autoawq's arithmetic in fp16."""
+    rounded, scale, zero_point = pseudo_quantize(linear.weight.detach().half(), group_size)
+    grouped = rounded.view(*scale.shape, -1)  # (out, groups, group_size)
+    codes = ((grouped + (zero_point * scale)[..., None]) / scale[..., None]).round().view_as(rounded)
+    return codes.to(torch.uint8), scale.t().contiguous(), zero_point.t().contiguous().to(torch.uint8)
+
+
+def _loss_by_gram(linear: nn.Linear, inputs: list[Tensor]):
+    """Return a function that gives the mean squared error of a Linear's output for the weight that it then has.
+
+    ||D X||^2 = tr(D G D^T), with D the change of the weight and G = X^T X, takes no product with the tokens.
+    """
+    weight = linear.weight.detach().float()
+    gram = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    for x in inputs:
+        x = x.float()
+        gram += x.T @ x
+    gram /= sum(map(len, inputs))
+
+    def loss() -> float:
+        d = linear.weight.float() - weight
+        return (((d @ gram) * d).sum() / len(d)).item()
+
+    return loss
+
+
+def _loss_by_outputs(module: nn.Module, inputs: list[Tensor], kwargs: list[dict], differences: bool):
+    """Return a function that gives the mean squared error of a module's output for the weights that it then has."""
+    firsts = [{} for _ in inputs]
+
+    def outputs():
+        for x, also, first in zip(inputs, kwargs, firsts, strict=True):
+            with _on_differences(module, first) if differences else nullcontext():
+                y = _first(module(x, **also))
+            yield y.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)  # infinite ones have no difference
+
+    wanted = list(outputs())
+
+    def loss() -> float:
+        errors = [(y0 - y).float().square().sum().item() for y0, y in zip(wanted, outputs(), strict=True)]
+        return sum(errors) / sum(y.numel() for y in wanted)
+
+    return loss
+
+
+def _best_scales(group, inputs: list[Tensor], kwargs: list[dict], group_size: int, differences: bool):
+    """Return the scales (in,) in float32 of the least loss, and the loss of each ratio (equations 4 and 5).
+
+    s = mean|x|^a / mean|w|^(1 - a), with |w| relative to its group's largest (autoawq's duo scaling), over
+    sqrt(max s * min s). The linears are left with the weights that they had.
+    """
+    linears, flat = list(group.linears.values()), [x.flatten(0, -2) for x in inputs]  # (tokens, in)
+    tokens, weights = sum(map(len, flat)), [layer.weight.data for layer in linears]
+    if group.inspected is linears[0] and tokens > linears[0].in_features:
+        loss = _loss_by_gram(linears[0], flat)
+    else:
+        kwargs = kwargs if group.takes_kwargs else [{} for _ in inputs]
+        loss = _loss_by_outputs(group.inspected, inputs, kwargs, differences)
+    x_mean = sum(x.abs().float().sum(0) for x in flat) / tokens
+    w = torch.cat(weights).float().view(-1, group_size).abs()
+    w_mean = (w / (w.amax(1, keepdim=True) + 1e-6)).view(-1, len(x_mean)).mean(0)
+    del w
+    best, least, losses = None, float("inf"), []
+    for step in range(N_GRID):
+        alpha = step / N_GRID
+        scales = (x_mean.pow(alpha) / (w_mean.pow(1 - alpha) + 1e-4)).clamp(min=1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        scales[~torch.isfinite(scales)] = 1
+        for layer, weight in zip(linears, weights, strict=True):
+            layer.weight.data = (pseudo_quantize(weight * scales, group_size)[0] / scales).to(weight.dtype)
+        losses.append(loss())
+        if losses[-1] < least:
+            best, least = scales, losses[-1]
+    for layer, weight in zip(linears, weights, strict=True):
+        layer.weight.data = weight
+    if best is None:
+        raise ValueError(f"AWQ found no finite error of {', '.join(group.linears)}: the calibration overflows.")
+    return best, losses
+
+
+def _fold(group, scales: Tensor) -> None:
+    """Multiply a group's weights by the scales (in,) and divide what comes before by them: equation 3."""
+    before = group.before
+    before.weight.div_(scales[:, None] if isinstance(before, nn.Linear) else scales)
+    if getattr(before, "bias", None) is not None:
+        before.bias.div_(scales)
+    for layer in group.linears.values():
+        layer.weight.mul_(scales)
+
+
+def _sample(inputs: list[Tensor]) -> Tensor:
+    """Return every n-th token (tokens, in) of a group's inputs, about CLIP_TOKENS of them."""
+    seen, kept, step = 0, [], max(1, sum(x.shape[:-1].numel() for x in inputs) // CLIP_TOKENS)
+    for x in inputs:
+        x = x.flatten(0, -2)
+        kept.append(x[-seen % step :: step])
+        seen += len(x)
+    return torch.cat(kept)
+
+
+def best_clips(w: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """Return the clips (out, groups, 1) of the least squared error over inputs x (tokens, in): autoawq's objective.
+
+    mean_t((q - w) x_t)^2 = (q - w) G (q - w)^T with G = X^T X / T, so no (out, tokens, in) tensor is made.
+    """
+    x = x.reshape(len(x), -1, group_size).float()  # (tokens, groups, group_size)
+    gram = torch.einsum("tgk,tgl->gkl", x, x) / len(x)
+    grouped = w.float().reshape(len(w), -1, group_size)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    best, least = largest.clone(), torch.full_like(largest, float("inf"))
+    for step in range(CLIPS):
+        clip = largest * (1 - step / (2 * CLIPS))
+        clipped = torch.clamp(grouped, -clip, clip).view_as(w)
+        d = pseudo_quantize(clipped, group_size)[0].view_as(grouped) - grouped
+        error = (torch.einsum("cgk,gkl->cgl", d, gram) * d).sum(-1, keepdim=True)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, clip, best)
+    return best
+
+
+def _quantize_block(block, calls, group_size: int, differences: bool) -> dict[str, list[float]]:
+    """Search, fold, clip and pack a block in place; return the losses by each group's first linear."""
+    groups, losses, samples = scale_groups(block), {}, []
+    inputs = _inputs(block, groups, calls)
+    kwargs = [also for _, also in calls]
+    for group in groups:
+        x = inputs.pop(0)
+        samples.append(_sample(x))
+        if group.before is not None:
+            scales, losses[next(iter(group.linears))] = _best_scales(group, x, kwargs, group_size, differences)
+            _fold(group, scales)
+            samples[-1] = samples[-1] / scales
+    for group, x in zip(groups, samples, strict=True):
+        for name, linear in group.linears.items():
+            if name in group.clipped:
+                clip = best_clips(linear.weight, x, group_size)
+                grouped = linear.weight.view(*clip.shape[:2], -1)
+                linear.weight.data = torch.clamp(grouped, -clip, clip).view_as(linear.weight).to(linear.weight.dtype)
+            block.set_submodule(name, PackedLinear.from_codes(*integers(linear, group_size), 4, linear.bias))
+    return losses
 
 
 @torch.no_grad()
-def quantize_awq(model, batch: dict[str, Tensor], group_size: int) -> dict:
+def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda block: None) -> dict:
     """Search, fold and pack every block of `model` in place; return {"loss_curve", "calibration": what it was, said}.
 
     `batch` is a processor batch of equal, unpadded rows: input_ids (rows, tokens) and, for image-text calibration,
-    pixel_values. The curve holds `ratios`, the alphas tried, and `losses`, a list for the first Linear of each group
-    that shares a scale, by its full name: the mean squared error of the inspected output (equation 4; lower is better).
+    pixel_values. fetch(block) is called when a block's turn comes, for its weights may be in files until then.
+    The curve holds `ratios`, the alphas tried, and `losses`, a list for the first Linear of each group that shares a
+    scale, by its full name: the mean squared error of the inspected output (equation 4; lower is better). Raises
+    ValueError, before any change, for a block of a structure that `scale_groups` does not know.
     """
-    batch, device = {k: v for k, v in batch.items() if k != "attention_mask"}, model.device
+    batch = {k: v for k, v in batch.items() if k != "attention_mask"}
     kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
-    quantizer = _Quantizer(_Llava, model, None, 4, group_size, True, "gemm", batch, None, None, duo_scaling=True)
-    quantizer.quantize()
-    model.to(device)
-    curve = {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": quantizer.loss_curves}
+    blocks, losses = parts(model).blocks, {}
+    names = [name for name, module in model.named_modules() if module in set(blocks)]
+    fetch(blocks[0])
+    for block in (b for b in blocks if next(b.parameters()).device.type != "meta"):
+        scale_groups(block)
+    dtype, calls = next(blocks.parameters()).dtype, _calls_of_first_block(model, batch)
+    with progress(len(blocks), "AWQ", "block") as shown:
+        for block_name, block in zip(names, blocks, strict=True):
+            if block is not blocks[0]:
+                fetch(block)
+            here = next(block.parameters()).device
+            searched = _search_dtype(here, dtype)
+            block.to(searched)
+            calls = [_placed(call, here, searched) for call in calls]
+            found = _quantize_block(block, calls, group_size, not on_gpu(here) and dtype != torch.float32)
+            losses |= {f"{block_name}.{name}": curve for name, curve in found.items()}
+            block.to(dtype)
+            shown.update()
+    curve = {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": losses}
     return {"loss_curve": curve, "calibration": f"{kind}, {rows} rows of {tokens} tokens"}

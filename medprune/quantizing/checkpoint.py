@@ -13,7 +13,7 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready
+from medprune.models.loading import check_loading, ready, skeleton
 from medprune.models.sizes import account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
@@ -91,7 +91,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dtype, device: str):
     tensors = {current_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-    model, hqq_layers = _skeleton(shape), {}
+    model, hqq_layers = skeleton(shape), {}
     options = (config.get(option, False) for option in _OPTIONS)
     for name, bits in target_linears(model, config["bits"], *options).items():
         linear = model.get_submodule(name)
@@ -111,14 +111,6 @@ def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dt
     return model.to(device)
 
 
-def _skeleton(config: LlavaConfig):
-    """Build the model with its parameters on the meta device, so that dense weights are never in memory."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return LlavaForConditionalGeneration(config)
-
-
 def _fill(model, tensors: dict[str, Tensor], folder: Path) -> None:
     """Put the tensors into the model, and raise ValueError naming what is absent, too much, or of another shape."""
     try:
@@ -134,7 +126,7 @@ def _fill(model, tensors: dict[str, Tensor], folder: Path) -> None:
 
 def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
     """Compare names before transformers fills gaps with random weights, which it cannot do in 4 bits anyway."""
-    model = _skeleton(config)
+    model = skeleton(config)
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
     expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
@@ -252,8 +244,7 @@ def quantize_folder(
     chosen = load_plan(plan, None if other_model else identity) if plan else None
     conditions = load_conditions(facts)
     records = _calibration_records(images, conditions, rows) if method == "awq" else None
-    device = loading.choose_device()
-    llava, processor = loading.load(source, device, loading.choose_dtype(device))
+    llava, processor, fetch = loading.load_blockwise(source)
     card, calibration = base_card(source), None
     said = {"base": card["name"], "licence": card["licence"]}
     if chosen:
@@ -261,7 +252,7 @@ def quantize_folder(
         said["plan"] = f"blocks {', '.join(map(str, chosen.removed))} removed by {chosen.criterion}"
     if records:
         calibration = quantize.quantization_batch(processor, records, conditions, load_questions(), llava.dtype, seed=0)
-    llava, info = quantize.quantize(llava, method, calibration=calibration, **storage)
+    llava, info = quantize.quantize(llava, method, calibration=calibration, fetch=fetch, **storage)
     save_quantized(llava, out, method, info, processor, **said)
     return info, sum(file.stat().st_size for file in out.iterdir())
 

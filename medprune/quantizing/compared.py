@@ -6,7 +6,8 @@ from hashlib import sha256
 import torch
 
 from medprune.answers import decoding, timing
-from medprune.models.loading import load, load_processor, n_parameters
+from medprune.device import choose_device, release
+from medprune.models.loading import load_blockwise, load_processor, n_parameters
 from medprune.models.sizes import account
 from medprune.pruning.plan import apply_plan
 from medprune.quantizing import checkpoint, quantize
@@ -29,9 +30,7 @@ def work_list(methods, recover) -> list[tuple[str, str]]:
     return work + [("rtn_3bit", "original"), ("rtn_mixed", "original")]
 
 
-def quantize_once(
-    run, method, name, source, plan, bits, calibration, asked, config, device, dtype, card
-) -> tuple[list[dict], dict]:
+def quantize_once(run, method, name, source, plan, bits, calibration, asked, config, card) -> tuple[list[dict], dict]:
     """Quantize a model, save it, load it again and ask it; return (answers' rows, its costs), made once.
 
     method: as in `work_list`, the part before "_" being the quantizer. source: the 16-bit model's folder. plan: of
@@ -50,24 +49,25 @@ def quantize_once(
     kept = method in config.kept_methods and name.split("-")[0] in ("original", "recovered")
     wanted = [f"{label} speed", "costs", *(f"{label} {q['id']}" for q in asked)]
     model = processor = None
+    release()
     if any(key not in units for key in wanted) or (kept and not made(folder, mark)):
         if not made(folder, mark):
-            _quantize(folder, mark, source, plan, how, calibration, device, dtype, card)
+            _quantize(folder, mark, source, plan, how, calibration, card)
         units.add("costs", made(folder, mark)["costs"])
-        model, processor = checkpoint.load_quantized(folder, device), load_processor(folder)
+        model, processor = checkpoint.load_quantized(folder, choose_device()), load_processor(folder)
     rows, speed = timing.evaluate(model, processor, label, asked, units, config)
     if not kept:
         shutil.rmtree(folder, ignore_errors=True)
     return rows, units["costs"] | speed
 
 
-def _quantize(folder, mark, source, plan, how, calibration, device, dtype, card) -> None:
-    """Load, prune and quantize a model, and save it with its costs; how: method, bits, group size."""
-    model, processor = load(source, device, dtype)
+def _quantize(folder, mark, source, plan, how, calibration, card) -> None:
+    """Prune and quantize a model a block at a time, and save it with its costs; how: method, bits, group size."""
+    model, processor, fetch = load_blockwise(source)
     if plan:
         apply_plan(model, plan)
     costs = {"parameters": n_parameters(model)}
-    model, info = quantize.quantize(model, *how, calibration)
+    model, info = quantize.quantize(model, *how, calibration, fetch=fetch)
     method, bits, group_size = how
     costs["plan_bytes"] = account(model.config, 0, bits, group_size, method=method).weights_bytes
     costs |= {"seconds": info["seconds"], "quantize_peak_bytes": info["peak_bytes"]}

@@ -22,7 +22,7 @@ MIN_CALIBRATION_ROWS = 4
 
 
 def quantize(
-    model, method: str, bits=4, group_size: int = 64, calibration=None, quantize_head=False, quantize_vision=False
+    model, method: str, bits=4, group_size=64, calibration=None, quantize_head=False, quantize_vision=False, fetch=None
 ):
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
@@ -30,23 +30,38 @@ def quantize(
     (rtn and hqq; a tied head becomes a copy; of the tower its layers' linears). `bits` is one number or, for rtn and
     hqq, one for each block (16: left alone); head and tower take the fewest among them.
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
-    calibration, without them text-only.
+    calibration, without them text-only. `fetch` reads a block's weights when its turn comes (`load_blockwise`).
 
     info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
     quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
     targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
+    blocks = parts(model).blocks
+
+    def fetched(block) -> None:
+        if fetch is not None:
+            fetch(block)
+            _check_finite(block)
+
+    def pack(name: str, width: int) -> None:
+        model.set_submodule(name, _packed(model.get_submodule(name), method, width, group_size))
+
     with peak_memory(model) as peak:
         started = time.perf_counter()
         found = {}
         if method == "awq":
             from medprune.quantizing.awq import quantize_awq
 
-            found = quantize_awq(model, calibration, group_size)
+            found = quantize_awq(model, calibration, group_size, fetched)
         else:
-            for name, width in targets.items():
-                model.set_submodule(name, _packed(model.get_submodule(name), method, width, group_size))
+            names = {block: f"{name}." for name, module in model.named_modules() for block in blocks if module is block}
+            for block in blocks:
+                fetched(block)
+                for name in [name for name in targets if name.startswith(names[block])]:
+                    pack(name, targets.pop(name))
+            for name, width in targets.items():  # head and tower
+                pack(name, width)
         if quantize_head:
             _untie(model)
         model.eval()
@@ -110,10 +125,14 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
             raise ValueError(f"{name} has {linear.out_features} outputs, which is not a multiple of 8.")
     if method == "awq":
         _check_calibration(model, calibration)
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinite values; a model with such weights is not quantized.")
+    _check_finite(model)
     return targets
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, tensor in module.named_parameters():
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values; a model with such weights is not quantized.")
 
 
 def _check_calibration(model, batch) -> None:

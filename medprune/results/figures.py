@@ -132,14 +132,14 @@ def figure_sweep(sweep: pd.DataFrame) -> Figure:
     """Draw judge score by blocks removed with 95% intervals by image: a line per criterion, and the paper's, if there.
 
     sweep: blocks_removed, score, low, high, and perhaps criterion and paper_score; several draws of `random` share the
-    criterion's name and are averaged, their intervals too. Controls are grey and broken.
+    criterion's name and are averaged, their intervals too, if all have one. Controls are grey and broken.
     """
     fig, ax = _axes(size=(8, 4.5))
     named = sweep if "criterion" in sweep else sweep.assign(criterion="ours")
     lines = list(_groups(named.dropna(subset="score"), "criterion"))
     apart = 0.02 * min(np.diff(np.sort(sweep["blocks_removed"].unique())), default=0)  # of the error bars at one count
     for k, (color, name, rows) in enumerate(lines):
-        line = rows.groupby("blocks_removed", as_index=False)[["score", "low", "high"]].mean()
+        line = rows.groupby("blocks_removed", as_index=False)[["score", "low", "high"]].mean(skipna=False)
         style = {"color": color, "fmt": "o-"}
         if name in CONTROLS:
             style = {"color": GREY, "fmt": "s" + CONTROLS[name]}
@@ -149,7 +149,7 @@ def figure_sweep(sweep: pd.DataFrame) -> Figure:
         paper = sweep.dropna(subset="paper_score").drop_duplicates("blocks_removed").sort_values("blocks_removed")
         ax.plot("blocks_removed", "paper_score", "s--", data=paper, color=GREY, label="paper (LLaVA-1.5-7B)")
     ax.locator_params(axis="x", integer=True)
-    ax.set(xlabel=REMOVED, ylabel=SCORE, ylim=(min(0, sweep["low"].min()), max(100, sweep["high"].max())))
+    ax.set(xlabel=REMOVED, ylabel=SCORE, ylim=(-2, 102))
     ax.legend(**PLAIN)
     return fig
 

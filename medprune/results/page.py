@@ -43,13 +43,14 @@ def with_interval(mean: float, low: float, high: float) -> str:
     """Return "80.1 [76.0, 84.2]", "80.1 [no interval]" where the bounds are NaN, "" where the mean is."""
     if pd.isna(mean):
         return ""
-    return f"{mean:z.1f} [no interval]" if pd.isna(low) else f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]"
+    return f"{mean:z.1f} {limits(low, high)}"
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text for people: units in the headings, scores with one decimal, blanks for NaN.
 
-    score (or diff) with low and high becomes one column; _bytes become MiB or GiB; p below 0.001 says so.
+    score (or diff) with low and high becomes one column, low_all and high_all another; _bytes become MiB or GiB; p
+    below 0.001 says so.
     """
     out, merged = {}, next((c for c in ("score", "diff") if {c, "low", "high"} <= set(table)), None)
     for name, column in table.items():
@@ -57,7 +58,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         if name == merged:
             rows = zip(column, table["low"], table["high"], strict=True)
             out[f"{heading} [95% interval]"] = [with_interval(*row) for row in rows]
-        elif not (merged and name in ("low", "high")):
+        elif name == "low_all" and "high_all" in table:
+            found = zip(column, table["high_all"], strict=True)
+            out["[95% for all rows]"] = [limits(low, high) for low, high in found]
+        elif not (merged and name in ("low", "high") or name == "high_all" and "low_all" in table):
             if str(name).endswith("_bytes"):
                 unit, size = byte_unit(column)
                 column, heading = column / size, f"{heading.removesuffix(' bytes')} ({unit})"
@@ -85,6 +89,11 @@ def _cells_of(table: pd.DataFrame) -> dict:
         "rows": text.to_numpy().tolist(),
         "same": ", ".join(f"{c} {value}" for c, value in same.items()),
     }
+
+
+def limits(low: float, high: float, digits: int = 1) -> str:
+    """Return "[76.0, 84.2]", or "[no interval]" where a bound is NaN."""
+    return "[no interval]" if pd.isna(low) or pd.isna(high) else f"[{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
 def _kind(cells: pd.Series) -> str:

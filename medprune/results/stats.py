@@ -1,12 +1,13 @@
 """Intervals and paired comparisons that know three questions share an image.
 
-statsmodels and scipy do the estimating; this module arranges. Scores travel as a table with one row per
-answer: method, id (one image and one question), cluster (the image) and score_percent (0-100, higher is
-better, NaN where the judge's reply could not be parsed). Where it also says by which judge (judged_by; its name in
-judge) and what was asked (asked), scores of two judges, or of two questions, are refused. Estimators refuse NaN;
-tables leave unparsed answers out of the mean and print how many, so a failure is never dropped in silence.
-Cluster-robust variance: Liang and Zeger 1986, with the finite-sample factor G/(G-1) and Student's t on G-1 degrees
-of freedom for G clusters. With equally large clusters this is the one-sample t test on the clusters' means.
+Scores travel as a table with one row per answer: method, id (one image and one question), cluster (the image) and
+score_percent (0-100, higher is better, NaN where the judge's reply could not be parsed). Where it also says by which
+judge (judged_by; its name in judge) and what was asked (asked), scores of two judges, or of two questions, are
+refused. Estimators refuse NaN; tables leave unparsed answers out of the mean and print how many, so a failure is never
+dropped in silence.
+Variance of a mean: that of the clusters, weighed by their answers, with the factor G/(G-1) for G clusters (Liang and
+Zeger 1986). Intervals are 95%. NaN limits mean "no interval": the data cannot carry one. How often the others cover is
+simulated in benchmarks/coverage.py.
 """
 
 import math
@@ -15,8 +16,7 @@ from bisect import bisect_left
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
-from scipy import stats
+from scipy import special, stats
 from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
@@ -26,83 +26,119 @@ ROUNDING = 1e-12
 ALPHA, POWER = 0.05, 0.8  # of the tests that are planned
 SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
 
+# Chosen by simulation (benchmarks/coverage.py), with scores from all of 8 to 96 images.
+LEAST_FROM_END = 1.5  # images' worth of points that a mean must keep from 0 and from 100
+LEAST_DIFFERENT = 4  # images on which two methods must differ
+UNSEEN = 0.2  # how much the squared skewness of a 0/1 score weighs against the variance that was seen
+MOST_FLIPPED = 30  # images whose signs are flipped in all ways
+
 
 def clustered_mean(values, clusters) -> dict:
-    """Return mean, low, high, p, n and n_images of values (n,), of which those of one cluster (n,) are dependent.
+    """Return mean, low, high, n and n_images of values (n,), of which those of one cluster (n,) are dependent.
 
-    low and high bound the 95% interval, in the values' unit and not clipped to their scale: one outside 0-100 says
-    that the normal approximation is strained. p is two-sided, of a true mean of 0. One cluster gives NaN bounds and p.
-    Where all clusters have the very same mean, the t test has no variance to work with: the bounds equal the mean, and
-    p is that of the exact sign-flip test, 2^(1 - n_images), or 1 if the mean is 0. Raises ValueError for no values,
-    NaN or infinite values, or unequal lengths.
+    For values without a lowest or highest, in their unit: Student's t on n_images - 1 degrees of freedom, which for
+    equally large clusters is the one-sample t interval of their means. Scores have `mean_score`. NaN limits where
+    there is one cluster, or all clusters have the very same mean. Raises ValueError for no values, NaN or infinite
+    values, or unequal lengths.
     """
-    values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
-    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
-        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
-    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
-    if bad or gone:
-        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
-    found = {"mean": float(values.mean()), "low": math.nan, "high": math.nan, "p": math.nan}
-    found |= {"n": values.size, "n_images": int(groups.max()) + 1}
-    if found["n_images"] == 1:
-        return found
-    model = sm.OLS(values, np.ones(values.size))
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
-    mean, (low, high), p = fit.params[0], fit.conf_int()[0], fit.pvalues[0]
-    if fit.bse[0] <= ROUNDING * np.abs(values).max():
-        low = high = mean
-        p = 1.0 if mean == 0 else 2.0 ** (1 - found["n_images"])
-    return found | {"mean": float(mean), "low": float(low), "high": float(high), "p": float(p)}
+    means, weights, found = _by_image(values, clusters)
+    low, high = _t_limits(means, weights, ALPHA)
+    return found | {"low": low, "high": high}
+
+
+def mean_score(scores, clusters) -> dict:
+    """Return mean, low, high, n and n_images of scores (n,) of 0 to 100, of which those of one cluster are dependent.
+
+    The limits are Jeffreys's for a share (Brown, Cai and DasGupta 2001) at the effective number of images, the number
+    of 0/1 scores that would have the variance found, adjusted for degrees of freedom (Korn and Graubard 1998). They
+    lie within 0 to 100. A few images near an end may hide a rare failure, so the variance found is averaged with that
+    of a 0/1 score, which weighs UNSEEN x the squared skewness of the mean of as many 0/1 scores (after Cochran 1977,
+    section 2.15: normal limits need many times the squared skewness).
+    NaN limits where all images have the very same mean, or the mean is less than LEAST_FROM_END images' worth from 0
+    or 100 (8 images: below 19 or above 81; 24: 6 and 94; 96: 1.6 and 98.4). Raises ValueError as `clustered_mean`
+    does, and for scores outside 0 to 100.
+    """
+    means, weights, found = _by_image(scores, clusters)
+    if not 0 <= np.min(scores) <= np.max(scores) <= 100:
+        raise ValueError(f"scores run from {np.min(scores):g} to {np.max(scores):g}: they must lie within 0 to 100.")
+    low = high = math.nan
+    from_end = means.size * min(found["mean"], 100 - found["mean"]) / 100
+    if from_end >= LEAST_FROM_END and _error(means, weights):
+        low, high = 100 * np.array(_share_limits(means / 100, weights, ALPHA, UNSEEN))
+    return found | {"low": float(low), "high": float(high)}
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Summarise answers as one row per method: method, score, low, high, n, n_images, unparsed.
 
     score, low and high are percent, of the n parsed answers on n_images images; unparsed answers are left out
-    of all of these and counted. A method with no parsed answer gets NaN. Raises ValueError for an unusable
-    table, such as one where two judges scored the same method.
+    of all of these and counted. low and high are those of `mean_score`, NaN for no interval. A method with no parsed
+    answer gets NaN. Raises ValueError for an unusable table, such as one where two judges scored the same method.
     """
     rows = []
     for method, answers in _checked(scores).groupby("method", sort=False):
         parsed = answers.dropna(subset="score_percent")
-        found = clustered_mean(parsed["score_percent"], parsed["cluster"]) if len(parsed) else {"n": 0, "n_images": 0}
+        found = mean_score(parsed["score_percent"], parsed["cluster"]) if len(parsed) else {"n": 0, "n_images": 0}
         rows.append({"method": method, "unparsed": len(answers) - len(parsed)} | found)
     columns = ["method", "score", "low", "high", "n", "n_images", "unparsed"]
     return pd.DataFrame(rows).rename(columns={"mean": "score"}).reindex(columns=columns)
 
 
-def paired_difference(a, b, clusters) -> dict:
-    """Return diff = mean(a - b), and low, high, p of no difference, n and n_images, as `clustered_mean` does.
+def paired_difference(a, b, clusters, alpha: float = ALPHA) -> dict:
+    """Return diff = mean(a - b), low, high, p of no difference, n and n_images; a, b and clusters are (n,).
 
-    a, b and clusters are (n,); diff is in their unit, positive where a is higher. Raises ValueError as
-    `clustered_mean` does: take unparsed answers out of both sides first, as `compare` does.
+    a and b are scores of 0 to 100, or differences of such; diff is in points, positive where a is higher, and low and
+    high, for a confidence of 1 - alpha, lie within -100 to 100 (of differences: -200 to 200).
+    p flips the signs of the images' differences in all ways (Fisher 1935): exact for any number of images, as long as
+    at most MOST_FLIPPED differ; beyond, Student's t test. The limits are the wider on each side of Student's t, which
+    is right for differences either way, and of those that gains and losses give, each with `mean_score`'s limits,
+    put together by Zou and Donner's MOVER (2008; Newcombe 1998 for shares), which is right where few images differ,
+    and much. They hold 0 where p is at least alpha.
+    NaN limits where fewer than LEAST_DIFFERENT images differ or all differ by the same; one cluster has no p either.
+    A loss on so few images that none was drawn is in no interval. Raises ValueError as `clustered_mean` does, and
+    for values beyond 100: take unparsed answers out of both sides first, as `compare` does.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"a holds {a.size} scores and b {b.size}: pairs must be complete.")
-    differences = a - b
-    # What rounding leaves of equal scores is no difference, and must not pass for one that never varies.
-    differences[np.abs(differences) <= ROUNDING * np.abs(a).max(initial=0)] = 0
-    found = clustered_mean(differences, clusters)
-    return {"diff": found.pop("mean")} | found
+    means, weights, found = _by_image(a - b, clusters)
+    sides = np.concatenate([a, b])
+    if np.abs(sides).max() > 100:
+        raise ValueError(f"a score of {sides[np.abs(sides).argmax()]:g} is none of 0 to 100, nor a difference of two.")
+    means[np.abs(means) <= ROUNDING * np.abs(sides).max()] = 0  # what rounding leaves of equal scores
+    found = {"diff": float(weights @ means), "low": math.nan, "high": math.nan, "p": math.nan} | found
+    del found["mean"]
+    if means.size > 1:
+        found["p"] = _p_of_no_difference(means, weights)
+    if np.count_nonzero(means) >= LEAST_DIFFERENT and _error(means, weights):
+        scale = 100 if sides.min() >= 0 else 200
+        limits = np.array([_t_limits(means, weights, alpha), scale * _gain_limits(means / scale, weights, alpha)])
+        hold = [0.0] if found["p"] >= alpha else []
+        found["low"] = float(max(-scale, min([*limits[:, 0], *hold])))
+        found["high"] = float(min(scale, max([*limits[:, 1], *hold])))
+    return found
 
 
 def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     """Compare pairs of methods on the answers both have: one row per pair, diff = a - b in percentage points.
 
-    Columns: a, b, diff, low, high, p, p_holm (adjusted for the number of rows with a p; Holm 1979), n answers
-    on n_images, unmatched (ids that only one of the two has) and unparsed (shared ids left out because either
-    score is NaN). Raises ValueError if a method is unknown, a pair shares no scored id or was scored by different
-    judges, or an id changes its image or what was asked.
+    Columns: a, b, diff, low, high, low_all and high_all (Bonferroni's limits, which hold for all rows together), p,
+    p_holm (adjusted for the number of rows with a p; Holm 1979), n answers on n_images, unmatched (ids that only one
+    of the two has) and unparsed (shared ids left out because either score is NaN). Raises ValueError if a method is
+    unknown, a pair shares no scored id or was scored by different judges, or an id changes its image or what was
+    asked.
     """
     scores = _checked(scores)
     rows = []
     for a, b in pairs:
         both, unmatched = _paired(scores, a, b)
         parsed = both.dropna(subset=SIDES)
-        found = paired_difference(*(parsed[side] for side in SIDES), parsed["cluster"])
+        values = [parsed[column] for column in (*SIDES, "cluster")]
+        found, wide = paired_difference(*values), paired_difference(*values, ALPHA / len(pairs))
+        found |= {"low_all": wide["low"], "high_all": wide["high"]}
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
-    columns = ["a", "b", "diff", "low", "high", "p", "p_holm", "n", "n_images", "unmatched", "unparsed"]
+    columns = ["a", "b", "diff", "low", "high", "low_all", "high_all", "p", "p_holm", "n", "n_images", "unmatched"]
+    columns += ["unparsed"]
     table = pd.DataFrame(rows, columns=columns)
     tested = table["p"].notna()
     table["p_holm"] = math.nan
@@ -148,8 +184,8 @@ def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, 
     """Return the share (0-1) of draws in which a true difference of `effect` points has p < 0.05.
 
     Bootstraps whole images from cluster_diffs (images,), the observed mean differences in points, moved so
-    that their mean is `effect`, and tests each draw as `paired_difference` does with equally many questions
-    per image. effect=0 gives the rate of false alarms. Raises ValueError for fewer than two images.
+    that their mean is `effect`, and tests each draw by Student's t, with equally many questions per image. effect=0
+    gives the rate of false alarms. Raises ValueError for fewer than two images.
     """
     diffs = np.asarray(cluster_diffs, float)
     if diffs.size < 2:
@@ -164,19 +200,122 @@ def simulate_detection(cluster_diffs, n_images: int, effect: float, draws=2000, 
     return float(np.mean(p < ALPHA))
 
 
+def sd_limits(values) -> tuple[float, float]:
+    """Return the 95% limits of the standard deviation of values (n,), without assuming that they are normal.
+
+    Bonett 2006, equation 1; of very skewed values (39 that are exponential) they hold 87%. NaN for fewer than 5
+    values, or values that are all the same.
+    """
+    values = np.asarray(values, float)
+    n, variance = values.size, values.var(ddof=1) if values.size > 1 else 0
+    if n < 5 or variance <= (ROUNDING * np.abs(values).max()) ** 2:
+        return math.nan, math.nan
+    middle = stats.trim_mean(values, min(0.5 / math.sqrt(n - 4), 0.49))
+    kurtosis = n * ((values - middle) ** 4).sum() / ((n - 1) * variance) ** 2
+    z = special.ndtri(1 - ALPHA / 2)
+    factor, error = n / (n - z), math.sqrt((kurtosis - (n - 3) / n) / (n - 1))
+    low, high = (math.sqrt(factor * variance * math.exp(side * z * factor * error)) for side in (-1, 1))
+    return low, high
+
+
 def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000) -> str:
     """Return the sentences beside the paper's table 5: can `effect` points on n_images be told from nothing?
 
-    Every number is computed from cluster_diffs, the observed mean differences of the images in points.
+    Every number is computed from cluster_diffs, the observed mean differences of the images in points. What they say
+    holds for data that vary as these do; in brackets, what their own spread leaves open at 95% (`sd_limits`).
     """
-    sd = float(np.std(np.asarray(cluster_diffs, float), ddof=1))
-    found = simulate_detection(cluster_diffs, n_images, effect, draws)
+    diffs = np.asarray(cluster_diffs, float)
+    sd, limits = float(np.std(diffs, ddof=1)), sd_limits(diffs)
+    found = simulate_detection(diffs, n_images, effect, draws)
+    between = smallest = needed = "no interval"
+    if not math.isnan(limits[0]):
+        between = "{:.1f}, {:.1f}".format(*limits)
+        smallest = "{:.1f}, {:.1f}".format(*(minimum_detectable_effect(side, n_images) for side in limits))
+        needed = "{}, {}".format(*(images_needed(effect, side) for side in limits))
     return (
-        f"At the variance observed (standard deviation {sd:.1f} points between images), a true difference of "
-        f"{effect:g} points on {n_images} images is found in {found:.0%} of {draws} simulated test sets; the "
-        f"smallest difference found in 80% is {minimum_detectable_effect(sd, n_images):.1f} points, and "
-        f"{effect:g} points would need {images_needed(effect, sd)} images."
+        f"On these data (standard deviation {sd:.1f} points [{between}] between {diffs.size} images), a true "
+        f"difference of {effect:g} points on {n_images} images is found in {found:.0%} of {draws} simulated test sets; "
+        f"the smallest difference found in 80% is {minimum_detectable_effect(sd, n_images):.1f} points [{smallest}], "
+        f"and {effect:g} points would need {images_needed(effect, sd)} images [{needed}]. Other images or another "
+        "model may vary more, or less."
     )
+
+
+def _by_image(values, clusters) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Return the clusters' means (clusters,), their shares of all values, and mean, n and n_images."""
+    values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
+    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
+        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
+    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
+    if bad or gone:
+        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
+    counts = np.bincount(groups)
+    found = {"mean": float(values.mean()), "n": values.size, "n_images": counts.size}
+    return np.bincount(groups, values) / counts, counts / values.size, found
+
+
+def _covariance(x, y, weights) -> float:
+    """Return the covariance of the weighted means of two quantities of each image, (images,) each."""
+    apart = weights**2 * (x - weights @ x) * (y - weights @ y)
+    return float(apart.sum() * weights.size / (weights.size - 1))
+
+
+def _error(means, weights) -> float:
+    """Return the standard error of the weighted mean; 0 for one image, and where only rounding makes them differ."""
+    error = math.sqrt(_covariance(means, means, weights)) if means.size > 1 else 0.0
+    return error if error > ROUNDING * np.abs(means).max() else 0.0
+
+
+def _t_limits(means, weights, alpha: float) -> tuple[float, float]:
+    mean, error = float(weights @ means), _error(means, weights)
+    half = special.stdtrit(means.size - 1, 1 - alpha / 2) * error if error else math.nan
+    return mean - half, mean + half
+
+
+def _share_limits(shares, weights, alpha: float, unseen: float) -> tuple[float, float]:
+    """Return Jeffreys's limits of the mean of images' shares (images,) of 0 to 1; the mean, where none varies."""
+    mean, error, images = float(weights @ shares), _error(shares, weights), shares.size
+    if not error:
+        return mean, mean
+    two_point = mean * (1 - mean)
+    weight = unseen * (1 - 2 * mean) ** 2 / (images * two_point)  # unseen x the squared skewness
+    variance = (error**2 + weight * two_point / images) / (1 + weight)
+    normal, student = special.ndtri(1 - alpha / 2), special.stdtrit(images - 1, 1 - alpha / 2)
+    effective = two_point / variance * (normal / student) ** 2
+    right, wrong = effective * mean + 0.5, effective * (1 - mean) + 0.5
+    low, high = special.betaincinv(right, wrong, [alpha / 2, 1 - alpha / 2])
+    return min(float(low), mean), max(float(high), mean)
+
+
+def _gain_limits(means, weights, alpha: float) -> np.ndarray:
+    """Return the limits (2,) of the mean difference from those of gains and losses; means (images,) of -1 to 1."""
+    gains, losses = np.maximum(means, 0), np.maximum(-means, 0)
+    errors = _error(gains, weights) * _error(losses, weights)
+    r = _covariance(gains, losses, weights) / errors if errors else 0.0
+
+    def arm(gain_limit: float, loss_limit: float) -> float:
+        x, y = gain_limit - weights @ gains, loss_limit - weights @ losses  # of opposite signs
+        return math.sqrt(max(0, x**2 + 2 * r * x * y + y**2))
+
+    least_gain, most_gain = _share_limits(gains, weights, alpha, 0)
+    least_loss, most_loss = _share_limits(losses, weights, alpha, 0)
+    return weights @ means + np.array([-arm(least_gain, most_loss), arm(most_gain, least_loss)])
+
+
+def _p_of_no_difference(means, weights) -> float:
+    """Return the two-sided p of the sign-flip test of images' differences; of the t test where too many differ."""
+    parts = (weights * means)[means != 0]
+    if (parts > 0).all() or (parts < 0).all():
+        return 2.0 ** (1 - parts.size) if parts.size else 1.0
+    if parts.size > MOST_FLIPPED:
+        return float(2 * stats.t.sf(abs(weights @ means) / _error(means, weights), means.size - 1))
+    halves = [np.zeros(1), np.zeros(1)]  # the sums of half the images with every choice of signs
+    for number, part in enumerate(parts):
+        sums = halves[number % 2]
+        halves[number % 2] = np.concatenate([sums + part, sums - part])
+    least = abs(parts.sum()) - ROUNDING * np.abs(parts).sum()
+    as_far = 2 * (halves[1].size - np.searchsorted(np.sort(halves[1]), least - halves[0])).sum()
+    return min(1.0, float(as_far / 2**parts.size))
 
 
 def _power(size: float, n_images: float) -> float:

@@ -88,7 +88,8 @@ def block_scores(criterion: str, scores, clusters=None, seed: int = 0) -> pd.Dat
     """Return one row per block: criterion, block, importance_score, low, high, n_calibration, seed.
 
     scores: {block: score}, which has no interval (NaN), or a table (block, row, score), whose mean over rows gets a
-    95% interval that knows rows of one image belong together; clusters (rows,) names each row's image.
+    95% interval that knows rows of one image belong together (`stats.clustered_mean`: none where no image differs
+    from another); clusters (rows,) names each row's image.
     """
     if isinstance(scores, dict):
         found = {block: {"mean": score, "n": 0} for block, score in sorted(scores.items())}
@@ -104,9 +105,10 @@ def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int =
     """Return one row per count of blocks removed: score, diff, low, high, holds, knee (bool) and knee_frac.
 
     answers: blocks_removed (0 among them), id, cluster, score_percent of one criterion's sweep, ids answered at all
-    counts. diff is the paired difference to the unpruned model in points; holds: its 95% interval stays above
-    -tolerance, so that the loss is shown to be smaller. knee: where `knee` puts it; knee_frac: in what share of
-    draws of whole images it falls there. Fewer than three counts have no knee: False, and NaN.
+    counts. diff is the paired difference to the unpruned model in points; holds: its 95% interval, if it has one,
+    stays above -tolerance, so that the loss is shown to be smaller; the unpruned model loses nothing. knee: where
+    `knee` puts it; knee_frac: in what share of draws of whole images it falls there. Fewer than three counts have no
+    knee: False, and NaN.
     """
     wide = answers.pivot(index=["id", "cluster"], columns="blocks_removed", values="score_percent").dropna()
     if 0 not in wide or wide.empty:
@@ -114,7 +116,7 @@ def knee_table(answers: pd.DataFrame, tolerance: float = TOLERANCE, draws: int =
     counts, clusters = list(wide), wide.index.get_level_values("cluster")
     found = [stats.paired_difference(wide[n], wide[0], clusters) for n in counts]
     table = pd.DataFrame(found).assign(blocks_removed=counts, score=list(wide.mean()), knee=False, knee_frac=math.nan)
-    table["holds"] = table["low"] > -tolerance
+    table["holds"] = (table["low"] > -tolerance) | (table["blocks_removed"] == 0)
     if len(counts) > 2:
         means = wide.groupby(level="cluster").mean().to_numpy()  # equally many questions per image
         picks = np.random.default_rng([seed, 13]).integers(len(means), size=(draws, len(means)))

@@ -11,6 +11,7 @@ import psutil
 
 from medprune.data.questions import load_conditions
 from medprune.data.records import class_counts, load_images
+from medprune.device import cards, gpu, memory_bytes
 from medprune.models.sizes import ASSEMBLED, GIB, account, base_config
 from medprune.settings import NF4_GROUP, Settings
 from medprune.store import describe_machine, runs_home, versions
@@ -20,14 +21,11 @@ CPU_LIMIT_B = 1.0  # billions of parameters; a model beyond it would take days a
 
 
 def this_device(folder: Path) -> dict:
-    """Return this machine's name, memory_bytes (the first GPU's, or what is free), disk_bytes of a folder, and cuda."""
-    import torch
-
+    """Return this machine's name, memory_bytes (each GPU's, or what is free), disk_bytes of a folder, and gpus."""
     home = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    found = {"disk_bytes": shutil.disk_usage(home).free, "cuda": torch.cuda.is_available()}
-    if found["cuda"]:
-        first = torch.cuda.get_device_properties(0)
-        return found | {"name": first.name, "memory_bytes": first.total_memory - RUNTIME_BYTES}
+    found = {"disk_bytes": shutil.disk_usage(home).free, "gpus": cards()}
+    if cards():
+        return found | {"name": gpu().get_device_name(), "memory_bytes": memory_bytes() - RUNTIME_BYTES}
     return found | {"name": describe_machine()["cpu"], "memory_bytes": psutil.virtual_memory().available}
 
 
@@ -38,24 +36,27 @@ def checkup(config: Settings, runs_dir: str | None = None) -> tuple[list[str], b
     lines = [
         f"profile {config.name}, base {config.base}",
         ", ".join(f"{name} {version}" for name, version in versions().items()),
-        f"{device['name']}: {memory:.1f} GiB of memory, {disk:.0f} GiB of disk",
+        f"{max(device['gpus'], 1)} x {device['name']}: {memory:.1f} GiB of memory each, {disk:.0f} GiB of disk",
     ]
     found = [_data(config), _weights(config.base), _fits(config, device)]
     return lines + [line for line, _ in found], all(good for _, good in found)
 
 
 def _fits(config: Settings, device: dict) -> tuple[str, bool]:
-    """Say whether the weights fit: in 16 bits, as all notebooks hold them but for training over a 4-bit base."""
+    """Say whether the weights fit: on one GPU as they are trained, on all together as they are held."""
     shape = base_config(config.base)
     if shape is None:
         return f"size: the config.json of {config.base} cannot be had (its name, the network, or a login?)", False
     whole, packed = account(shape), account(shape, bits=4, group_size=NF4_GROUP, method="bnb")
     sizes = f"{whole.weights_bytes / GIB:.2f} GiB of weights in 16 bits, {packed.weights_bytes / GIB:.2f} in NF4"
     line = f"size: {whole.params_b:.3f}B parameters, {sizes}; answers and training take more"
-    if not device["cuda"] and whole.params_b > CPU_LIMIT_B:
+    if not device["gpus"] and whole.params_b > CPU_LIMIT_B:
         return f"{line}. It needs a CUDA GPU, which there is not here: choose profile local.", False
-    if whole.weights_bytes > device["memory_bytes"]:
-        return f"{line}. It does not fit {device['name']}: use a larger GPU or a smaller base.", False
+    trained, held = ((packed if bits == 4 else whole).weights_bytes for bits in (config.base_bits, config.held_bits))
+    for name, needed, room in (("base_bits", trained, 1), ("held_bits", held, max(device["gpus"], 1))):
+        if needed > room * device["memory_bytes"]:
+            instead = "use a larger GPU or a smaller base" if getattr(config, name) == 4 else f"set {name} to 4"
+            return f"{line}. With {name}={getattr(config, name)} it does not fit {device['name']}: {instead}.", False
     return line, True
 
 
@@ -63,7 +64,8 @@ def _data(config: Settings) -> tuple[str, bool]:
     if config.images == "synthetic":
         return f"data: synthetic, {config.n_train} training and {config.n_test} test images", True
     try:
-        records, left_out = load_images(config.images, load_conditions(config.conditions), check=False)
+        conditions = load_conditions(config.conditions)
+        records, left_out = load_images(config.images, conditions, check=False, modality=config.modality)
     except (ValueError, OSError) as error:
         return f"data: {error}", False
     counts = class_counts(records, left_out)

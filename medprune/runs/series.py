@@ -25,7 +25,7 @@ NOTEBOOKS = REPO / "notebooks"
 def check_run(config) -> None:
     """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
     if config.images != "synthetic":
-        _check_images(config.images, load_conditions(config.conditions))
+        _check_images(config.images, load_conditions(config.conditions), config.modality)
     base = base_config(config.base)
     if base is None:
         return
@@ -37,9 +37,9 @@ def check_run(config) -> None:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
 
 
-def _check_images(source: str, conditions: dict) -> None:
+def _check_images(source: str, conditions: dict, modality: str | None) -> None:
     """Raise ValueError unless at least one picture opens; most often the first is looked at, and no other."""
-    records, _ = load_images(source, conditions, check=False)
+    records, _ = load_images(source, conditions, check=False, modality=modality)
     if max(Counter(r.condition for r in records).values()) < 2:
         raise ValueError(f"{source} shows no condition twice, with an image to train on and one to test.")
     for record in records:
@@ -48,7 +48,7 @@ def _check_images(source: str, conditions: dict) -> None:
             return
         except ValueError:
             continue
-    load_images(source, conditions)  # says what is wrong with them
+    load_images(source, conditions, modality=modality)  # says what is wrong with them
 
 
 def run_series(run_name, profile="auto", start=None, parameters=None, runs_dir=None, say=print, dry_run=False) -> Path:

@@ -4,7 +4,6 @@ The paper: QLoRA with r 16 and alpha 8 on multi-turn conversations about an imag
 their end of sequence only. The projector is trained along, as an assembled base's starts at random.
 """
 
-import copy
 import re
 import shutil
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ from pathlib import Path
 import torch
 from IPython.display import display
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from medprune.answers.prompts import IGNORED, Conversations, collator
+from medprune.device import cards, on_gpu, rows_that_fit
 from medprune.models.families import PROJECTOR, lora_targets, parts
 from medprune.progress import progress
 from medprune.settings import TARGETS
@@ -56,46 +55,57 @@ def add_lora(model, r: int, alpha: int, targets=TARGETS) -> PeftModel:
 
 
 def _on_gpu(model) -> bool:
-    return next(model.parameters()).device.type == "cuda"
+    return on_gpu(next(model.parameters()).device)
 
 
 def train(model, processor, items, folder, config, steps, callbacks=(), label="tuning", loss=answer_loss, held_out=()):
     """Fine-tune on (image path, messages) items for `steps` optimizer steps; return the loss curve.
 
     Checkpoints go to `folder` every config.save_every steps, and a killed run goes on from the last one to the same
-    end. With `held_out` items the curve has their loss too, `held_out_loss`, at every checkpoint; training ends early
-    once it has not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. `model` is
-    left wrapped: hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest, unless float32 weights
-    are trained.
+    end. A step's conversations are taken config.micro_batch at a time, or fewer where memory is too small. With
+    `held_out` items the curve has their loss too, `held_out_loss`, at every checkpoint; training ends early once it has
+    not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. `model` is left wrapped:
+    hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest, unless float32 weights are trained.
     """
     keep_pixels, dtype = len(items) <= 4096 and not _on_gpu(model), model_dtype(model)
     encoded = partial(Conversations, processor, dtype=dtype, keep_pixels=keep_pixels, multi_turn=config.multi_turn)
     early = [EarlyStoppingCallback(config.patience)] if held_out and config.patience else []
     data = {"train_dataset": encoded(items), "eval_dataset": encoded(held_out) if held_out else None}
     data |= {"data_collator": collator(processor.tokenizer.pad_token_id), "compute_loss_func": loss}
-    optimizers = (_optimizer(model, config.learning_rate), None)
-    arguments, shown = _arguments(model, folder, config, steps, held_out), [_Bar(label), *callbacks, *early]
-    trainer = Trainer(model, arguments, **data, optimizers=optimizers, callbacks=shown)
-    trainer.remove_callback(PrinterCallback)
-    with _prepared(model):
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    return curve_of(trainer.state.log_history)
+    begun = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad} if cards() else {}
+
+    def attempt(rows: int) -> list[dict]:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.grad = None
+                if name in begun:  # as it came, if an earlier attempt has moved it
+                    parameter.copy_(begun[name])
+        arguments, shown = _arguments(model, folder, config, steps, held_out, rows), [_Bar(label), *callbacks, *early]
+        optimizers = (_optimizer(model, config.learning_rate), None)
+        trainer = Trainer(model, arguments, **data, optimizers=optimizers, callbacks=shown)
+        trainer.remove_callback(PrinterCallback)
+        with _prepared(model):
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        return curve_of(trainer.state.log_history)
+
+    return rows_that_fit(attempt, min(config.micro_batch or config.batch_size, config.batch_size), "training")
 
 
-def _arguments(model, folder: Path, config, steps: int, held_out) -> TrainingArguments:
+def _arguments(model, folder: Path, config, steps: int, held_out, rows: int) -> TrainingArguments:
     """Return the Trainer's arguments: what the settings say, and what the device and the model's dtypes call for."""
-    cuda = _on_gpu(model)
+    gpu = _on_gpu(model)
     nf4 = getattr(model.config, "quantization_config", None)
     computed_in = nf4.bnb_4bit_compute_dtype if nf4 else model_dtype(model)
     whole = any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     chosen = {"max_steps": steps, "learning_rate": config.learning_rate, "lr_scheduler_type": config.schedule}
     chosen |= {"warmup_steps": max(1, steps // 20), "seed": config.seed, "data_seed": config.seed}
-    chosen |= {"per_device_train_batch_size": config.batch_size, "per_device_eval_batch_size": config.batch_size}
+    chosen |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+    chosen |= {"gradient_accumulation_steps": config.batch_size // rows}
     chosen |= {"output_dir": str(folder), "save_steps": config.save_every, "save_total_limit": 1}
     chosen |= {"eval_strategy": "steps" if held_out else "no", "eval_steps": config.save_every}
     chosen |= {"load_best_model_at_end": bool(held_out and config.patience)}
-    chosen |= {"fp16": cuda and computed_in == torch.float16, "bf16": (cuda or whole) and computed_in == torch.bfloat16}
-    chosen |= {"use_cpu": not cuda, "gradient_checkpointing": cuda, "dataloader_pin_memory": cuda}
+    chosen |= {"fp16": gpu and computed_in == torch.float16, "bf16": (gpu or whole) and computed_in == torch.bfloat16}
+    chosen |= {"use_cpu": not gpu, "gradient_checkpointing": gpu, "dataloader_pin_memory": gpu}
     chosen |= {"label_names": ["labels"], "prediction_loss_only": True, "remove_unused_columns": False}
     arguments = TrainingArguments(**chosen, logging_steps=1, disable_tqdm=True, report_to=[])
     arguments._n_gpu = 1  # of one process: of several visible GPUs the Trainer would make the batch larger
@@ -115,17 +125,23 @@ def _prepared(model):
     """Train with eager attention on a CPU, for SDPA's backward pass takes a tenth more, and put the model's own back.
 
     Checkpoints name the tensors as the model does, not as the hub: the Trainer would find none of whole weights again.
+    A tower that is not trained stays out of the graph, into which checkpointing would draw it.
     """
+    tower = parts(model).vision_tower
+    frozen = not any(p.requires_grad for p in tower.parameters())
     text_model = parts(model).text_model
     attention, names = text_model.config._attn_implementation, vars(model).get("_weight_conversions")
     text_model.set_attn_implementation(attention if _on_gpu(model) else "eager")
     model._weight_conversions = []
+    if frozen:
+        tower.forward = torch.no_grad()(tower.forward)
     try:
         yield
     finally:
         text_model.set_attn_implementation(attention)
         model._weight_conversions = names
         vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # Accelerate's autocast
+        vars(tower).pop("forward", None)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -154,20 +170,14 @@ def model_dtype(model) -> torch.dtype:
     return next(p.dtype for n, p in model.named_parameters() if "norm" in n)
 
 
-def merge(model: PeftModel, into=None):
+def merge(model: PeftModel):
     """Return the plain LLaVA with the adapters folded in; raises ValueError if any adapter is left.
 
-    into: the 16-bit model of the same blocks. Adapters trained over an NF4 base need it (QLoRA, Dettmers 2023): folded
-    into the 4-bit weights they would be rounded away with them. Of a model trained without adapters, the weights.
+    Of a model trained without adapters, the weights. Adapters over an NF4 base go into the 16-bit model's files
+    (`merging.merge_folder`).
     """
     if getattr(model, "is_loaded_in_4bit", False):
-        if into is None:
-            raise ValueError("adapters trained over a 4-bit base are folded into a 16-bit model: give it as `into`.")
-        trained = get_peft_model_state_dict(model, save_embedding_layers=False)
-        model = PeftModel(into, copy.deepcopy(model.peft_config["default"]))
-        left = set_peft_model_state_dict(model, trained).unexpected_keys
-        if left:
-            raise ValueError(f"the 16-bit model has no place for the adapter {left[0]}.")
+        raise ValueError("adapters trained over a 4-bit base are folded into the 16-bit model's files: merge_folder.")
     merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     left = [n for n, _ in merged.named_parameters() if re.search(r"lora_|modules_to_save|original_module", n)]
     if left:

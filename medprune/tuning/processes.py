@@ -9,16 +9,16 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from medprune.answers.decoding import answer_rows
-from medprune.models.loading import choose_dtype, load, save
+from medprune.device import cards, choose_device
+from medprune.models.loading import load
 from medprune.pruning.leave_one_out import leave_one_out
 from medprune.pruning.plan import Plan, apply_plan, make_plan
 from medprune.settings import Config, changed, values_of
 from medprune.store import Units, read_json, write_json
-from medprune.tuning.recovery import Training, recover
+from medprune.tuning.recovery import Training, train_into
 
 
 def train(path: Path, training: Training, folder: Path, out: Path, n_processes: int) -> None:
@@ -64,8 +64,8 @@ def _run(job: Path, processes: int) -> None:
 
 def main(path: str) -> None:
     """Do the share of one of the processes that accelerate started on a job."""
-    job, state = read_json(Path(path)), PartialState(cpu=not torch.cuda.is_available())
-    device = f"cuda:{state.local_process_index}" if torch.cuda.is_available() else "cpu"
+    job, state = read_json(Path(path)), PartialState(cpu=not cards())
+    device = f"{choose_device()}:{state.local_process_index}" if cards() else "cpu"
     share = _train if job["work"] == "train" else _answer
     share(job, Config(job["config"]), state, device)
 
@@ -74,17 +74,17 @@ def _train(job: dict, config, state: PartialState, device: str) -> None:
     each, left = divmod(config.batch_size, state.num_processes)
     if left or not each:
         raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {state.num_processes} processes.")
-    plan, mine = job["plan"] and Plan(**job["plan"]), changed(config, batch_size=each)
+    plan = job["plan"] and Plan(**job["plan"])
+    mine = changed(config, batch_size=each, micro_batch=min(config.micro_batch or each, each))
     training = Training(job["source"], plan, job["recipe"], job["items"], mine, job["steps"], job["held_out"])
-    model, processor, costs = recover(training, Path(job["folder"]), device)
-    if state.is_main_process:
-        save(model, processor, Path(job["out"]), context=job["context"], processes=state.num_processes, **costs)
+    record = {"context": job["context"], "processes": state.num_processes}
+    train_into(training, Path(job["folder"]), Path(job["out"]), device, **record)
     state.wait_for_everyone()
 
 
 def _answer(job: dict, config, state: PartialState, device: str) -> None:
     """Answer without every n-th block, or the questions about every n-th image."""
-    model, processor = load(job["source"], device, choose_dtype(device))
+    model, processor = load(job["source"], device, bits=config.held_bits)
     if job["removed"]:
         apply_plan(model, make_plan(model.config, job["removed"], "", ()))
     units, rows = Units(job["units"], job["context"]), job["rows"]

@@ -9,21 +9,22 @@
 
 import random
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from medprune.answers.prompts import IGNORED, Conversations, collator
 from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
 from medprune.data.records import sample_balanced
 from medprune.models.families import parts
-from medprune.models.loading import choose_dtype, load
-from medprune.pruning.plan import Plan, apply_plan
+from medprune.models.loading import load, save
+from medprune.pruning.plan import Plan, apply_plan, blocks_of, set_blocks
 from medprune.settings import Config, values_of
-from medprune.store import content, context
+from medprune.store import content, context, write_folder
 from medprune.tuning import finetune
 
 LAST_BLOCKS = 3
@@ -32,6 +33,7 @@ DISTILL_WEIGHT = 1.0  # of the hidden states' loss, beside cross-entropy in nats
 # The settings that decide a training; it can see no others.
 TRAINING = ["seed", "base_bits", "lora_r", "lora_alpha", "lora_targets", "learning_rate", "schedule", "multi_turn"]
 TRAINING += ["batch_size", "save_every", "patience"]
+FITS = ["micro_batch"]  # how it is taken through memory, which it does not depend on
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Training:
     """What a training starts from and sees.
 
     source: folder of the unpruned model. plan: None for every block. items, held_out: (image path, messages). steps:
-    of the optimizer. config: of any settings, those of TRAINING.
+    of the optimizer. config: of any settings, those of TRAINING and FITS.
     """
 
     source: Path
@@ -51,18 +53,14 @@ class Training:
     held_out: list = ()
 
     def __post_init__(self):
-        self.config = Config({name: getattr(self.config, name) for name in TRAINING}, "a training")
+        self.config = Config({name: getattr(self.config, name) for name in TRAINING + FITS}, "a training")
 
     def context(self) -> str:
         """Return what it depends on: the model and blocks it starts from, pictures and texts, settings, code."""
         seen = [(content(path), messages) for path, messages in [*self.items, *self.held_out]]
-        kept, settings = self.plan and list(self.plan.kept), values_of(self.config)
+        kept = self.plan and list(self.plan.kept)
+        settings = {name: value for name, value in values_of(self.config).items() if name in TRAINING}
         return context(__name__, content(self.source), kept, self.recipe, seen, settings, self.steps)
-
-    def untrained(self, device: str, bits: int = 16) -> tuple:
-        """Return (model, processor) as the training starts, without the blocks that the plan removes."""
-        model, processor = load(self.source, device, choose_dtype(device), bits=bits)
-        return apply_plan(model, self.plan) if self.plan else model, processor
 
 
 def training_items(records, fraction: float, n: int, conditions, questions, seed: int) -> list[tuple[str, list[dict]]]:
@@ -96,26 +94,39 @@ def trainable(model, recipe: str, config):
 
 
 @contextmanager
-def distillation(student, teacher):
+def distillation(student, whole: tuple):
     """Yield a loss function for `finetune.train`: cross-entropy plus the L2 distance of the last hidden states.
 
-    The distance is taken where answers are predicted, relative to the teacher's: |h - h_teacher|^2 / |h_teacher|^2.
+    The teacher is the unpruned model, without adapters: `whole` are its blocks, as `plan.blocks_of` has returned them
+    before the plan was applied, of which the student's are some. The
+    distance is taken where answers are predicted, relative to the teacher's: |h - h_teacher|^2 / |h_teacher|^2.
     """
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    seen = {}
+    adapted = hasattr(student, "disable_adapter")
+    base, seen = student.get_base_model() if adapted else student, {}
 
     def remember_inputs(_, args, kwargs):
         seen["inputs"] = {k: v for k, v in kwargs.items() if k not in ("labels", "logits_to_keep")}
         seen["kept"] = kwargs["logits_to_keep"]
 
     def remember_hidden(_, args, output):
-        seen["hidden"] = output.last_hidden_state
+        if "hidden" not in seen:
+            seen["hidden"] = output.last_hidden_state
+
+    def taught() -> torch.Tensor:
+        kept, training = blocks_of(base), base.training
+        set_blocks(base, *whole)
+        try:
+            with torch.no_grad(), student.disable_adapter() if adapted else nullcontext():
+                return base.eval().model(**seen["inputs"], use_cache=False).last_hidden_state
+        finally:
+            set_blocks(base, *kept)
+            base.train(training)
 
     def loss(outputs, labels, num_items_in_batch=None):
-        chosen = labels != IGNORED
-        with torch.no_grad():
-            wanted = teacher.model(**seen["inputs"], use_cache=False).last_hidden_state
-        wanted, found = (h[:, seen["kept"]][chosen].float() for h in (wanted, seen["hidden"]))
+        chosen, hidden = labels != IGNORED, seen.pop("hidden")
+        seen["hidden"] = None  # the teacher's pass is not the student's
+        wanted, found = (h[:, seen["kept"]][chosen].float() for h in (taught(), hidden))
+        del seen["hidden"]
         distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
         total = num_items_in_batch if num_items_in_batch is not None else chosen.sum()
         return finetune.answer_loss(outputs, labels, num_items_in_batch) + DISTILL_WEIGHT * distance.sum() / total
@@ -128,30 +139,46 @@ def distillation(student, teacher):
 
 
 def recover(training: Training, folder: Path, device: str, label: str = "", callbacks=()) -> tuple:
-    """Load, prune and train one model; return (plain model in eval mode, processor, costs).
+    """Load, prune and train one model; return (model as trained, processor, costs).
 
     folder: where checkpoints go, so that a killed training goes on from the last one. costs: trainable_params,
-    train_s, train_peak_bytes, loss (of the last step), steps, the curve, and merge_kl_nats, as `merged` says.
+    train_s, train_peak_bytes, loss (of the last step), steps, and the curve.
     """
     config, recipe, items = training.config, training.recipe, training.items
-    model, processor = training.untrained(device, config.base_bits)
+    model, processor = load(training.source, device, bits=config.base_bits)
+    whole = blocks_of(model)
+    if training.plan:
+        apply_plan(model, training.plan)
+    whole = whole if recipe == "distill" else None  # or the removed blocks would stay in memory
     torch.manual_seed(config.seed)
     started, loss = time.perf_counter(), finetune.answer_loss
     with peak_memory(model) as peak, ExitStack() as stack:
         model = trainable(model, recipe, config)
         costs = {"trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         if recipe == "distill":
-            teacher = load(training.source, device, choose_dtype(device), bits=config.base_bits)[0]
-            loss = stack.enter_context(distillation(model, teacher))
+            loss = stack.enter_context(distillation(model, whole))
         how = (config, training.steps, callbacks, label or recipe, loss, training.held_out)
         curve = finetune.train(model, processor, items, folder, *how)
     costs |= {"train_s": time.perf_counter() - started, "train_peak_bytes": peak["bytes"]}
     costs |= {"loss": curve[-1]["loss"], "steps": training.steps, "curve": curve}
-    if config.base_bits == 4:  # QLoRA's adapters go into the 16-bit model, beside which there is nothing to compare
-        plain, apart = finetune.merge(model, training.untrained("cpu")[0]), None
-    else:
-        plain, apart = merged(model, processor, items[0], config.multi_turn)
-    return plain, processor, costs | {"merge_kl_nats": apart}
+    return model, processor, costs
+
+
+def train_into(training: Training, checkpoints: Path, out: Path, device: str, label="", callbacks=(), **record) -> None:
+    """Do a training and save what it gave in `out`, with the record, `recover`'s costs and merge_kl_nats among it.
+
+    A 16-bit base gives the plain model, merged as `merged` says; an NF4 base gives peft's adapters, for
+    `merging.merge_folder`. Of several processes (a record's `processes`), the first saves.
+    """
+    model, processor, costs = recover(training, checkpoints, device, label, callbacks)
+    if training.config.base_bits == 4:
+        if PartialState().is_main_process:
+            with write_folder(out, **record, **costs, merge_kl_nats=None) as temporary:
+                model.save_pretrained(temporary)
+        return
+    plain, apart = merged(model, processor, training.items[0], training.config.multi_turn)
+    if PartialState().is_main_process:
+        save(plain, processor, out, **record, **costs, merge_kl_nats=apart)
 
 
 def merged(model, processor, item, multi_turn: bool) -> tuple:

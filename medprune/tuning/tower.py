@@ -72,7 +72,7 @@ def prepare_tuned_tower(config, run: Run, records, conditions: dict) -> str:
     how = (config.vision_steps, config.seed, config.image_size, sorted(conditions))
     folder, trained, mark = run.dir / "base", run.dir / "tower", context(__name__, content(base), seen, *how)
     if not made(folder, mark):
-        model, processor = load(base)
+        model, processor = load(base, "cpu")
         pieces = torch.nn.ModuleDict({"vision": parts(model).vision_tower, "projector": parts(model).projector})
         if not made(trained, mark):
             curve = align_vision(model, processor, records, conditions, config.vision_steps, config.seed)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from medprune.answers import decoding
 from medprune.data.records import sample_balanced
-from medprune.models.loading import choose_device, choose_dtype, load, save
+from medprune.device import choose_device, release
+from medprune.models.loading import load, weight_files
 from medprune.store import Run, made
 from medprune.tuning import processes, recovery
+from medprune.tuning.merging import merge_folder
 from medprune.tuning.recovery import Training
 
 
@@ -29,18 +31,26 @@ def tuning_items(records, config, conditions, questions) -> tuple[int, list, lis
 def train_once(run: Run, folder: Path, training: Training, label: str, callbacks=(), n_processes: int = 1) -> dict:
     """Train a model into a folder, unless the folder holds this very one; return its record.
 
-    The record holds `context`, the loss `curve` and the costs that `recovery.recover` measured.
+    The record holds `context`, the loss `curve` and the costs that `recovery.train_into` writes. Adapters over an NF4
+    base are kept beside the folder, and folded into it from files, again where a session's scratch has lost it.
     """
     mark = training.context()
     if record := made(folder, mark):
         return record
-    checkpoints = run.dir / f"checkpoints-{mark}"
-    if n_processes > 1:
-        processes.train(run.dir / "job.json", training, checkpoints, folder, n_processes)
-    else:
-        model, processor, costs = recovery.recover(training, checkpoints, choose_device(), label, callbacks)
-        save(model, processor, folder, context=mark, **costs)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    over_nf4 = training.config.base_bits == 4
+    out = run.dir / f"adapters-{folder.name}" if over_nf4 else folder
+    if over_nf4:
+        weight_files(training.source)  # or the training would be for nothing
+    if not made(out, mark):
+        checkpoints = run.dir / f"checkpoints-{mark}"
+        if n_processes > 1:
+            processes.train(run.dir / "job.json", training, checkpoints, out, n_processes)
+        else:
+            recovery.train_into(training, checkpoints, out, choose_device(), label, callbacks, context=mark)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    if over_nf4:
+        release()
+        merge_folder(training.source, out, training.plan, folder, **made(out, mark))
     return made(folder, mark)
 
 
@@ -79,11 +89,12 @@ def compare_recipes(run: Run, source, plan, records, asked, conditions, question
 def _try(run: Run, training: Training, asked, config, label: str):
     """Train, answer and forget one way back; return (rows, record), from the run's units where they are there."""
     mark = training.context()
-    units = run.units(decoding.answers_context(mark, asked, config.max_new_tokens))
-    folder = run.dir / f"tried-{mark}"
+    units = run.units(decoding.answers_context(f"{mark} in {config.held_bits} bits", asked, config.max_new_tokens))
+    folder = run.weights(f"tried-{mark}")
     if "record" not in units or any(f"{label} {q['id']}" not in units for q in asked):
         units.add("record", train_once(run, folder, training, label))
-        model, processor = load(folder, choose_device(), choose_dtype(choose_device()))
+        model, processor = load(folder, bits=config.held_bits)
         decoding.answer_rows(model, processor, asked, label, units, config)
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(run.dir / f"adapters-{folder.name}", ignore_errors=True)
     return decoding.answer_rows(None, None, asked, label, units, config), units["record"]

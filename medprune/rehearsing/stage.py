@@ -1,0 +1,120 @@
+"""Run one notebook's cells in this process on pretended cards, and write down what it took.
+
+python -m medprune.rehearsing.stage JOB.json
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+from medprune import device, store
+from medprune.rehearsing import card
+from medprune.settings import REPO
+from medprune.store import read_json, write_json
+
+EVERY_S = 0.02  # between two looks at the process's memory
+
+
+def main(path: str) -> None:
+    """Do a job {stage, cards, card_bytes, parameters, root, out}; write what it took to `out`.
+
+    `out` holds the peaks of each card by cell, that of the host's memory, the most bytes of files under `root`,
+    seconds, rows that had to be halved, and the error that ended it, if one did.
+    """
+    job = read_json(Path(path))
+    ledger = card.start(job["cards"], job["card_bytes"])
+    device.KIND = card.NAME
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"{card.NAME}:0"
+    _write_holes(Path(job["root"]))
+    store._digest = _named
+    Host()
+    taken = {"stage": job["stage"], "cells": [], "error": None}
+    started = time.perf_counter()
+    try:
+        _run(job, ledger, taken["cells"])
+    except Exception as error:  # whatever ends a stage is what its rehearsal is for
+        traceback.print_exc()
+        taken["error"] = f"{type(error).__name__}: {error}"
+    Disk.look(Path(job["root"]))
+    taken |= {"ram_bytes": Host.peak, "seconds": time.perf_counter() - started}
+    taken |= {"card_bytes": [max(c["peak"][i] for c in taken["cells"]) for i in range(job["cards"])]}
+    taken |= {"disk_bytes": Disk.peak, "halved": device.HALVED}
+    write_json(Path(job["out"]), taken)
+
+
+def _run(job: dict, ledger, cells: list) -> None:
+    """Run the code cells, the parameters put in after their own; note each cell's peaks."""
+    notebook = json.loads((REPO / "notebooks" / f"{job['stage']}.ipynb").read_text(encoding="utf-8"))
+    space = {"__name__": "__main__"}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        ledger.peak, begun = list(ledger.now), time.perf_counter()
+        try:
+            exec(compile("".join(cell["source"]), f"{job['stage']}[{number}]", "exec"), space)
+        finally:
+            cells.append({"cell": number, "peak": list(ledger.peak), "seconds": time.perf_counter() - begun})
+        if "parameters" in cell["metadata"].get("tags", ()):
+            space |= job["parameters"]
+
+
+def _named(path: Path, stamp: tuple) -> str:
+    """Return a hash of names and sizes: to read files that are holes would take their whole size."""
+    named = [(os.path.relpath(file, path), size) for file, size, *_ in stamp]
+    return store.hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+
+class Host:
+    """The most memory that this process held, looked at every EVERY_S."""
+
+    peak = 0
+
+    def __init__(self):
+        self.process = psutil.Process()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while True:
+            found = self.process.memory_info()
+            Host.peak = max(Host.peak, found.rss - found.shared)
+            time.sleep(EVERY_S)
+
+
+class Disk:
+    """The most bytes that files had under a folder, whatever of them are holes, but for the base's."""
+
+    peak = 0
+
+    @classmethod
+    def look(cls, root: Path) -> None:
+        found = (f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents)
+        cls.peak = max(cls.peak, sum(f.stat().st_size for f in found))
+
+
+def _write_holes(root: Path) -> None:
+    """Let safetensors write files of the true size that are holes, and count what lies under the root."""
+    import peft.peft_model
+    import safetensors.torch
+    import transformers.modeling_utils
+
+    whole = safetensors.torch.save_file
+
+    def save_file(tensors, filename, metadata=None):
+        if sum(t.numel() * t.element_size() for t in tensors.values()) < card.WRITTEN:
+            whole({k: card.value(v) for k, v in tensors.items()}, filename, metadata)
+        else:
+            card.write_holes(tensors, filename, metadata)
+        Disk.look(root)
+
+    safetensors.torch.save_file = save_file
+    transformers.modeling_utils.safe_save_file = peft.peft_model.safe_save_file = save_file
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,146 @@
+"""Checks of the pretended GPU, each run in a process of its own: python tests/pretended.py NAME FOLDER."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from medprune import device
+from medprune.rehearsing import card
+from medprune.settings import PROFILES, REPO, resolve
+
+torch.inference_mode = card.no_grad  # before what decorates its functions with it is imported
+from medprune.rehearsing import rehearsal, stage  # noqa: E402
+
+GIB = 2**30
+T4 = int(14.7 * GIB) - rehearsal.CONTEXT_BYTES
+
+
+def start(cards=1, limit=T4):
+    ledger = card.start(cards, limit)
+    device.KIND = card.NAME
+    return ledger, [torch.device(card.NAME, n) for n in range(cards)]
+
+
+def bytes_are_counted_once_and_given_back(folder):
+    ledger, (gpu,) = start(limit=3 * 2**20)
+    whole = torch.zeros(2**18).to(gpu)
+    view = whole.view(2, -1)[0]
+    assert ledger.now == [2**20] and ledger.peak == [2**20]
+    other = view * 2
+    assert ledger.now == [2**20 + 2**19]
+    del whole
+    assert ledger.now == [2**20 + 2**19], "the view still holds it"
+    del view, other
+    assert ledger.now == [0] and ledger.peak == [2**20 + 2**19]
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        torch.zeros(2**20, device=gpu)
+    assert ledger.now == [0]
+    weight = torch.nn.Parameter(torch.zeros(4, 2**10).to(gpu).half())
+    weight.data = weight.data.float()
+    assert ledger.now == [2**14] and weight.dtype == torch.float32 and weight.elem.dtype == torch.float32
+
+
+def devices_do_not_mix(folder):
+    _, (one, two) = start(2)
+    here, there, host = torch.ones(3).to(one), torch.ones(3).to(two), torch.ones(3)
+    for other in (there, host):
+        with pytest.raises(RuntimeError, match="tensors on"):
+            here + other
+    assert (here + there.to(one)).device == one and (here + 1).device == one
+    assert here[torch.tensor([0, 2])].shape == (2,), "indices may lie on the host"
+
+
+def values_that_came_from_the_host_are_kept(folder):
+    _, (gpu,) = start()
+    ids, mask = torch.tensor([[3, 1, 4], [1, 5, 9]]).to(gpu), (torch.tensor([[3, 1, 4], [1, 5, 9]]) > 3).to(gpu)
+    states = torch.randn(2, 3, 1000).to(gpu)
+    assert ids[mask].tolist() == [4, 5, 9] and states[mask].shape == (3, 1000) and mask.sum().item() == 3
+    ids[0, 0] = 7
+    assert ids.tolist()[0] == [7, 1, 4]
+    assert (states @ states.transpose(1, 2)).flatten()[0].item() == card.READ
+    assert [states.argmax().item() for _ in range(3)].count(card.END) == 1
+
+
+def training_takes_what_autocast_and_checkpointing_take(folder):
+    ledger, (gpu,) = start()
+    layer = torch.nn.Linear(1024, 1024).to(gpu)
+    with torch.autocast(card.NAME, torch.float16):
+        out = layer(torch.zeros(8, 1024).to(gpu))
+    assert out.dtype == torch.float16
+    torch.nn.functional.mse_loss(out.float(), torch.zeros(8, 1024).to(gpu)).backward()
+    assert layer.weight.grad.dtype == torch.float32
+    before = ledger.now[0]
+    torch.optim.AdamW(layer.parameters(), foreach=False).step()
+    assert ledger.now[0] == before, "the optimizer, and with it its states, is gone"
+
+
+def files_of_holes_have_every_name_and_size(folder):
+    tensors = {"large": torch.empty(2**21, device="meta"), "small": torch.arange(7), "half": torch.zeros(3).half()}
+    card.write_holes(tensors, folder / "model.safetensors", {"format": "pt"})
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        assert set(opened.keys()) == set(tensors) and opened.metadata() == {"format": "pt"}
+        assert torch.equal(opened.get_tensor("small"), tensors["small"])
+        assert opened.get_tensor("large").shape == (2**21,)
+    found = (folder / "model.safetensors").stat()
+    assert found.st_size > 2**23 and found.st_blocks * 512 < 2**20
+
+
+def seven_billion_parameters(folder, cards):
+    """Load LLaVA-1.5-7B at its full shape as NF4 and in 16 bits, and answer; return the ledger."""
+    from medprune.answers import decoding
+    from medprune.models import loading
+
+    ledger, _ = start(cards)
+    rehearsal.make_base(folder / "llava")
+    paths = sorted((rehearsal.make_images(folder / "images", 1, 0)).rglob("*.jpg"))
+    rows = [{"path": str(path), "question": q} for path in paths for q in ("What is this?", "Describe its signs, please.")]
+
+    def answer(bits):
+        model, processor = loading.load(folder / "llava", bits=bits)
+        ledger.peak = list(ledger.now)
+        return decoding.answer(model, processor, rows, 200, PROFILES["t4"]["batch_rows"])
+
+    return ledger, answer
+
+
+def one_t4_holds_nf4_and_no_16_bits(folder):
+    ledger, answer = seven_billion_parameters(folder, 1)
+    assert len(answer(4)) == 16 and 0.6 * T4 < ledger.peak[0] < T4
+    device.release()
+    assert ledger.now == [0], "an NF4 model that was let go stays"
+    with pytest.raises(torch.OutOfMemoryError):
+        answer(16)
+
+
+def two_t4s_hold_16_bits_together(folder):
+    ledger, answer = seven_billion_parameters(folder, 2)
+    assert len(answer(16)) == 16
+    assert all(0.5 * T4 < peak < T4 for peak in ledger.peak) and abs(ledger.peak[0] - ledger.peak[1]) < GIB
+
+
+def notebook_01_begins_on_a_t4_by_itself(folder):
+    ledger, _ = start()
+    stage.store._digest = stage._named
+    rehearsal.make_base(folder / "llava")
+    rehearsal.make_images(folder / "dermnet", 3, 1)
+    cells = json.loads((REPO / "notebooks" / "01_finetune.ipynb").read_text())["cells"][:15]
+    space = {"__name__": "__main__"}
+    for cell in (c for c in cells if c["cell_type"] == "code"):
+        exec("".join(cell["source"]), space)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            paths = {"base": str(folder / "llava"), "images": str(folder / "dermnet"), "n_train": 16, "n_test": 8}
+            space |= paths | {"profile": "auto", "runs_dir": str(folder / "runs")}
+            space["settings"] = {"embedding": "minilm", "n_calibration": 8, "awq_rows": 8}
+    assert space["cfg"].name == "t4" and space["cfg"].held_bits == 4 and space["llava"].is_loaded_in_4bit
+    assert 4 * GIB < ledger.now[0] < 5 * GIB
+    assert resolve("t4").held_bits == 4
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "agg")
+    globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""The pretended GPU counts what a card would hold, and full-size models fit it, or do not; a process each."""
+
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from medprune import cli
+from medprune.rehearsing import rehearsal
+from medprune.settings import PROFILES, REPO, STAGES
+
+CHECKS = re.findall(r"^def (\w+)\(folder\):", (REPO / "tests" / "pretended.py").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_pretended(check, tmp_path):
+    command = [sys.executable, str(REPO / "tests" / "pretended.py"), check, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_model_that_answers_is_held_in_the_bits_that_were_asked_for():
+    for stage in STAGES:
+        text = (REPO / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8")
+        assert all("bits=cfg." in call for call in re.findall(r"loading\.load\(([^)]*)\)", text)), stage
+
+
+TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9}
+
+
+def test_what_does_not_fit_a_machine_is_said():
+    colab = rehearsal.machine("colab")
+    assert rehearsal._misfits(TAKEN, colab) == []
+    small = rehearsal.machine("colab", ram_gib=4, disk_gb=50)
+    assert rehearsal._misfits(TAKEN, small) == ["5.0 of ram are needed, 4 are there", "60.0 of disk are needed, 50 are there"]
+    halved = TAKEN | {"halved": {"answers": 3}, "error": "OutOfMemoryError: CUDA out of memory."}
+    assert len(rehearsal._misfits(halved, colab)) == 2
+    with pytest.raises(ValueError, match="machine 'pc' is not known: choose kaggle or colab"):
+        rehearsal.machine("pc")
+    assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES
+    with pytest.raises(ValueError, match="stage '09' is not known"):
+        rehearsal.stages(["09"])
+
+
+@pytest.mark.parametrize("machine", rehearsal.MACHINES.values())
+def test_a_rehearsal_keeps_what_decides_memory(machine, tmp_path):
+    asked = PROFILES["t4"]
+    cut = rehearsal.short(asked, tmp_path)
+    assert not cut.keys() & {"batch_rows", "max_new_tokens", "micro_batch", "batch_size", "base_bits", "held_bits", "recover"}
+    assert cut["n_test"] * 3 >= asked["batch_rows"] and cut["awq_rows"] == asked["awq_rows"]
+    assert cut["sft_steps"] > cut["save_every"], "a checkpoint is written"
+
+
+def test_the_command_says_what_fits_and_ends_in_1_where_not(tmp_path, monkeypatch, capsys):
+    rows = [{"stage": "01_finetune", "card_bytes": [2**30, 2**31], "seconds": 5, **TAKEN, "misfit": ""}]
+    rows.append(rows[0] | {"stage": "02_layer_importance", "misfit": "answers were halved to 3 at once"})
+
+    def rehearse(machine, root, stages, settings, say):
+        assert machine.gpu_gib == 11.0 and machine.cards == 2 and stages == STAGES and settings == {"batch_rows": 4}
+        [say(row) for row in rows]
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    words = ["medprune", "rehearse", "--gpu", "11", "--folder", str(tmp_path), "-p", "batch_rows", "4"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().out.splitlines()
+    assert end.value.code == 1 and said[0] == (
+        "01_finetune: GPU 1.00 + 2.00 GiB, host 5.0 GiB, files 60 GB, 5 s of rehearsal. fits"
+    )
+    assert said[1].endswith("answers were halved to 3 at once")
