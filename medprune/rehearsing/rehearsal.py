@@ -145,12 +145,12 @@ def make_images(folder: Path, n_train: int, n_test: int) -> Path:
 
 def short(settings: dict, root: Path) -> dict:
     """Return what a rehearsal asks for beside a profile's settings: loops cut, lifetimes and sizes kept."""
-    rows, most = settings["batch_rows"], max(settings["recover"])
+    images, most = -(-settings["batch_rows"] // 3) + 1, max(settings["recover"])  # they fill a batch, and begin another
     first = BLOCKS // 3
     asked = {
         "base": str(root / "llava"), "images": str(root / "dermnet"), "embedding": "minilm",
-        "n_train": 8 * IMAGES, "n_test": -(-rows // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
-        "n_calibration": min(settings["n_calibration"], rows, 8 * IMAGES), "awq_rows": settings["awq_rows"],
+        "n_train": 8 * IMAGES, "n_test": -(-images // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
+        "n_calibration": min(settings["n_calibration"], images), "awq_rows": settings["awq_rows"],
         "blocks_removed": [0, *settings["recover"]],
         "protected_blocks": [b for b in range(BLOCKS) if not first <= b < first + most],
     }  # fmt: skip
@@ -168,7 +168,9 @@ def rehearse(machine: Machine, root: Path, stages=STAGES, settings: dict | None 
     asked = PROFILES["t4"] | (TWO_CARDS if machine.cards > 1 else {}) | (settings or {})
     if not (root / "llava").exists():
         make_base(root / "llava")
-        make_images(root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 8))  # one is left out as another's equal
+        make_images(
+            root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1
+        )  # one is left out as another's equal
     if asked.get("judge", "reference") != "reference" and not (root / "judge").exists():
         make_judge(root / "judge")
     found = []

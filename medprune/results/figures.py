@@ -18,6 +18,7 @@ from medprune.results.tables import pareto_front
 BLUE, RED, GREY = "#0072b2", "#c0392b", "#8c8c8c"
 SCORE = "judge score (%)"
 REMOVED = "decoder blocks removed (count)"
+MARKS = 2000  # outliers of a histogram that are marked one by one
 BLOCK = "decoder block (0-based, in the original model)"
 PLAIN = {"frameon": False, "fontsize": "small"}  # a legend; ABOVE a figure's axes, or BESIDE them
 ABOVE = PLAIN | {"loc": "outside upper right", "ncols": 2}
@@ -267,7 +268,8 @@ def figure_activations(before: np.ndarray, after: np.ndarray, names: tuple[str, 
         heat.set(title=f"{name}: peak {values.max():.1f}", xlabel="channel (index)", ylabel="token (position)")
         ax.hist(values.ravel(), bins=np.linspace(0, peak, 81), color=BLUE, log=True)
         outliers = values[values > limit]
-        ax.plot(outliers, np.full(outliers.size, 0.7), "|", color=RED, label=f"{outliers.size:,} outliers")
+        few = np.append(outliers[:: max(1, outliers.size // MARKS)], outliers.max(initial=limit))
+        ax.plot(few, np.full(few.size, 0.7), "|", color=RED, label=f"{outliers.size:,} outliers")
         ax.axvline(limit, color=RED, linestyle=":", label=f"{OUTLIER_SD} sd of {names[0]} = {limit:.1f}")
         ax.set(xlabel="|activation| (no unit)", ylabel="entries (count, log scale)", ylim=(0.5, None))
         ax.legend(**PLAIN)
