@@ -80,7 +80,7 @@ def training_takes_what_autocast_and_checkpointing_take(folder):
 
 
 def files_of_holes_have_every_name_and_size(folder):
-    tensors = {"large": torch.empty(2**21, device="meta"), "small": torch.arange(7), "half": torch.zeros(3).half()}
+    tensors = {"large": torch.empty(2**21, device="meta"), "small": torch.arange(7), "one": torch.tensor(3), "half": torch.zeros(3).half()}
     card.write_holes(tensors, folder / "model.safetensors", {"format": "pt"})
     with safe_open(folder / "model.safetensors", "pt") as opened:
         assert set(opened.keys()) == set(tensors) and opened.metadata() == {"format": "pt"}

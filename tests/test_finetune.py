@@ -173,3 +173,15 @@ def test_the_live_curve_is_drawn_at_every_twentieth_step_and_at_the_end(monkeypa
         live.on_log(None, types.SimpleNamespace(log_history=log, global_step=step, max_steps=45), None)
     assert [points[-1]["step"] for points in drawn] == [*range(2, 46, 2), 45]
     assert drawn[-1][43] == {"step": 44, "loss": 1 / 44, "held_out_loss": 2.0}
+
+
+def test_a_frozen_tower_stays_out_of_the_graph_while_training(base):
+    model = add_lora(load(base, dtype=torch.float32)[0], 4, 8)
+    tower = parts(model).vision_tower
+    pixels = torch.zeros(1, 3, tower.config.image_size, tower.config.image_size, requires_grad=True)
+    with finetune._prepared(model):
+        assert not tower(pixel_values=pixels).last_hidden_state.requires_grad
+    assert tower(pixel_values=pixels).last_hidden_state.requires_grad and "forward" not in vars(tower)
+    tower.requires_grad_(True)
+    with finetune._prepared(model):
+        assert tower(pixel_values=pixels).last_hidden_state.requires_grad, "a tower that learns"

@@ -1,5 +1,6 @@
 """The pretended GPU counts what a card would hold, and full-size models fit it, or do not; a process each."""
 
+import json
 import re
 import subprocess
 import sys
@@ -25,6 +26,22 @@ def test_every_model_that_answers_is_held_in_the_bits_that_were_asked_for():
     for stage in STAGES:
         text = (REPO / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8")
         assert all("bits=cfg." in call for call in re.findall(r"loading\.load\(([^)]*)\)", text)), stage
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded_and_before_a_judge():
+    for stage in STAGES:
+        cells = json.loads((REPO / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        events = [m[0] for m in re.finditer(r"\bllava\b[^=\n]*= (?:[^\n]*, )?None|loading\.load\(|\bjudged\(|\bmake_judges\(", code)]
+        held = False
+        for event in events:
+            if event == "loading.load(":
+                assert not held, f"{stage} loads a model beside another"
+                held = True
+            elif event.endswith("None"):
+                held = False
+            else:
+                assert not held, f"{stage} judges beside a model"
 
 
 TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9}

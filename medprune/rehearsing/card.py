@@ -506,7 +506,7 @@ def write_holes(tensors: dict[str, torch.Tensor], path, metadata: dict | None = 
         size = tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
         if size <= WRITTEN and tensor.device.type != "meta":
-            values.append((at, value(tensor.detach()).contiguous().view(torch.uint8).numpy().tobytes()))
+            values.append((at, value(tensor.detach()).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
         at += size
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
