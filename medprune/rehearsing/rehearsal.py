@@ -166,6 +166,7 @@ def rehearse(machine: Machine, root: Path, stages=STAGES, settings: dict | None 
     profile's. say: called with each row as it is known. A stage that fails ends the rehearsal, its error in the row.
     """
     asked = PROFILES["t4"] | (TWO_CARDS if machine.cards > 1 else {}) | (settings or {})
+    root.mkdir(parents=True, exist_ok=True)
     if not (root / "llava").exists():
         make_base(root / "llava")
         make_images(
