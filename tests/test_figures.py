@@ -81,6 +81,17 @@ def test_figure_activations_shows_a_single_outlier_and_counts_it():
     assert sum(p.get_height() for p in histogram.patches) == before.size
 
 
+def test_a_histogram_marks_no_more_outliers_than_can_be_seen():
+    before = np.zeros((500, 200), np.float32)
+    before[:30] = np.arange(200) + 100
+    before[0, 0] = 400
+    fig = figures.figure_activations(before, before * 0 + 999, ("before", "after"))
+    marked = [line.get_xdata() for ax in fig.axes for line in ax.lines if "outliers" in str(line.get_label())]
+    assert any(len(x) > 1000 for x in marked) and all(len(x) < 2 * figures.MARKS + 2 for x in marked)
+    assert max(max(x) for x in marked if len(x)) == 999
+
+
+
 def test_figure_forest_tells_found_differences_from_the_rest():
     df = pd.DataFrame({"a": ["original"] * 3, "b": ["x", "y", "z"], "diff": [9.0, 1.0, 2.0],
                        "low": [5.0, -3.0, math.nan], "high": [13.0, 5.0, math.nan],

@@ -268,7 +268,9 @@ def figure_activations(before: np.ndarray, after: np.ndarray, names: tuple[str, 
         heat.set(title=f"{name}: peak {values.max():.1f}", xlabel="channel (index)", ylabel="token (position)")
         ax.hist(values.ravel(), bins=np.linspace(0, peak, 81), color=BLUE, log=True)
         outliers = values[values > limit]
-        few = np.append(outliers[:: max(1, outliers.size // MARKS)], outliers.max(initial=limit))
+        few = outliers
+        if few.size > MARKS:
+            few = np.append(few[:: few.size // MARKS], few.max())
         ax.plot(few, np.full(few.size, 0.7), "|", color=RED, label=f"{outliers.size:,} outliers")
         ax.axvline(limit, color=RED, linestyle=":", label=f"{OUTLIER_SD} sd of {names[0]} = {limit:.1f}")
         ax.set(xlabel="|activation| (no unit)", ylabel="entries (count, log scale)", ylim=(0.5, None))
