@@ -162,13 +162,16 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or profile
-    from medprune.device import cards  # which imports torch
+    gpus = 0
+    if profile in ("auto", "t4"):
+        from medprune.device import cards  # which imports torch
 
+        gpus = cards()
     if profile == "auto":
-        profile = "t4" if cards() else "local"
+        profile = "t4" if gpus else "local"
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
-    defaults = PROFILES[profile] | (TWO_CARDS if profile == "t4" and cards() > 1 else {})
+    defaults = PROFILES[profile] | (TWO_CARDS if profile == "t4" and gpus > 1 else {})
     return build({"name": profile, **defaults}, asked(settings, others))
 
 

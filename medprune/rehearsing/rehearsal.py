@@ -87,7 +87,7 @@ DERMNET = {
 
 def make_base(folder: Path, shapes: dict = LLAVA_7B) -> Path:
     """Write a LLaVA of these shapes in the hub's layout: configuration, a processor, and weights that are holes."""
-    from transformers import AutoConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     processor = load_processor(prepare_base("smollm2"))  # whose tokens are about as long as Llama's
     side, vision = {"height": shapes["vision_config"]["image_size"]}, shapes["vision_config"]
@@ -97,22 +97,14 @@ def make_base(folder: Path, shapes: dict = LLAVA_7B) -> Path:
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     form = {"image_token_index": image, "vision_feature_layer": -2, "tie_word_embeddings": False}
     config = LlavaConfig(**{k: AutoConfig.for_model(**v) for k, v in shapes.items()}, **form)
-    config.dtype = torch.float16
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).half()
     folder.mkdir(parents=True)
-    card.write_holes(
-        {hub_name(k): v for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    GenerationConfig(eos_token_id=card.END, pad_token_id=0).save_pretrained(folder)
-    return folder
+    return _write_model(folder, config, LlavaForConditionalGeneration)
 
 
 def make_judge(folder: Path, shape: dict = QWEN_7B) -> Path:
     """Write a chat model of this shape, whose one word is a judgement that can be read."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, Qwen2ForCausalLM
 
     tokenizer = load_processor(prepare_base("smollm2")).tokenizer
     tokenizer.save_pretrained(folder)
@@ -122,11 +114,17 @@ def make_judge(folder: Path, shape: dict = QWEN_7B) -> Path:
     said |= {"content": json.dumps(dict.fromkeys(ASPECTS, 3)), "special": False}
     words["model"]["vocab"][said["content"]] = words["model"]["vocab"].pop(old)
     write_json(folder / "tokenizer.json", words)
-    config = AutoConfig.for_model(**shape)
+    return _write_model(folder, AutoConfig.for_model(**shape), Qwen2ForCausalLM, str)
+
+
+def _write_model(folder: Path, config, kind: type, name=hub_name) -> Path:
+    """Write a model's configuration, and its weights in float16 as holes; name: what its tensors are called there."""
+    from transformers import GenerationConfig
+
     config.dtype = torch.float16
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).half()
-    card.write_holes(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        tensors = {name(key): tensor for key, tensor in kind(config).half().state_dict().items()}
+    card.write_holes(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     GenerationConfig(eos_token_id=card.END, pad_token_id=0).save_pretrained(folder)
     return folder
@@ -169,9 +167,8 @@ def rehearse(machine: Machine, root: Path, stages=STAGES, settings: dict | None 
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "llava").exists():
         make_base(root / "llava")
-        make_images(
-            root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1
-        )  # one is left out as another's equal
+        # one more than is asked for, as one may be left out as another's equal
+        make_images(root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1)
     if asked.get("judge", "reference") != "reference" and not (root / "judge").exists():
         make_judge(root / "judge")
     found = []
@@ -185,11 +182,9 @@ def rehearse(machine: Machine, root: Path, stages=STAGES, settings: dict | None 
 
 
 def _stage(stage: str, machine: Machine, root: Path, asked: dict) -> dict:
-    out, parameters = (
-        root / f"{stage}.json",
-        {"profile": "t4", "run_name": machine.name, "runs_dir": str(root / "runs")},
-    )
+    out = root / f"{stage}.json"
     out.unlink(missing_ok=True)
+    parameters = {"profile": "t4", "run_name": machine.name, "runs_dir": str(root / "runs")}
     if stage == STAGES[0]:
         parameters["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items()}
     job = {"stage": stage, "cards": machine.cards, "card_bytes": int(machine.gpu_gib * GIB) - CONTEXT_BYTES}

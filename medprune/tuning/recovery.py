@@ -98,8 +98,8 @@ def distillation(student, whole: tuple):
     """Yield a loss function for `finetune.train`: cross-entropy plus the L2 distance of the last hidden states.
 
     The teacher is the unpruned model, without adapters: `whole` are its blocks, as `plan.blocks_of` has returned them
-    before the plan was applied, of which the student's are some. The
-    distance is taken where answers are predicted, relative to the teacher's: |h - h_teacher|^2 / |h_teacher|^2.
+    before the plan was applied, of which the student's are some. The distance is taken where answers are predicted,
+    relative to the teacher's: |h - h_teacher|^2 / |h_teacher|^2.
     """
     adapted = hasattr(student, "disable_adapter")
     base, seen = student.get_base_model() if adapted else student, {}
