@@ -83,20 +83,12 @@ def load_blockwise(folder: str | Path, device: str | None = None, dtype: torch.d
     device = device or choose_device()
     dtype = dtype or choose_dtype(device)
     release()
-    model, found = skeleton(config, dtype), {}
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as tensors:
-            found |= {current_name(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    model, found = skeleton(config, dtype), stored_tensors(folder)
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     check_loading({"missing_keys": expected - found.keys(), "unexpected_keys": found.keys() - expected}, folder)
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for name in names:
-            file, key = found[name]
-            with safe_open(file, "pt") as opened:
-                tensors[name] = opened.get_tensor(key).to(device=device, dtype=dtype)
-        return tensors
+        return {name: read_tensor(*found[name]).to(device=device, dtype=dtype) for name in names}
 
     model.load_state_dict(read([n for n in expected if block_number(n) is None]), strict=False, assign=True)
     model.tie_weights()
@@ -140,6 +132,21 @@ def weight_files(source: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
     return files
+
+
+def stored_tensors(source: str | Path) -> dict[str, tuple[Path, str]]:
+    """Return where each tensor of a folder or hub model is, by transformers 5's name: (file, its name there)."""
+    found = {}
+    for file in weight_files(source):
+        with safe_open(file, "pt") as tensors:
+            found |= {current_name(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    return found
+
+
+def read_tensor(file: Path, key: str) -> torch.Tensor:
+    """Read one of `stored_tensors`, and no other of its file."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(key)
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:

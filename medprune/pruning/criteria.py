@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch.nn import functional as F
 
-from medprune.models.families import block_number, current_name, parts
-from medprune.models.loading import weight_files
+from medprune.models.families import block_number, parts
+from medprune.models.loading import read_tensor, stored_tensors
 from medprune.pruning.leave_one_out import SHARED, TeacherBatch
 
 
@@ -26,11 +25,9 @@ def magnitude(source: str | Path) -> dict[int, float]:
     source: the model's folder, which is read a tensor at a time, for a model in memory may be held in fewer bits.
     """
     scores = defaultdict(float)
-    for file in weight_files(source):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, it is no dict
-                if (b := block_number(current_name(key))) is not None:
-                    scores[b] += float(tensors.get_tensor(key).abs().sum(dtype=torch.float64))
+    for name, where in stored_tensors(source).items():
+        if (b := block_number(name)) is not None:
+            scores[b] += float(read_tensor(*where).abs().sum(dtype=torch.float64))
     return dict(sorted(scores.items()))
 
 

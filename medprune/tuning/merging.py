@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 
 from medprune.models import loading
-from medprune.models.families import block_number, current_name
-from medprune.models.loading import weight_files
+from medprune.models.families import block_number
+from medprune.models.loading import read_tensor, stored_tensors
 from medprune.progress import progress
 from medprune.pruning.plan import Plan
 from medprune.store import write_folder, write_json
@@ -31,32 +30,29 @@ def merge_folder(source: str | Path, adapters: Path, plan: Plan | None, folder: 
     """
     deltas, whole = _learned(adapters)
     places = {b: place for place, b in enumerate(plan.kept)} if plan else None
-    files, used = weight_files(source), set()
+    stored, used = stored_tensors(source), set()
     with write_folder(folder, **record) as temporary:
         config, shards = AutoConfig.from_pretrained(source), _Shards(temporary)
         if plan:
             config.text_config.num_hidden_layers = len(plan.kept)
             if kinds := getattr(config.text_config, "layer_types", None):
                 config.text_config.layer_types = [kinds[b] for b in plan.kept]
-        keys = [(file, key) for file in files for key in _keys(file)]
-        with progress(len(keys), "folding adapters into 16 bits", "tensor") as bar:
-            for file, key in keys:
+        with progress(len(stored), "folding adapters into 16 bits", "tensor") as bar:
+            for name, (file, key) in stored.items():
                 bar.update()
-                name, stored = current_name(key), key
-                b = block_number(name)
-                if places and b is not None:
-                    if b not in places:
-                        continue
-                    name, stored = (_renumbered(n, b, places[b]) for n in (name, key))
-                with safe_open(file, "pt") as tensors:
-                    tensor = tensors.get_tensor(key)
+                b = block_number(name) if places else None
+                if b is not None and b not in places:
+                    continue
+                tensor = read_tensor(file, key)
+                if b is not None:
+                    name, key = (_renumbered(n, b, places[b]) for n in (name, key))
                 if name in deltas:
                     right, left, scaling = deltas[name]
                     tensor = torch.addmm(tensor.float(), left.float(), right.float(), alpha=scaling).to(tensor.dtype)
                 elif name in whole:
                     tensor = whole[name].to(tensor.dtype)
                 used.add(name)
-                shards.add(stored, tensor)
+                shards.add(key, tensor)
         if lost := sorted((deltas.keys() | whole.keys()) - used):
             raise ValueError(f"the 16-bit model has no place for the adapter of {lost[0]}.")
         shards.close()
@@ -77,11 +73,6 @@ def _learned(adapters: Path) -> tuple[dict, dict]:
             whole[name] = tensor
     scaling = config.lora_alpha / config.r
     return {name: (pair["A"], pair["B"], scaling) for name, pair in deltas.items()}, whole
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, "pt") as tensors:
-        return list(tensors.keys())
 
 
 def _renumbered(name: str, block: int, place: int) -> str:
