@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -59,6 +60,25 @@ def test_what_does_not_fit_a_machine_is_said():
     assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES
     with pytest.raises(ValueError, match="stage '09' is not known"):
         rehearsal.stages(["09"])
+
+
+def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path, monkeypatch):
+    for name in ("llava", "judge"):
+        (tmp_path / name).mkdir()
+    ran = []
+
+    def run(command, **_):
+        job = json.loads(Path(command[-1]).read_text())
+        ran.append(job["stage"])
+        small = len(ran) == 2 and {"answers": 9}
+        gib = [job["card_bytes"] / 2**30]
+        Path(job["out"]).write_text(json.dumps(TAKEN | {"stage": job["stage"], "halved": small or {}, "gib": gib}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(rehearsal.subprocess, "run", run)
+    found = rehearsal.rehearse(rehearsal.machine("colab", gpu_gib=11.8), tmp_path)
+    assert ran == list(STAGES[:2]) and found.misfit.tolist() == ["", "answers were halved to 9 at once"]
+    assert found.gib[0] == [pytest.approx(11.3)], "half a GiB is left to CUDA"
 
 
 @pytest.mark.parametrize("machine", rehearsal.MACHINES.values())

@@ -4,6 +4,7 @@ python -m medprune.rehearsing.stage JOB.json
 """
 
 import gc
+import itertools
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from medprune.settings import REPO
 from medprune.store import read_json, write_json
 
 EVERY_S = 0.05  # between two looks at the process's memory
+UNPACKED_LAYERS = 2 * 32 * 7  # of packed models on the host, two models' worth
 MERGED_BLOCKS = 8  # of those whose weights are really converted on the host, two files' worth
 
 
@@ -85,7 +87,7 @@ def _cut_short() -> None:
     whole = merging.read_tensor
     merging.read_tensor = lambda *where: whole(*where) if _early(where[1]) else whole(*where).to("meta")
     criteria.read_tensor = lambda *where: whole(*where) if _early(where[1]) else torch.zeros(1)
-    checkpoint.from_awq = _repacked
+    checkpoint.from_awq = _repacked(checkpoint.from_awq)
 
 
 def _early(name: str) -> bool:
@@ -97,13 +99,20 @@ def _packed_form(layer, x) -> tuple:
     return layer.in_features, layer.out_features, layer.bits, layer.group_size, x.shape, x.stride(), x.dtype, x.device
 
 
-def _repacked(qweight, qzeros, scales) -> dict:
-    """Return buffers of the bytes that `packed.from_awq` gives, on the host."""
+def _repacked(whole):
+    """Return `packed.from_awq` that unpacks two models' layers, and of later ones gives buffers of the same bytes."""
     import torch
 
-    (inputs, words), groups = qweight.shape, len(qzeros)
-    codes = torch.ones(words * 8, inputs // 2, dtype=torch.uint8)
-    return {"qweight": codes, "zero_point": torch.ones(groups, words * 4, dtype=torch.uint8), "scale": scales}
+    layers = itertools.count()
+
+    def repacked(qweight, qzeros, scales) -> dict:
+        if next(layers) < UNPACKED_LAYERS:
+            return whole(qweight, qzeros, scales)
+        (inputs, words), groups = qweight.shape, len(qzeros)
+        codes = torch.ones(words * 8, inputs // 2, dtype=torch.uint8)
+        return {"qweight": codes, "zero_point": torch.ones(groups, words * 4, dtype=torch.uint8), "scale": scales}
+
+    return repacked
 
 
 def _named(path: Path, stamp: tuple) -> str:
