@@ -45,7 +45,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded_and_before_a_judge():
                 assert not held, f"{stage} judges beside a model"
 
 
-TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9}
+TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9, "scratch_bytes": 0}
 
 
 def test_what_does_not_fit_a_machine_is_said():
@@ -53,6 +53,8 @@ def test_what_does_not_fit_a_machine_is_said():
     assert rehearsal._misfits(TAKEN, colab) == []
     small = rehearsal.machine("colab", ram_gib=4, disk_gb=50)
     assert rehearsal._misfits(TAKEN, small) == ["5.0 of ram are needed, 4 are there", "60.0 of disk are needed, 50 are there"]
+    apart = rehearsal.machine("colab", scratch_gb=50)
+    assert rehearsal._misfits(TAKEN | {"scratch_bytes": 51e9}, apart) == ["51.0 of scratch are needed, 50 are there"]
     halved = TAKEN | {"halved": {"answers": 3}, "error": "OutOfMemoryError: CUDA out of memory."}
     assert len(rehearsal._misfits(halved, colab)) == 2
     with pytest.raises(ValueError, match="machine 'pc' is not known: choose kaggle or colab"):
@@ -106,6 +108,6 @@ def test_the_command_says_what_fits_and_ends_in_1_where_not(tmp_path, monkeypatc
         cli.main()
     said = capsys.readouterr().out.splitlines()
     assert end.value.code == 1 and said[0] == (
-        "01_finetune: GPU 1.00 + 2.00 GiB, host 5.0 GiB, files 60 GB, 5 s of rehearsal. fits"
+        "01_finetune: GPU 1.00 + 2.00 GiB, host 5.0 GiB, files 60 + 0 GB, 5 s of rehearsal. fits"
     )
     assert said[1].endswith("answers were halved to 3 at once")

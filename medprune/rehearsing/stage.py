@@ -29,8 +29,8 @@ MERGED_BLOCKS = 8  # of those whose weights are really converted on the host, tw
 def main(path: str) -> None:
     """Do a job {stage, cards, card_bytes, parameters, root, out}; write what it took to `out`.
 
-    `out` holds the peaks of each card by cell, that of the host's memory, the most bytes of files under `root`,
-    seconds, rows that had to be halved, and the error that ended it, if one did.
+    `out` holds the peaks of each card by cell, that of the host's memory, the most bytes of files under `root` and
+    in its `scratch`, seconds, rows that had to be halved, and the error that ended it, if one did.
     """
     job = read_json(Path(path))
     ledger = card.start(job["cards"], job["card_bytes"])
@@ -51,7 +51,7 @@ def main(path: str) -> None:
     Disk.look(Path(job["root"]))
     taken |= {"ram_bytes": Host.peak, "seconds": time.perf_counter() - started}
     taken |= {"card_bytes": [max(c["peak"][i] for c in taken["cells"]) for i in range(job["cards"])]}
-    taken |= {"disk_bytes": Disk.peak, "halved": device.HALVED}
+    taken |= {"disk_bytes": Disk.peak, "scratch_bytes": Disk.scratch, "halved": device.HALVED}
     write_json(Path(job["out"]), taken)
 
 
@@ -138,14 +138,17 @@ class Host:
 
 
 class Disk:
-    """The most bytes that files had under a folder, whatever of them are holes, but for the base's."""
+    """The most bytes that files had under a folder but for the base's, holes or not, and in `scratch` there."""
 
-    peak = 0
+    peak = scratch = 0
 
     @classmethod
     def look(cls, root: Path) -> None:
-        found = (f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents)
-        cls.peak = max(cls.peak, sum(f.stat().st_size for f in found))
+        sizes = {False: 0, True: 0}  # in scratch or not
+        for f in root.rglob("*"):
+            if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents:
+                sizes[root / "scratch" in f.parents] += f.stat().st_size
+        cls.peak, cls.scratch = max(cls.peak, sizes[False]), max(cls.scratch, sizes[True])
 
 
 def _write_holes(root: Path) -> None:
