@@ -22,7 +22,7 @@ from medprune.settings import REPO
 from medprune.store import read_json, write_json
 
 EVERY_S = 0.05  # between two looks at the process's memory
-UNPACKED_LAYERS = 2 * 32 * 7  # of packed models on the host, two models' worth
+UNPACKED_LAYERS = 32 * 7  # of packed models on the host, the first one's: later ones hold as many bytes
 MERGED_BLOCKS = 8  # of those whose weights are really converted on the host, two files' worth
 
 
@@ -100,7 +100,7 @@ def _packed_form(layer, x) -> tuple:
 
 
 def _repacked(whole):
-    """Return `packed.from_awq` that unpacks two models' layers, and of later ones gives buffers of the same bytes."""
+    """Return `packed.from_awq` that unpacks one model's layers, and of later ones gives buffers of the same bytes."""
     import torch
 
     layers = itertools.count()
