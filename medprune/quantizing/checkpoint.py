@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -13,7 +12,7 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready, skeleton
+from medprune.models.loading import check_loading, ready, skeleton, stored_tensors
 from medprune.models.sizes import account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
@@ -130,10 +129,7 @@ def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
     expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
-    found = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            found |= {current_name(key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    found = stored_tensors(folder).keys()
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
 
 

@@ -90,7 +90,7 @@ def _try(run: Run, training: Training, asked, config, label: str):
     """Train, answer and forget one way back; return (rows, record), from the run's units where they are there."""
     mark = training.context()
     units = run.units(decoding.answers_context(f"{mark} in {config.held_bits} bits", asked, config.max_new_tokens))
-    folder = run.weights(f"tried-{mark}")
+    folder = run.dir / f"tried-{mark}"  # not to scratch, which the models that stay fill
     if "record" not in units or any(f"{label} {q['id']}" not in units for q in asked):
         units.add("record", train_once(run, folder, training, label))
         model, processor = load(folder, bits=config.held_bits)
