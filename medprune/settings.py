@@ -25,6 +25,7 @@ METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
+BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
 RECIPES = ("lora", "projector", "last_blocks", "distill")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers
 Count = Annotated[int, Field(ge=1)]
@@ -56,7 +57,7 @@ class Settings(BaseModel):
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = _setting("smollm2", "15", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
+    base: str = _setting("smollm2", "15", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
     base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
     held_bits: Literal[4, 16] = _setting(16, "123456", "of 16-bit models while they answer; 4: as NF4, to fit one card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
@@ -267,7 +268,7 @@ def _given(name: str, value):
 def _absolute(text: str) -> str:
     """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
     for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
-        if text not in ("", "tiny", "smollm2") and (folder / text).exists():
+        if text not in ("", *BASES) and (folder / text).exists():
             return str((folder / text).absolute())
     return text
 
