@@ -22,7 +22,7 @@ NORM_EPS = 1e-3
 
 
 class EyesConfig(PreTrainedConfig):
-    """Sizes of the tower; stages are (blocks, kernel, stride, expansion, channels), the strides' product patch_size/2."""
+    """Sizes of the tower; stages are (blocks, kernel, stride, expansion, channels), the stem's stride is 2."""
 
     model_type = EYES
     base_config_key = "vision_config"
