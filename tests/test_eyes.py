@@ -218,9 +218,9 @@ def test_eyes_are_tuned_together_with_what_says_what_they_see(small, tmp_path):
     assert [c["step"] for c in curve] == list(range(1, 41))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, "as it came"
-    fixed = ("vision_tower.stem", "vision_tower.blocks.0.", "vision_tower.blocks.1.", "language_model", "lm_head")
+    fixed = ("vision_tower.stem", "vision_tower.blocks.0.", "language_model", "lm_head")
     assert not [name for name in moved if any(part in name for part in fixed)]
-    assert any("vision_tower.blocks.4." in name for name in moved) and any("vision_tower.last" in n for n in moved)
+    assert all(any(f"vision_tower.{part}." in name for name in moved) for part in ("blocks.4", "last"))
     inner, names = parts(model.float()), ["melanoma", "rosacea"]
     targets = tower.name_embeddings(inner.text_model, processor, names)
     pixels = torch.stack([image_pixels(processor, r.path, torch.float32) for r in records])

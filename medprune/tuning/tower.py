@@ -89,7 +89,7 @@ def tune_eyes(model, processor, records, steps: int, seed: int = 0, batch: int =
     pixels = torch.stack([wide_pixels(processor, r.path) for r in records])
     targets = name_embeddings(inner.text_model, processor, names)
     tower, projector = inner.vision_tower.float().to(memory_format=torch.channels_last), inner.projector.float()
-    n_fixed = len(tower.blocks) * 9 // 16  # what the first blocks see is the same in every picture
+    n_fixed = len(tower.blocks) * 5 // 16  # what the first blocks see is the same in every picture
     torch.manual_seed(seed)
     side, known = processor.image_processor.crop_size["height"], seen(tower, centre(pixels, processor))
     mean, size = known.mean(0), known.std(0) + 1e-3
@@ -97,7 +97,7 @@ def tune_eyes(model, processor, records, steps: int, seed: int = 0, batch: int =
     for parameter in head.parameters():  # its first steps must not shake the tower
         torch.nn.init.zeros_(parameter)
     late = [*tower.blocks[n_fixed:].parameters(), *tower.last.parameters()]
-    groups = [(late, 4e-4, 0.02), ([*head.parameters()], 2e-3, 0.1), ([*projector.parameters()], 1e-3, 0.05)]
+    groups = [(late, 2e-4, 0.02), ([*head.parameters()], 2e-3, 0.1), ([*projector.parameters()], 1e-3, 0.05)]
     optimizer = torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups])
     rates = [rate for _, rate, _ in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
