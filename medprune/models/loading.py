@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on_gpu, release
+from medprune.models import eyes
 from medprune.models.attention import GROUPED
 from medprune.models.families import BLOCKS, SKIP_QUANTIZATION, block_number, current_name, parts, spread
 from medprune.models.sizes import account, base_config, shape_of
@@ -195,7 +196,7 @@ def load_processor(folder: str | Path):
     if not processor.chat_template:
         raise ValueError(f"{folder} has no chat template: put the chat_template.jinja of its base model there.")
     config = LlavaConfig.from_pretrained(folder)
-    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    has_class_token = config.vision_config.model_type in ("clip_vision_model", eyes.EYES)
     processor.patch_size = processor.patch_size or config.vision_config.patch_size
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or int(has_class_token)
     strategy = processor.vision_feature_select_strategy or config.vision_feature_select_strategy

@@ -13,7 +13,7 @@ from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
 from medprune.models.loading import check_loading, ready, skeleton, stored_tensors
-from medprune.models.sizes import account, base_config
+from medprune.models.sizes import EYES, account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -23,6 +23,7 @@ from medprune.store import content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
 _PLAIN = "from transformers import LlavaForConditionalGeneration as Llava\nmodel = Llava.from_pretrained(folder)"
+_EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
     "bitsandbytes": "bitsandbytes installed",
@@ -55,6 +56,7 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
         if processor is not None:
             processor.save_pretrained(temporary)
         size = sum(file.stat().st_size for file in temporary.iterdir())
+        said |= {"first": _EYES if model.config.vision_config.model_type == EYES else ""}
         write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
 
@@ -194,7 +196,7 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."
     if needed := _NEEDED.get(config["quant_method"]):
-        how = f"Plain transformers, with {needed}:\n\n```python\n{_PLAIN}\n```"
+        how = f"Plain transformers, with {needed}:\n\n```python\n{said['first']}{_PLAIN}\n```"
     return f"""# A quantized LLaVA
 
 Not for clinical use: a research artefact, evaluated on teaching images only.
