@@ -84,10 +84,10 @@ def group_table(scores: pd.DataFrame, by=BY, exact: bool = False) -> pd.DataFram
 
 
 def worst_group(scores: pd.DataFrame, by=BY) -> pd.DataFrame:
-    """Return one row per method: method, worst, worst_score, worst_low, worst_high, worst_images and groups.
+    """Return one row per method: method, worst_group, worst, worst_low, worst_high, worst_images and groups.
 
-    worst names the group with the lowest mean among the `groups` of at least LEAST_IMAGES images, "" where fewer than
-    two are as large. Whichever group comes out lowest does so by bad luck too, so that its mean is too low on average:
+    worst_group has the lowest mean among the `groups` of at least LEAST_IMAGES images; "" where fewer than two are as
+    large. Whichever group comes out lowest does so by bad luck too, so that its mean is too low on average:
     the limits are therefore of the lowest of the groups' true means, whichever group has it. They are the lowest of
     the groups' lower limits, and the lowest of upper limits that hold for all groups together (Bonferroni); a group
     without limits of its own has no say, unless it is the lowest: then there is no interval.
@@ -95,18 +95,18 @@ def worst_group(scores: pd.DataFrame, by=BY) -> pd.DataFrame:
     rows = []
     for method, answers in scores.dropna(subset="score_percent").groupby("method", sort=False):
         groups = _groups(answers, by)
-        row = {"method": method, "worst": "", "worst_score": math.nan, "worst_low": math.nan, "worst_high": math.nan}
+        row = {"method": method, "worst_group": "", "worst": math.nan, "worst_low": math.nan, "worst_high": math.nan}
         if len(groups) > 1:
             found = {name: _mean(part) for name, part in groups.items()}
             name = min(found, key=lambda group: found[group]["mean"])
             lowest = found[name]
-            row |= {"worst": name, "worst_score": lowest["mean"], "worst_images": lowest["n_images"]}
+            row |= {"worst_group": name, "worst": lowest["mean"], "worst_images": lowest["n_images"]}
             if not math.isnan(lowest["low"]):
                 highs = [_mean(part, ALPHA / len(groups))["high"] for part in groups.values()]
                 row["worst_low"] = min(g["low"] for g in found.values() if not math.isnan(g["low"]))
                 row["worst_high"] = min(high for high in highs if not math.isnan(high))
         rows.append(row | {"groups": len(groups)})
-    columns = ["method", "worst", "worst_score", "worst_low", "worst_high", "worst_images", "groups"]
+    columns = ["method", "worst_group", "worst", "worst_low", "worst_high", "worst_images", "groups"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 

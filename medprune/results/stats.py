@@ -25,7 +25,7 @@ from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from medprune.results.cells import ROUNDING, Cells, cells_of, covariance, variance
+from medprune.results.cells import ROUNDING, Cells, cells_of, covariance, p_of, student, variance
 
 ALPHA, POWER = 0.05, 0.8  # of the tests that are planned
 SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
@@ -103,7 +103,7 @@ def paired_difference(a, b, clusters, alpha: float = ALPHA, runs=None) -> dict:
     is right for differences either way, and of those that gains and losses give, each with `mean_score`'s limits,
     put together by Zou and Donner's MOVER (2008; Newcombe 1998 for shares), which is right where few images differ,
     and much. They hold 0 where p is at least alpha.
-    runs (n,), as `mean_score` has them: of several, p is Student's t on their degrees of freedom.
+    runs (n,), as `mean_score` has them: of several, p is the t test that their limits are of.
     NaN limits where fewer than LEAST_DIFFERENT images differ or all differ by the same; one cluster, or two runs, have
     no p either.
     A loss on so few images that none was drawn is in no interval. Raises ValueError as `clustered_mean` does, and
@@ -266,21 +266,20 @@ def _error(means, cells: Cells) -> float:
 
 
 def _t_limits(means, cells: Cells, alpha: float) -> tuple[float, float]:
-    mean, (spread, degrees) = float(cells.shares @ means), variance(means, cells)
-    half = special.stdtrit(degrees, 1 - alpha / 2) * math.sqrt(spread) if spread else math.nan
+    mean, (spread, between) = float(cells.shares @ means), variance(means, cells)
+    half = student(alpha, between, cells) * math.sqrt(spread) if spread else math.nan
     return mean - half, mean + half
 
 
 def _share_limits(shares, cells: Cells, alpha: float, unseen: float) -> tuple[float, float]:
     """Return Jeffreys's limits of the mean of cells' shares (cells,) of 0 to 1; the mean, where none varies."""
-    mean, (spread, degrees) = float(cells.shares @ shares), variance(shares, cells)
+    mean, (spread, between) = float(cells.shares @ shares), variance(shares, cells)
     if not spread:
         return mean, mean
     two_point = mean * (1 - mean)
     weight = unseen * (1 - 2 * mean) ** 2 / (cells.images * two_point)  # unseen x the squared skewness
     spread = (spread + weight * two_point / cells.images) / (1 + weight)
-    normal, student = special.ndtri(1 - alpha / 2), special.stdtrit(degrees, 1 - alpha / 2)
-    effective = two_point / spread * (normal / student) ** 2
+    effective = two_point / spread * (special.ndtri(1 - alpha / 2) / student(alpha, between, cells)) ** 2
     right, wrong = effective * mean + 0.5, effective * (1 - mean) + 0.5
     low, high = special.betaincinv(right, wrong, [alpha / 2, 1 - alpha / 2])
     return min(float(low), mean), max(float(high), mean)
@@ -324,10 +323,10 @@ def _p_of_no_difference(means, cells: Cells) -> float:
 
 def _p_of_t(means, cells: Cells) -> float:
     """Return the two-sided p of Student's t test; 1 where no cell differs, NaN where all differ alike."""
-    spread, degrees = variance(means, cells)
-    if not spread:
-        return math.nan if means.any() else 1.0
-    return float(2 * stats.t.sf(abs(cells.shares @ means) / math.sqrt(spread), degrees))
+    spread, between = variance(means, cells)
+    if not spread > 0:
+        return math.nan if means.any() or math.isnan(spread) else 1.0
+    return p_of(cells.shares @ means / math.sqrt(spread), between, cells)
 
 
 def _power(size: float, n_images: float) -> float:
