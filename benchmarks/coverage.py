@@ -12,6 +12,7 @@ on a fifth of one pool. Writes a JSON with a row for each cell.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,14 @@ def simulate_runs(design: str, runs: int, images: int, right: float, run_sd: flo
     return cell | _covered(100 * (right if lost is None else lost), limits)
 
 
+def cells_of_runs():
+    """Yield the arguments of `simulate_runs`, without draws."""
+    for lost in (None, *LOST):
+        for design, right, run_sd in itertools.product(DESIGNS, RIGHT_OF_RUNS, RUN_SD):
+            for runs, images in itertools.product(RUNS, IMAGES_OF_RUNS):
+                yield design, runs, images, right, run_sd, lost
+
+
 def _covered(true: float, limits: list[tuple[float, float]]) -> dict:
     """Return true, draws, given, covered (of those given), misleading and the median width of a cell's intervals."""
     low, high = np.transpose(limits)
@@ -169,6 +178,13 @@ def main() -> None:
             index=["population", "right"], columns="images", values="text", aggfunc="first", sort=False
         )
         print(f"{of}: % that hold the true mean (% given)\n\n{wide.to_string()}\n")
+    runs = pd.DataFrame([simulate_runs(*cell, args.draws // 4) for cell in cells_of_runs()])
+    for lost, part in runs.assign(text=[cell_text(row) for row in runs.itertuples()]).groupby("lost", dropna=False):
+        at = ["design", "right", "run_sd"], ["runs", "images"]
+        wide = part.pivot_table(index=at[0], columns=at[1], values="text", aggfunc="first", sort=False)
+        of = "share right" if np.isnan(lost) else f"difference, {lost:.0%} lost"
+        print(f"several runs, {of}: % that hold the true mean (% given)\n\n{wide.to_string()}\n")
+    table = pd.concat([table, runs.assign(of=np.where(runs["lost"].isna(), "share of runs", "difference of runs"))])
     rounded = table.round(4).astype(object)
     write_json(args.out, {"rows": rounded.where(table.notna(), None).to_dict("records")})
 

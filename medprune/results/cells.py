@@ -5,7 +5,7 @@ there are several (seeds), runs and images are both drawn, whether the runs shar
 own, or share some: the analysis of Obuchowski and Rockette (1995) for readers and cases, with the runs as readers.
 V = variance of the runs' means / runs, and C = covariance of two runs' means by the images that they share, make the
 variance of the mean, V + C. Student's quantile is the mean of those for V's and for C's degrees of freedom, weighted by
-V and C (Cochran and Cox 1957), which covers 95 to 97% of normal means where Satterthwaite's degrees of freedom cover 92.
+V and C (Cochran and Cox 1957), which covers 95 to 97% of normal means; Satterthwaite's degrees of freedom cover 92.
 """
 
 import math
@@ -110,20 +110,20 @@ def variance(values, cells: Cells) -> tuple[float, float]:
 
 def student(alpha: float, between: float, cells: Cells) -> float:
     """Return the quantile that a mean's two-sided interval multiplies its error with; between: `variance`'s share."""
-    by_image = special.stdtrit(cells.degrees, 1 - alpha / 2)
-    return by_image + between * (special.stdtrit(cells.runs - 1, 1 - alpha / 2) - by_image) if between else by_image
+    by_image = -special.stdtrit(cells.degrees, alpha / 2)
+    return by_image - between * (special.stdtrit(cells.runs - 1, alpha / 2) + by_image) if between else by_image
 
 
 def p_of(error: float, between: float, cells: Cells) -> float:
     """Return the two-sided p of a mean that lies `error` standard errors from 0."""
     if cells.runs == 1:
         return float(2 * special.stdtr(cells.degrees, -abs(error)))
-    log_p = [-700, -1e-12]
-    if student(math.exp(log_p[1]), between, cells) >= abs(error):
-        return 1.0
-    if student(math.exp(log_p[0]), between, cells) <= abs(error):
-        return 0.0
-    return float(math.exp(brentq(lambda log: student(math.exp(log), between, cells) - abs(error), *log_p)))
+
+    def beyond(log_p: float) -> float:
+        return student(math.exp(log_p), between, cells) - abs(error)
+
+    most, least = 0.0, -300.0
+    return math.exp(brentq(beyond, least, most)) if beyond(most) < 0 < beyond(least) else float(error == 0)
 
 
 def _apart(values, cells: Cells) -> np.ndarray:
