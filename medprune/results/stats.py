@@ -256,7 +256,8 @@ def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000) -> str:
 def _by_image(values, clusters, runs=None, strata=None) -> tuple[np.ndarray, Cells, dict]:
     """Return the means of images, in each run, (cells,), the cells, and mean, n, n_images, and n_runs if there are."""
     means, cells = cells_of(values, clusters, runs, strata)
-    found = {"mean": float(cells.shares @ means), "n": np.size(values), "n_images": cells.images}
+    mean = np.mean(values) if runs is None and strata is None else cells.shares @ means
+    found = {"mean": float(mean), "n": np.size(values), "n_images": cells.images}
     return means, cells, found | ({} if runs is None else {"n_runs": cells.runs})
 
 
