@@ -490,7 +490,7 @@ def test_one_run_among_runs_is_a_run_and_two_have_no_interval():
     assert all(math.isnan(two[key]) for key in ("low", "high", "p")) and two["diff"] == pytest.approx(scores[:2].mean() - 50)
     assert math.isnan(stats.mean_score(scores[:2].ravel(), images[:48], runs[:48])["low"])
     three = stats.mean_score(scores.ravel(), images, runs)
-    pooled = stats.mean_score(scores.ravel(), [f"{r} {i}" for r, i in zip(runs, images)])
+    pooled = stats.mean_score(scores.ravel(), [f"{r} {i}" for r, i in zip(runs, images, strict=True)])
     assert three["high"] - three["low"] > 1.5 * (pooled["high"] - pooled["low"])  # as if seeds did not differ
 
 

@@ -211,7 +211,7 @@ def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
         table = pd.concat(criteria, ignore_index=True)
         for count, part in table[table["blocks_removed"] > 0].groupby("blocks_removed"):
             sentence, _ = least_harm(part, list(part["method"].unique()))
-            said.append(f"{count:.0f} blocks removed, by criterion: {sentence}")
+            said.append(f"{count:.0f} block{'s' * (count != 1)} removed, by criterion: {sentence}")
     methods = scores["method"].unique()
     for model in dict.fromkeys(m.removeprefix("awq-") for m in methods if m.startswith("awq-")):
         rivals = [m for m in methods if m.partition("-")[0] in METHODS and m.partition("-")[2] == model]
