@@ -49,11 +49,11 @@ def html_report(path: Path, title: str, sections: list[dict]) -> Path:
     return write_text(Path(path), text)
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
+def with_interval(mean: float, low: float, high: float, digits: int = 1) -> str:
     """Return "80.1 [76.0, 84.2]", "80.1 [no interval]" where the bounds are NaN, "" where the mean is."""
     if pd.isna(mean):
         return ""
-    return f"{mean:z.1f} {limits(low, high)}"
+    return f"{mean:z.{digits}f} {limits(low, high, digits)}"
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +69,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         if name in limits_of:
             low, high = limits_of[name]
             rows = zip(column, table[low], table[high], strict=True)
-            out[f"{heading} [95% interval]"] = [with_interval(*row) for row in rows]
+            digits = 2 if name == "kappa" else 1
+            out[f"{heading} [95% interval]"] = [with_interval(*row, digits) for row in rows]
         elif name == "low_all" and "high_all" in table:
             found = zip(column, table["high_all"], strict=True)
             out["[95% for all rows]"] = [limits(low, high) for low, high in found]
