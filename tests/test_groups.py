@@ -51,6 +51,9 @@ def test_naming_table_of_one_run_is_exact_and_of_several_covers_runs():
     several = pd.concat([names.assign(run=run, score_percent=np.roll(names["score_percent"], run)) for run in range(3)])
     (found,) = groups.naming_table(several).to_dict("records")
     assert found["n_runs"] == 3 and found["n_images"] == 24 and (found["low"], found["high"]) != groups.exact_share(60, 72)
+    own = several.assign(cluster=several["run"].astype(str) + " " + several["cluster"])
+    (found,) = groups.naming_table(own).to_dict("records")
+    assert found["n_images"] == 72 and (found["low"], found["high"]) != groups.exact_share(60, 72)
 
 
 def test_small_groups_have_no_interval_and_are_no_candidates():
