@@ -90,6 +90,45 @@ def run(
 
 
 @app.command()
+def study(
+    grid: Annotated[Path, typer.Argument(help="YAML: settings by name, a list of values for what is crossed")],
+    out: Annotated[Path | None, typer.Option(help="the report's folder, or FILE.md; else beside the runs")] = None,
+    runs_dir: Runs = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
+    ray: Annotated[str | None, typer.Option(help="run on Ray: local, auto or HOST:PORT")] = None,
+    cpus: Annotated[float, typer.Option(help="of each run on Ray")] = 1,
+    gpus: Annotated[float, typer.Option(help="of each run on Ray")] = 0,
+    ram: Annotated[float, typer.Option(help="GiB of host memory of each run on Ray")] = 0,
+) -> None:
+    """Make a run for each combination of a grid's settings, and one report over all; status 3 if one failed."""
+    from medprune.runs import study as many
+
+    tasks = many.read_grid(grid, runs_dir)
+    plans = many.check(tasks)
+    if dry_run:
+        typer.echo("\n".join(f"{name}: {line}" for name, lines in plans.items() for line in lines))
+        return
+    board = many.Board(sys.stderr)
+    with board.bars():
+        if ray is None:
+            made = many.one_by_one(tasks, board.say)
+        else:
+            needs = {"num_cpus": cpus, "num_gpus": gpus} | ({"memory": ram * 2**30} if ram else {})
+            made = many.on_ray(tasks, board.say, address=ray, **needs)
+        failed = {}
+        for task, error in made:
+            board.say(task.name, f"failed: {error}" if error else "done")
+            failed |= {task.name: error} if error else {}
+    if done := [task.root for task in tasks if task.name not in failed]:
+        from medprune.runs.across import report_over
+
+        out = out or runs_home(runs_dir) / f"{grid.stem}-report"
+        typer.echo(f"report: {report_over(done, out, f'medprune: {grid.stem}')}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed: {', '.join(failed)}; run it again to go on.")
+
+
+@app.command()
 def runs(runs_dir: Runs = None) -> None:
     """List the runs: stages done, when, profile, score of the last step, disk."""
     from medprune.results.page import readable

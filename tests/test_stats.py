@@ -439,3 +439,101 @@ def test_limits_of_a_standard_deviation_cover_it(draw):
     c = 6 / (6 - scipy_stats.norm.ppf(0.975))
     assert math.prod(stats.sd_limits(values)) == pytest.approx(c * np.var(values, ddof=1))
     assert np.isnan(stats.sd_limits([1, 2, 3, 4])).all() and np.isnan(stats.sd_limits([3.0] * 9)).all()
+
+
+# ---- several runs: seeds are drawn as images are
+def crossed(rng, runs, images, run_sd=8.0, image_sd=12.0):
+    """Scores of images in each run, (runs, images), all runs on the same images."""
+    apart = run_sd * rng.normal(size=(runs, 1)) + image_sd * rng.normal(size=images)
+    return np.clip(50 + apart + 6 * rng.normal(size=(runs, images)), 0, 100)
+
+
+def places(runs, images):
+    return np.tile(np.arange(images), runs), np.repeat(np.arange(runs), images)
+
+
+def test_runs_on_the_same_images_have_the_mean_squares_of_dorfman_berbaum_and_metz():
+    scores = crossed(np.random.default_rng(5), 4, 20)
+    images, runs = places(4, 20)
+    means, cells = stats.cells_of(scores.ravel(), images, runs)
+    of_run, of_image = scores.mean(1), scores.mean(0)
+    by_run, by_image = 20 * of_run.var(ddof=1), 4 * of_image.var(ddof=1)
+    left = ((scores - of_run[:, None] - of_image + scores.mean()) ** 2).sum() / (3 * 19)
+    between, shared = stats.covariance(means, means, cells)
+    assert between == pytest.approx(by_run / 80) and shared == pytest.approx((by_image - left) / 80)
+    found = stats.mean_score(scores.ravel(), images, runs)
+    assert found["n"] == 80 and found["n_images"] == 20 and found["n_runs"] == 4
+    assert found["mean"] == pytest.approx(scores.mean())
+
+
+def test_runs_on_images_of_their_own_are_compared_by_the_t_test_of_their_means():
+    rng = np.random.default_rng(6)
+    a, b = rng.uniform(40, 60, (2, 5, 30))
+    b += rng.normal(0, 4, (5, 1))
+    runs = np.repeat(np.arange(5), 30)
+    found = stats.paired_difference(a.ravel(), b.ravel(), np.arange(150), runs=runs)
+    test = scipy_stats.ttest_1samp((a - b).mean(1), 0)
+    assert found["p"] == pytest.approx(test.pvalue, rel=1e-6)
+    low, high = test.confidence_interval()
+    assert found["low"] <= low + 1e-9 and found["high"] >= high - 1e-9  # or the wider, of gains and losses
+    uneven = rng.permutation(150)[:100]  # runs of unlike size weigh the same
+    part = stats.mean_score(a.ravel()[uneven], np.arange(150)[uneven], runs[uneven])
+    assert part["mean"] == pytest.approx(np.mean([a[r][uneven[runs[uneven] == r] % 30].mean() for r in range(5)]))
+
+
+def test_one_run_among_runs_is_a_run_and_two_have_no_interval():
+    scores = crossed(np.random.default_rng(7), 3, 24)
+    images, runs = places(3, 24)
+    one = stats.mean_score(scores[0], images[:24], runs[:24])
+    assert one.pop("n_runs") == 1 and one == stats.mean_score(scores[0], images[:24])
+    two = stats.paired_difference(scores[:2].ravel(), 50 + 0 * scores[:2].ravel(), images[:48], runs=runs[:48])
+    assert all(math.isnan(two[key]) for key in ("low", "high", "p")) and two["diff"] == pytest.approx(scores[:2].mean() - 50)
+    assert math.isnan(stats.mean_score(scores[:2].ravel(), images[:48], runs[:48])["low"])
+    three = stats.mean_score(scores.ravel(), images, runs)
+    pooled = stats.mean_score(scores.ravel(), [f"{r} {i}" for r, i in zip(runs, images, strict=True)])
+    assert three["high"] - three["low"] > 1.5 * (pooled["high"] - pooled["low"])  # as if seeds did not differ
+
+
+@pytest.mark.parametrize("design", ["same images", "own images", "a fifth of a pool"])
+def test_intervals_over_runs_cover(coverage, design):
+    cells = [(design, 3, images, right, sd, lost, 80) for images in (24, 96)
+             for right, sd in ((0.5, 0.5), (0.92, 0.0)) for lost in (None, 0.1)]  # fmt: skip
+    found = [coverage.simulate_runs(*cell) for cell in cells]
+    assert min(cell["covered_frac"] for cell in found) > 0.88 and np.mean([c["covered_frac"] for c in found]) > 0.94
+    assert min(cell["given_frac"] for cell in found) > 0.5
+    # Clustered by image alone they would not, where runs differ.
+    rng, held = np.random.default_rng(1), []
+    for _ in range(200):
+        chosen = coverage.images_of(rng, design, 3, 96)
+        right = 100.0 * coverage.right_answers(rng, 0.5, 0.5, rng.normal(size=chosen.max() + 1), chosen)
+        blind = stats.mean_score(right.ravel(), chosen.ravel())
+        held.append(blind["low"] <= 50 <= blind["high"])
+    assert np.mean(held) < 0.85
+
+
+def test_strata_weigh_the_same_and_vary_within():
+    scores = np.array([100, 100, 0, 100, 0, 0, 100.0])
+    strata = ["a", "a", "a", "a", "b", "b", "b"]
+    found = stats.mean_score(scores, range(7), strata=strata)
+    assert found["mean"] == pytest.approx((75 + 100 / 3) / 2)
+    means, cells = stats.cells_of(scores, range(7), strata=strata)
+    by_hand = (scores[:4].var(ddof=1) / 4 + scores[4:].var(ddof=1) / 3) / 4
+    assert stats.variance(means, cells)[0] == pytest.approx(by_hand) and cells.degrees == 5
+    alone = stats.mean_score(np.append(scores, 0), range(8), strata=[*strata, "c"])
+    assert math.isnan(alone["low"]) and alone["mean"] == pytest.approx((75 + 100 / 3) / 3)
+
+
+def test_tables_of_several_runs_pair_within_a_run():
+    scores = crossed(np.random.default_rng(8), 4, 24)
+    rows = [{"run": r, "method": m, "id": f"{i}#q", "cluster": f"image {i}", "score_percent": max(0, scores[r, i] - drop)}
+            for r in range(4) for i in range(24) for m, drop in (("original", 0), ("pruned", 7 + r))]  # fmt: skip
+    table = pd.DataFrame(rows)
+    assert stats.score_table(table)["n_runs"].tolist() == [4, 4]
+    found = stats.compare(table, [("pruned", "original")]).iloc[0]
+    assert found["n"] == 96 and found["n_runs"] == 4 and found["n_images"] == 24 and found["unmatched"] == 0
+    assert found["diff"] == pytest.approx(-8.5, abs=0.5) and found["high"] < 0 and found["p"] < 0.01
+    twice = pd.concat([table, table.iloc[:1]])
+    with pytest.raises(ValueError, match="more than one score for id '0#q'"):
+        stats.score_table(twice)
+    with pytest.raises(ValueError, match="more than one score"):
+        stats.score_table(table.drop(columns="run"))

@@ -208,6 +208,18 @@ def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
     return fig
 
 
+def figure_shares(named: pd.DataFrame) -> Figure:
+    """Draw `groups.naming_table`: the share of images named right with its interval, and the worst group's beside."""
+    rows = named.reset_index(drop=True)
+    fig, ax = _axes(size=(8, 1.5 + 0.3 * len(rows)))
+    ax.errorbar(rows["right"], rows.index, xerr=_arms(rows, "right"), fmt="o", color=BLUE, label="all images", **BARS)
+    ax.plot(rows["worst"], rows.index, "|", color=RED, markersize=10, label="worst group")
+    ax.set_yticks(rows.index, rows["method"])
+    ax.set(xlabel="names given right (% of images)", ylabel="method", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
+    fig.legend(**ABOVE)
+    return fig
+
+
 def figure_breakdown(df: pd.DataFrame, by: str) -> Figure:
     """Draw each method's mean score_percent (rows) in each group of `by` (columns), such as condition or kind."""
     means = df.pivot_table(index="method", columns=by, values="score_percent", sort=False, dropna=False)

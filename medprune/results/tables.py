@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
-from scipy.stats import binomtest
 
 from medprune.data.questions import named_conditions
 from medprune.models.sizes import GIB, account, named_config, shape_of
 from medprune.pruning.ranking import knee
-from medprune.results import stats
+from medprune.results import groups, stats
 from medprune.settings import DATA
 
 PAPER_TABLES = DATA / "paper_tables.json"
@@ -187,21 +186,14 @@ def naming_forms(answers: pd.DataFrame, closed: pd.DataFrame, conditions: dict) 
     """Return how often each method is right about what a picture shows, by the form of the question.
 
     answers: open answers (kind, condition, method, cluster, answer), of which those to the question for a name count,
-    right where they name the condition and no other; closed: rows of `answers.closed.choose_rows`. One row per form
-    and method: asked, method, score (percent right), low, high, n and chance, the percent that guessing has right.
-    Limits are Clopper and Pearson's (1934) of one answer a picture, else those of `stats.mean_score`.
+    right as `groups.naming` has it; closed: rows of `answers.closed.choose_rows`. One row per form and method: asked,
+    method, score (percent right) with `groups.share_right`'s limits, n, and chance, the percent that guessing has right.
     """
-    named = answers[answers["kind"] == "name"]
-    right = [named_conditions(str(a), conditions) == [c] for a, c in zip(named.answer, named.condition, strict=True)]
-    forms = {"open": named.assign(score_percent=np.multiply(right, 100.0))}
-    forms |= dict(list(closed.groupby("kind", sort=False)))
+    forms = {"open": groups.naming(answers, conditions)} | dict(list(closed.groupby("kind", sort=False)))
     chance, rows = {"choice": 100 / len(conditions), "yes or no": 50.0}, []
     for form, asked in forms.items():
         for method, scores in asked.groupby("method", sort=False):
-            found = stats.mean_score(scores.score_percent, scores.cluster)
-            if found["n"] == found["n_images"]:
-                exact = binomtest(int((scores.score_percent == 100).sum()), found["n"]).proportion_ci(method="exact")
-                found |= {"low": 100 * exact.low, "high": 100 * exact.high}
+            found = groups.share_right(scores)
             row = {"asked": form, "method": method, "score": found["mean"], "low": found["low"], "high": found["high"]}
             rows.append(row | {"n": found["n"], "chance": chance.get(form, math.nan)})
     return pd.DataFrame(rows)
