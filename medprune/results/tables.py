@@ -187,7 +187,7 @@ def naming_forms(answers: pd.DataFrame, closed: pd.DataFrame, conditions: dict) 
 
     answers: open answers (kind, condition, method, cluster, answer), of which those to the question for a name count,
     right as `groups.naming` has it; closed: rows of `answers.closed.choose_rows`. One row per form and method: asked,
-    method, score (percent right) with `groups.share_right`'s limits, n, and chance, the percent that guessing has right.
+    method, score (percent right) with `groups.share_right`'s limits, n, and chance, percent that guessing has right.
     """
     forms = {"open": groups.naming(answers, conditions)} | dict(list(closed.groupby("kind", sort=False)))
     chance, rows = {"choice": 100 / len(conditions), "yes or no": 50.0}, []
