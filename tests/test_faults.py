@@ -136,7 +136,9 @@ def half_a_run(tmp_path, **files):
     first = tmp_path / "broken" / "01_finetune"
     chosen = values_of(resolve("smoke"))
     write_json(tmp_path / "broken" / "run.json", {"settings": chosen})
-    write_json(first / "manifest.json", {"settings": seen_by(STAGES[0], chosen), "overrides": {}})
+    manifest = {"stage": STAGES[0], "settings": seen_by(STAGES[0], chosen), "inputs": {}, "outputs": {}, "overrides": {}}
+    manifest |= {"code": "", "versions": {}, "contexts": [], "seconds": 1.0, "finished": ""}
+    write_json(first / "manifest.json", manifest)
     for name, value in files.items():
         write_json(first / name.replace("_json", ".json"), value)
     words = ["run", "--profile", "smoke", "--runs-dir", str(tmp_path), "--name", "broken", "--from", STAGES[1]]

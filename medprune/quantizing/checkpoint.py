@@ -13,7 +13,7 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready, skeleton
+from medprune.models.loading import check_loading, ready, skeleton, weight_files
 from medprune.models.sizes import account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
@@ -90,7 +90,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 
 def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dtype, device: str):
-    tensors = {current_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = {current_name(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
     model, hqq_layers = skeleton(shape), {}
     options = (config.get(option, False) for option in _OPTIONS)
     for name, bits in target_linears(model, config["bits"], *options).items():
@@ -131,7 +131,7 @@ def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
     parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
     expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
     found = set()
-    for file in folder.glob("*.safetensors"):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             found |= {current_name(key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)

@@ -40,7 +40,7 @@ def write_address(repository: str, root: Path = REPO) -> list[Path]:
 
     repository: "owner/name". Raises ValueError for anything else, or a README without the marks of `BADGES`.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise ValueError(f"repository {repository!r} must be OWNER/NAME, as in https://github.com/OWNER/NAME.")
     rows = ["| notebook | Colab | Kaggle |", "|---|---|---|"]
     for stage in STAGES:
