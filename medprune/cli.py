@@ -7,13 +7,13 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 import json
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+import medprune
 from medprune.runs import upkeep
 from medprune.settings import PROFILES, asked, build, describe, resolve
 from medprune.store import run_root, runs_home
@@ -83,7 +83,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     if show_version:
-        typer.echo(version("medprune"))
+        typer.echo(medprune.__version__)
 
 
 @app.command()
