@@ -173,6 +173,41 @@ def test_a_crash_in_a_notebook_has_a_status_of_its_own(tmp_path, monkeypatch, ca
     assert stop.value.code == 3 and "medprune: 01_finetune crashed" in capsys.readouterr().err
 
 
+FULL = papermill.PapermillExecutionError(3, 3, "", "SafetensorError", "I/O error: No space left on device (os error 28)", [])
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (FULL, 2, "01_finetune stopped: I/O error: No space left on device (os error 28). Make room for "),
+    (RuntimeError("Kernel died"), 3, "01_finetune was killed, for want of memory maybe: run again, and it goes on there."),
+    (OSError(28, "No space left on device"), 2, "01_finetune.ipynb cannot be used: No space left on device."),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_one_sentence(tmp_path, monkeypatch, capsys, error, status, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    monkeypatch.setattr(sys, "argv", ["medprune", "run", "--profile", "smoke", "--runs-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == status and words in said and said.endswith(".")
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: text.replace('"execution_count": 1', '"execution_count": null')])
+def test_a_notebook_that_a_kill_cut_short_is_not_published(tmp_path, spoil):
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": "1", "outputs": [], "execution_count": 1}
+    whole = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}
+    for stage in STAGES:
+        write_json(tmp_path / stage / "manifest.json", {})
+        write_json(tmp_path / stage / f"{stage}.ipynb", whole)
+    file = tmp_path / STAGES[4] / f"{STAGES[4]}.ipynb"
+    file.write_text(spoil(file.read_text()))
+    before = [(REPO / "notebooks" / f"{stage}.ipynb").read_bytes() for stage in STAGES]
+    with pytest.raises(ValueError, match=f"{STAGES[4]}.ipynb is no whole executed notebook: run the series again --from"):
+        series.publish(tmp_path)
+    assert before == [(REPO / "notebooks" / f"{stage}.ipynb").read_bytes() for stage in STAGES]
+
+
 @pytest.mark.parametrize(("given", "setting", "value"), [
     ("[0,1,2]", "blocks_removed", (0, 1, 2)), ("1e-3", "learning_rate", 1e-3), ("8", "batch_rows", 8),
     ('["lora"]', "recipes", ("lora",)), ("true", "equal_time", True), ("null", "n_train", 24),

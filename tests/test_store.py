@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_there_is(tmp_path, monkeypat
         return base
 
     monkeypatch.setattr(sqlite3, "connect", full)
-    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: database or disk is full"):
+    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: database or disk is full; make room"):
         units.add("two", "x" * 100_000)
     monkeypatch.undo()
     units.add("three", 3)
@@ -190,8 +190,16 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_there_is(tmp_path, monkeypat
 
 def test_a_broken_file_of_units_is_named(tmp_path):
     (tmp_path / "units.sqlite").write_bytes(b"no database at all" * 100)
-    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: file is not a database"):
+    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: file is not a database; remove it"):
         Units(tmp_path / "units.sqlite", "c")
+
+
+def test_a_unit_whose_text_is_damaged_names_its_file(tmp_path):
+    units = Units(tmp_path / "units.sqlite", "c")
+    units.add("one", 1)
+    units._ask("UPDATE units SET value = ?", "{")
+    with pytest.raises(ValueError, match=r"units\.sqlite is damaged at 'one': remove it, and what it held is done again"):
+        units["one"]
 
 
 # ---- runs
