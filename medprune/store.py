@@ -216,8 +216,10 @@ def write_folder(path: Path, **record):
 
 def made(folder: Path, context: str) -> dict | None:
     """Return the record of a folder that was made in this very context and is as it was written, else None."""
-    file = Path(folder) / RECORD
-    record = read_parts(file) if file.exists() else {}
+    try:
+        record = read_parts(Path(folder) / RECORD)
+    except (OSError, ValueError):  # there is none, or none that can be read
+        return None
     whole = "content" not in record or record["content"] == content(folder)  # an older version did not write it
     return record if whole and record.get("context") == context else None
 

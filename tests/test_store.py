@@ -399,6 +399,10 @@ def test_weights_that_are_not_as_they_were_written_are_not_taken(tmp_path):
     assert made(tmp_path / "model", "c")
     (tmp_path / "model" / "weights").write_bytes(b"1235")
     assert made(tmp_path / "model", "c") is None
+    (tmp_path / "model" / "weights").write_bytes(b"1234")
+    assert made(tmp_path / "model", "c")
+    (tmp_path / "model" / store.RECORD).write_text("{")
+    assert made(tmp_path / "model", "c") is None
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"settings": 3}', "null"])

@@ -30,7 +30,7 @@ from medprune.store import (
 )
 
 NOTEBOOKS = REPO / "notebooks"
-_FULL = ("No space left on device", "disk is full")  # of Python, safetensors and torch; of SQLite
+_FULL = ("No space left on device", "disk is full", "failed writing file")  # of Python and safetensors, SQLite, torch
 
 
 def check_run(config) -> None:
@@ -145,7 +145,7 @@ def _execute(stage: str, root: Path, values: dict, say, reasons: list[str]) -> N
         said = " ".join(str(error.evalue).split()).rstrip(".")
         if any(words in said for words in _FULL):
             raise ValueError(f"{stage} stopped: {said}. Make room for {root}, and run again.") from error
-        if error.ename == "ValueError":
+        if error.ename in ("ValueError", "OSError", "PermissionError"):
             raise ValueError(f"{stage} stopped: {said} (its cells: {target}).") from error
         raise RuntimeError(f"{stage} crashed: {error.ename}: {said} (its cells: {target}).") from error
     except RuntimeError as error:  # of a kernel that died

@@ -26,6 +26,7 @@ from medprune.store import read_manifest
 
 pytestmark = pytest.mark.skipif(os.environ.get("MEDPRUNE_FAULTS") != "all", reason="make faults runs it")
 KILLS = int(os.environ.get("MEDPRUNE_KILLS", 20))
+LONGEST_S = 30  # between two kills
 GUARD = Path(__file__).parent / "guard"
 # Equal time trains as long as something else took, which is never the same; fewer ways and methods, for time.
 GIVEN = {"equal_time": False, "recipes": ["lora"], "data_fractions": [1.0], "methods": ["awq"]}
@@ -44,9 +45,10 @@ def around(root, **more):
     return os.environ | own | {k: str(v) for k, v in more.items()}
 
 
-def start(root, *words, **more):
-    return subprocess.Popen(command(root, *words), cwd=REPO, env=around(root, **more), text=True, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+def start(root, said, *words, **more):
+    """Start the series; what it says goes to the file `said`."""
+    with said.open("w") as log:
+        return subprocess.Popen(command(root, *words), cwd=REPO, env=around(root, **more), start_new_session=True, stdout=log, stderr=log)
 
 
 def run(root, *words, **more):
@@ -72,7 +74,7 @@ def numbers(root, stages=STAGES):
 
 def differing(root, undisturbed, stages=STAGES):
     one, other = numbers(root, stages), numbers(undisturbed, stages)
-    assert one.keys() == other.keys() and len(one) > 3 * len(stages)
+    assert one.keys() == other.keys() and len(one) >= 2 * len(stages)
     return [name for name in one if one[name] != other[name]]
 
 
@@ -100,28 +102,31 @@ def end(process, whole_tree):
     kernels = main.children(recursive=True)
     for victim in [*(kernels if whole_tree else []), main]:
         victim.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     _, alive = psutil.wait_procs(kernels, timeout=60)
     assert not alive, "a kernel outlived its run"
 
 
 def test_killed_again_and_again_it_ends_with_the_same_tables(undisturbed, tmp_path, counted):
     """At random moments, every other time with a clock that is years off, and once with another run of its name beside."""
-    draw, root, kills = random.Random(), tmp_path / "killed", 0
+    draw, root, log, kills = random.Random(), tmp_path / "killed", tmp_path / "said.txt", 0
     while kills < KILLS:
-        process = start(root, MEDPRUNE_CLOCK_S=draw.choice([-3e8, 0, 0, 3e8]) * draw.random())
+        process = start(root, log, MEDPRUNE_CLOCK_S=draw.choice([-3e8, 0, 0, 3e8]) * draw.random())
+        if kills == 0:
+            while not (root / ".holder.json").exists():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            status, said = run(root)
+            assert status == 2 and said.startswith("medprune: run 'killed' is being written by process"), said
+            counted("second run of one name refused")
         try:
-            process.wait(draw.uniform(3, 40))
+            process.wait(draw.uniform(3, LONGEST_S))
         except subprocess.TimeoutExpired:
-            if kills == 0:
-                status, said = run(root)
-                assert status == 2 and said.startswith("medprune: run 'killed' is being written by process"), said
-                counted("second run of one name refused")
             end(process, whole_tree=draw.random() < 0.6)
             kills += 1
             counted("kills")
         else:  # it came to its end, so that another is begun
-            assert process.returncode == 0, process.stderr.read()
+            assert process.returncode == 0, log.read_text()
             assert not differing(root, undisturbed)
             shutil.rmtree(root)
     status, said = run(root)
@@ -172,11 +177,12 @@ def test_a_full_disk_is_one_sentence_and_with_room_it_goes_on(undisturbed, tmp_p
         assert not (home / "full" / stage / "manifest.json").exists()
         counted("full disks")
         subprocess.run(["mount", "-o", "remount,size=200m", str(home)], check=True)
-        process = start(home / "full", **cache)
+        process = start(home / "full", tmp_path / "said.txt", **cache)
         while process.poll() is None and not (home / "full" / stage / "manifest.json").exists():
             time.sleep(0.2)
         if process.poll() is None:
             end(process, whole_tree=True)
+        assert (home / "full" / stage / "manifest.json").exists(), (tmp_path / "said.txt").read_text()
         assert not differing(home / "full", undisturbed, STAGES[: STAGES.index(stage) + 1])
     finally:
         subprocess.run(["umount", "-l", str(home)], check=True)
@@ -275,7 +281,7 @@ def test_a_run_with_a_spoiled_file_in_every_stage_mends_itself(undisturbed, othe
     counted("spoiled runs mended", 1)
 
 
-@pytest.mark.parametrize("name", ["units.sqlite", "run.json", f"{STAGES[2]}/manifest.json"])
+@pytest.mark.parametrize("name", ["units.sqlite", f"{STAGES[2]}/manifest.json"])
 def test_what_the_sentence_says_to_do_helps(undisturbed, tmp_path, counted, name):
     root = tmp_path / "told"
     shutil.copytree(undisturbed, root)
@@ -283,11 +289,10 @@ def test_what_the_sentence_says_to_do_helps(undisturbed, tmp_path, counted, name
     if name == "units.sqlite":
         (root / STAGES[2] / "sweep.csv").unlink()
     status, said = run(root)
-    if name != "run.json" or status:  # which 01 alone writes and later stages read
-        assert status == 2 and str(root / name) in said and "remove it" in said, said
-        (root / name).unlink()
-        status, said = run(root)
-        assert status == 0, said
+    assert status == 2 and str(root / name) in said and "remove it" in said, said
+    (root / name).unlink()
+    status, said = run(root)
+    assert status == 0, said
     assert not differing(root, undisturbed)
     counted("advice followed")
 
