@@ -333,8 +333,8 @@ def _check_counts(c: Settings) -> None:
         raise ValueError(f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising, for a curve.")
     if not set(c.recover) <= set(counts):
         raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
-    if "awq" not in c.methods:
-        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if "awq" not in c.methods or len(c.methods) < 2:
+        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about, and one beside it.")
 
 
 def _check_names(c: Settings) -> None:

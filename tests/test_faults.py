@@ -85,6 +85,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     (["-p", "protected_blocks", "[0,9]"], "9", "0 to 5"),
     (["-p", "methods", '["awq","gptq"]'], "'gptq'", "'rtn', 'awq', 'bnb' or 'hqq'"),
     (["-p", "methods", '["rtn"]'], "['rtn']", "must hold awq"),
+    (["-p", "methods", '["awq"]'], "['awq']", "and one beside it"),
     (["-p", "n_train", "20"], "n_train=20", "multiple of 8"),
     (["-p", "n_calibration", "25"], "n_calibration=25", "n_train=24"),
     (["-p", "base", "smolm2"], "'smolm2'", "tiny, smollm2"),

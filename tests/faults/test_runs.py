@@ -29,7 +29,7 @@ KILLS = int(os.environ.get("MEDPRUNE_KILLS", 20))
 LONGEST_S = 30  # between two kills
 GUARD = Path(__file__).parent / "guard"
 # Equal time trains as long as something else took, which is never the same; fewer ways and methods, for time.
-GIVEN = {"equal_time": False, "recipes": ["lora"], "data_fractions": [1.0], "methods": ["awq"]}
+GIVEN = {"equal_time": False, "recipes": ["lora"], "data_fractions": [1.0], "methods": ["awq", "rtn"]}
 SET = ("--profile", "smoke", *(word for name, value in GIVEN.items() for word in ("-p", name, json.dumps(value))))
 MEASURED = ("_s", "seconds", "ms_per_token", "peak_bytes")
 
@@ -285,7 +285,7 @@ def test_a_run_with_a_spoiled_file_in_every_stage_mends_itself(undisturbed, othe
 def test_what_the_sentence_says_to_do_helps(undisturbed, tmp_path, counted, name):
     root = tmp_path / "told"
     shutil.copytree(undisturbed, root)
-    (root / name).write_bytes(b"{")
+    (root / name).write_bytes(b"{" * 5000)
     if name == "units.sqlite":
         (root / STAGES[2] / "sweep.csv").unlink()
     status, said = run(root)
