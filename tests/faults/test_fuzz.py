@@ -29,7 +29,7 @@ from medprune.settings import STAGES, build, resolve, values_of
 from medprune.store import Units, settings_before, why_undone, write_json
 
 ALL = os.environ.get("MEDPRUNE_FAULTS") == "all"
-EACH = 900 if ALL else 25  # inputs for each reader
+EACH = 900 if ALL else 20  # inputs for each reader
 CONDITIONS = load_conditions()
 fuzz = settings(max_examples=EACH, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=not ALL)
 
