@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo study photos lab rehearse
+.PHONY: test lint setup demo study photos lab rehearse faults bump counts
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -42,3 +42,20 @@ lab: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check medprune tests notebooks
+
+# Kills, full and read-only disks, spoiled files, wrong clocks, bad input, fuzzing: prints how many of each were survived.
+faults: $(READY)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MEDPRUNE_FAULTS=all $(BIN)/python -m pytest -q tests/faults
+
+# The newest versions, or of ONLY="name name" alone: pins them, installs, tests, and prints which golden metrics changed.
+bump: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/bump.py $(ONLY)
+	$(MAKE) setup
+	-$(MAKE) test
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
+	$(BIN)/medprune run --profile smoke --name bump --runs-dir "$$runs" && \
+	PYTHONPATH=. $(BIN)/python tests/golden.py --changed "$$runs/bump"
+
+# What README quotes: lines, tests, and the times of finished runs.
+counts: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/counts.py $(wildcard runs/demo runs/study)

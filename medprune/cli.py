@@ -7,14 +7,15 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 import json
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+import medprune
 from medprune.runs import upkeep
-from medprune.settings import describe, resolve
+from medprune.settings import PROFILES, asked, build, describe, resolve
 from medprune.store import run_root, runs_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -28,13 +29,28 @@ Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where ru
 
 def main() -> None:
     debug = "--debug" in sys.argv
+    words = _join_parameters([word for word in sys.argv[1:] if word != "--debug"])
     try:
-        app(_join_parameters([word for word in sys.argv[1:] if word != "--debug"]))
-    except (ValueError, OSError, RuntimeError) as error:
+        status = app(words, standalone_mode=False) if words else app(["--help"], standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(1) from None
+    except (ValueError, OSError, RuntimeError, TyperException) as error:
         if debug:
             raise
-        typer.echo(f"medprune: {error}", err=True)
+        typer.echo(f"medprune: {_sentence(error)}", err=True)
         raise SystemExit(3 if isinstance(error, RuntimeError) else 2) from None
+    raise SystemExit(status or 0)
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error in one line that names the file, or the argument, that it is about."""
+    if isinstance(error, TyperException):
+        text = f"{error.format_message().rstrip('.')}; --help says what is right."
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename} cannot be used: {error.strerror}."
+    else:
+        text = str(error)
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())  # a name may hold any bytes
 
 
 def _join_parameters(words: list[str]) -> list[str]:
@@ -67,7 +83,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     if show_version:
-        typer.echo(version("medprune"))
+        typer.echo(medprune.__version__)
 
 
 @app.command()
@@ -180,7 +196,7 @@ def plan(
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
     bits: Annotated[str, typer.Option(help="of the blocks: 3, 4, 8, 16, or one for each kept block, as 8,3,4")] = "16",
     group_size: Groups = 64,
-    context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
+    context: Annotated[int, typer.Option(help="tokens in the KV cache", min=0, max=2**31)] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower's linears too")] = False,
@@ -198,6 +214,8 @@ def plan(
         widths, default = widths[0], [0, 2, 4, 7, 8, 9, 10]
     else:
         default = [shape_of(named_config(model)).blocks - len(widths)]
+    if not 0 < bandwidth < 1e6:
+        raise ValueError(f"--bandwidth {bandwidth} must be above 0 and below a million, in GB/s.")
     storage = {"bits": widths, "group_size": group_size, "context": context}
     storage |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
     typer.echo((plan_json if as_json else plan_text)(model, remove or default, storage, bandwidth))
@@ -233,9 +251,10 @@ def rehearse(
 
     given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk, "scratch_gb": scratch}
     chosen = rehearsal.machine(machine, **{k: v for k, v in given.items() if v is not None})
-    stages = rehearsal.stages(stage)
+    stages, values = rehearsal.stages(stage), _parameters(parameter)
+    build({"name": "t4", **PROFILES["t4"]}, asked(None, values))  # which says what cannot be
     with tempfile.TemporaryDirectory() as temporary:
-        found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, _parameters(parameter), _said)
+        found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, values, _said)
     raise SystemExit(0 if not found["misfit"].any() else 1)
 
 

@@ -8,6 +8,7 @@ notebooks read it: a notebook sees those alone, and is run again when one of the
 import json
 import math
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -28,10 +29,13 @@ NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
 BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
 RECIPES = ("lora", "projector", "last_blocks", "distill")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST = 2**31 - 1  # of what is counted: torch takes no more
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+JUDGES = ("reference", "cosine", "server")  # other names are chat models'
+_HUB_ID = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
 PATHS = ("images", "conditions", "base", "embedding", "judge")  # what may name a file or folder of the user's
 
 
@@ -66,7 +70,7 @@ class Settings(BaseModel):
     lora_r: Count = _setting(16, "14", "rank of the adapters")
     lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
     lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
-    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth")
+    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth", le=1)
     schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
     multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
     batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
@@ -101,7 +105,7 @@ class Settings(BaseModel):
     methods: tuple[Literal[METHODS], ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
     kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
     group_size: Literal[GROUP_SIZES] = _setting(64, "5", f"weights that share a scale; NF4 always {NF4_GROUP}")
-    awq_rows: int = _setting(8, "5", "calibration conversations", ge=4)
+    awq_rows: int = _setting(8, "5", "calibration conversations", ge=4, le=MOST)
     awq_tokens: Count = _setting(1024, "5", "of each, at most")
     # judge
     judge: str = _setting("reference", "13456", '"reference", "server", a chat model, or several with + between')
@@ -115,7 +119,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self):
-        for rule in (_check_images, _check_training, _check_counts, _check_judges):
+        for rule in (_check_images, _check_training, _check_counts, _check_names, _check_judges):
             rule(self)
         return self
 
@@ -268,9 +272,16 @@ def _given(name: str, value):
             value = json.loads(value)
         except json.JSONDecodeError:
             return value  # a choice's name, or what pydantic refuses
-    if isinstance(value, bool) and kind is not bool:
+    if kind is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError(f"{name}={value!r} must be no truth value.")
+    if isinstance(value, str) and not (value.isprintable() and 0 < _longest(value) < 256):
+        raise ValueError(f"{name}={value!r} must be a text of printable characters, 1 to 255 bytes between two /.")
     return _absolute(value) if name in PATHS and isinstance(value, str) else value
+
+
+def _longest(text: str) -> int:
+    """Return the bytes of the longest name of a path, of which a file system takes 255."""
+    return max((len(part.encode()) for part in Path(text).parts), default=0)
 
 
 def _absolute(text: str) -> str:
@@ -331,11 +342,22 @@ def _check_counts(c: Settings) -> None:
         raise ValueError(f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising, for a curve.")
     if not set(c.recover) <= set(counts):
         raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
-    if "awq" not in c.methods:
-        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if "awq" not in c.methods or len(c.methods) < 2:
+        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about, and one beside it.")
+
+
+def _check_names(c: Settings) -> None:
+    """Refuse a misspelt judge or embedding here, and not once a model has been tuned."""
+    judges = [("judge", name) for name in judge_names(c.judge)] + [("card_judges", name) for name in c.card_judges]
+    for setting, name, known in [("embedding", c.embedding, ("minilm",)), *((*judge, JUDGES) for judge in judges)]:
+        if name and not (name in known or re.fullmatch(_HUB_ID, name) or Path(name).exists()):
+            choices = ", ".join(known)
+            raise ValueError(f"{setting} has {name!r}, which is not known: give {choices}, OWNER/NAME or a folder.")
 
 
 def _check_judges(c: Settings) -> None:
+    if not re.fullmatch(r"[A-Za-z_]\w*", c.judge_key_env):
+        raise ValueError("judge_key_env must name an environment variable, as OPENAI_API_KEY, and not be a key itself.")
     judges = judge_names(c.judge)
     if "" in judges or len(set(judges)) < len(judges):
         raise ValueError(f"judge={c.judge!r} must name one judge, or several different ones with + between.")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -62,6 +62,8 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     what is no LLaVA of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
     """
     shape = base_config(folder)
+    if Path(folder).is_dir():
+        weight_files(folder)
     processor = load_processor(folder)
     release()  # what was let go would stay beside this one
     device = device or choose_device()
@@ -69,7 +71,7 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
     places = _places(shape, device) if bits == 16 and on_gpu(device) else {"": device}
     options |= {"device_map": places if bits == 4 or device != "cpu" else None, "output_loading_info": True}
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     check_loading(info, folder)
     return ready(model, device), processor
 
@@ -123,7 +125,7 @@ def _places(shape: dict | None, device: str) -> dict[str, str]:
 
 
 def weight_files(source: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or a hub model; ValueError where there are none."""
+    """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short."""
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -132,6 +134,11 @@ def weight_files(source: str | Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
+    for file in files:
+        try:
+            safe_open(file, "pt")  # which compares the file's length with what its header says
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}): copy or make it again.") from None
     return files
 
 

@@ -12,7 +12,7 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready, skeleton, stored_tensors
+from medprune.models.loading import check_loading, ready, skeleton, stored_tensors, weight_files
 from medprune.models.sizes import EYES, account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
@@ -91,7 +91,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 
 def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dtype, device: str):
-    tensors = {current_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = {current_name(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
     model, hqq_layers = skeleton(shape), {}
     options = (config.get(option, False) for option in _OPTIONS)
     for name, bits in target_linears(model, config["bits"], *options).items():

@@ -49,6 +49,9 @@ def machine(name: str, **changes) -> Machine:
     """Return a machine by name with other sizes put in; ValueError names those that there are."""
     if name not in MACHINES:
         raise ValueError(f"machine {name!r} is not known: choose {' or '.join(MACHINES)}.")
+    for what, size in changes.items():
+        if not 0 < size < 2**20:
+            raise ValueError(f"{what}={size} must be above 0 and below {2**20}.")
     return replace(MACHINES[name], **changes)
 
 
