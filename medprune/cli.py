@@ -230,6 +230,25 @@ def quantize(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN of 4 bits, or RUN:METHOD")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help="hub, vllm (the same files) or gguf (llama.cpp, Ollama)")],
+    runs_dir: Runs = None,
+) -> None:
+    """Write a model as others load it: with the names of LLaVA's checkpoints on the hub, or as GGUF."""
+    from medprune.exporting.folders import check_new, export_hub, find_model, open_source
+    from medprune.exporting.gguf import export_gguf
+
+    ways = {"hub": export_hub, "vllm": export_hub, "gguf": export_gguf}
+    if to not in ways:
+        raise ValueError(f"--to {to} is not known: give {', '.join(ways)}.")
+    check_new(out)
+    for line in ways[to](open_source(find_model(model, runs_dir)), out):
+        typer.echo(line)
+
+
+@app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="RUN, or RUN:METHOD such as demo:awq-recovered-2")],
     b: Annotated[str, typer.Argument(help="another; of two runs, every method that both have is compared")],
