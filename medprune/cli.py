@@ -23,6 +23,7 @@ Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; se
 Profile = Annotated[str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, or local")]
 Name = Annotated[str, typer.Argument(help="the run")]
 Groups = Annotated[int, typer.Option(help="32, 64 or 128")]
+Threads = Annotated[int, typer.Option(help="threads of the engine")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
 
@@ -246,6 +247,49 @@ def export(
     check_new(out)
     for line in ways[to](open_source(find_model(model, runs_dir)), out):
         typer.echo(line)
+
+
+@app.command()
+def parity(
+    model: Annotated[str, typer.Argument(help="the folder that was exported, or RUN:METHOD")],
+    exported: Annotated[Path, typer.Argument(help="what `medprune export` wrote")],
+    images: Annotated[str | None, typer.Option(help="folder of pictures, or one; else some are drawn")] = None,
+    n: Annotated[int, typer.Option("--n", help="images, three questions each")] = 8,
+    url: Annotated[str | None, typer.Option(help="a server that has it already; else its engine is started")] = None,
+    threads: Threads = 1,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask an exported model in its real engine what we ask here; status 1 where they differ beyond the floor."""
+    import tempfile
+
+    from medprune.exporting import parity as check
+    from medprune.exporting.folders import find_model, open_source
+    from medprune.progress import quiet
+
+    quiet()
+    source = open_source(find_model(model, runs_dir))
+    with tempfile.TemporaryDirectory() as drawn:
+        rows = check.rows_of(images, n, Path(drawn), source.vision["image_size"])
+        found = check.parity(source.folder, exported, rows, url, threads)
+    lines = check.report(found)
+    check.add_parity(exported, lines)
+    typer.echo("\n".join(lines))
+    raise SystemExit(1 if found["faults"] else 0)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="what `medprune export` wrote, for llama.cpp or vLLM")],
+    host: Annotated[str, typer.Option(help="address; another than this machine's own lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port")] = 8080,
+    threads: Threads = 1,
+) -> None:
+    """Start llama.cpp's or vLLM's OpenAI-compatible server for an exported folder, where it is installed."""
+    from medprune.exporting.engines import engine_of
+    from medprune.exporting.engines import serve as start
+
+    typer.echo(f"{engine_of(model)} at http://{host}:{port}/v1 (until interrupted)")
+    raise SystemExit(start(model, host, port, threads))
 
 
 @app.command()

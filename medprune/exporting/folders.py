@@ -14,10 +14,12 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import LlavaConfig
 
+from medprune.device import choose_device
 from medprune.models.assembled import base_card
 from medprune.models.families import current_name, hub_name
-from medprune.models.loading import check_loading, load_processor, skeleton, stored_tensors
+from medprune.models.loading import check_loading, load, load_processor, skeleton, stored_tensors
 from medprune.models.sizes import named_config
+from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.quantize import target_linears
 from medprune.store import read_json, run_root, write_folder, write_json, write_text
 
@@ -92,6 +94,18 @@ def open_source(folder: str | Path) -> Source:
     text, vision = (whole.to_dict()[part] for part in ("text_config", "vision_config"))
     source = Source(folder, config, text, vision, tensors, group_size, load_processor(folder))
     return source
+
+
+def load_folder(folder: Path, dtype=None):
+    """Load (model, processor) of any folder that the series writes, 16 bits or quantized, in eval mode.
+
+    dtype: None takes each tensor's own, or the device's choice for 16 bits.
+    """
+    if "quantization_config" not in named_config(folder):
+        return load(folder, dtype=dtype)
+    device = choose_device()
+    model = load_quantized(folder, device)
+    return (model if dtype is None else model.to(dtype)), load_processor(folder)
 
 
 def _check_tensors(folder: Path, config: LlavaConfig, tensors: dict, group_size: int | None) -> None:

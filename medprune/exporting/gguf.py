@@ -75,9 +75,8 @@ def export_gguf(source: Source, out: Path) -> list[str]:
         write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
         write_text(temporary / "README.md", model_card(source, "to GGUF", _USE))
         sizes = {name: (temporary / name).stat().st_size for name in (TEXT, MMPROJ)}
-    return [f"{name}: {size / 2**20:.1f} MiB" for name, size in sizes.items()] + notes(
-        source, sum(sizes.values()), worst
-    )
+    lines = [f"{out / name}: {size / 2**20:.1f} MiB" for name, size in sizes.items()]
+    return lines + notes(source, sum(sizes.values()), worst)
 
 
 def notes(source: Source, n_bytes: int, worst: float, context: int = 840) -> list[str]:
