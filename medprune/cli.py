@@ -278,6 +278,35 @@ def parity(
 
 
 @app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="a folder, or RUN:METHOD such as demo:awq-recovered-2")],
+    image: Annotated[str, typer.Argument(help="a picture")],
+    question: Annotated[str, typer.Argument(help="in words")],
+    beside: Annotated[str | None, typer.Option(help="another model, to answer the same")] = None,
+    tokens: Annotated[int, typer.Option(help="of the answer, at most")] = 96,
+    timing: Annotated[bool, typer.Option("--timing", help="say what took how long")] = False,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask a model, or two side by side, about a picture. Not for clinical use."""
+    import time
+    from unittest.mock import patch
+
+    begun = time.perf_counter()
+    # hqq takes a second to import, for quantized caches, of which there are none here
+    with patch("transformers.utils.is_hqq_available", return_value=False):
+        from medprune.exporting.asking import ask as put
+
+    started = time.perf_counter() - begun
+    for said in put([model] if beside is None else [model, beside], image, question, tokens, runs_dir):
+        typer.echo(said.text if beside is None else f"{said.name}: {said.text}")
+        if timing:
+            rate = f"{said.answer_s:.1f} s for {said.tokens} tokens"
+            typer.echo(
+                f"({started:.1f} s to start torch and transformers, {said.load_s:.1f} s to load, {rate})", err=True
+            )
+
+
+@app.command()
 def serve(
     model: Annotated[Path, typer.Argument(help="what `medprune export` wrote, for llama.cpp or vLLM")],
     host: Annotated[str, typer.Option(help="address; another than this machine's own lets others in")] = "127.0.0.1",

@@ -4,55 +4,23 @@ import json
 
 import pytest
 import torch
+from exported import batch_of, retold
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+from test_cli import medprune
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from medprune.exporting.folders import export_hub, find_model, open_source
 from medprune.models.families import current_name, hub_name
-from medprune.models.loading import load, load_blockwise, save
+from medprune.models.loading import load, load_blockwise
 from medprune.quantizing.checkpoint import load_quantized, save_quantized
 from medprune.quantizing.quantize import quantize
 
 HUB_STARTS = ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.")
-KINDS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-
-
-@pytest.fixture
-def family(tiny, tmp_path):
-    """Return make(kind, tied) -> the folder of the tiny base with another text model, its weights random."""
-
-    def make(kind: str, tied: bool, blocks: int = 2):
-        model, processor = tiny
-        sizes = {k: getattr(model.config.text_config, k) for k in (
-            "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
-            "max_position_embeddings", "rms_norm_eps", "eos_token_id", "pad_token_id")}  # fmt: skip
-        config = model.config
-        config.text_config = KINDS[kind](**sizes, num_hidden_layers=blocks, bos_token_id=None, tie_word_embeddings=tied)
-        config.tie_word_embeddings = tied
-        torch.manual_seed(1)
-        made = LlavaForConditionalGeneration(config)
-        for name, parameter in made.named_parameters():
-            if name.endswith("bias"):  # transformers begins them at 0, which would hide one that is lost
-                parameter.data.normal_(0, 0.02)
-        made.generation_config = model.generation_config
-        save(made, processor, tmp_path / f"{kind}-{tied}")
-        return tmp_path / f"{kind}-{tied}"
-
-    return make
 
 
 @torch.no_grad()
 def logits(model, batch):
     return model(**batch).logits
-
-
-def batch_of(processor, rows):
-    from medprune.answers.prompts import encode, prompt_text
-    from medprune.data.pictures import open_image
-
-    row = rows[0]
-    found = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], torch.float32)
-    return {"input_ids": found["input_ids"][0][None], "pixel_values": found["pixel_values"]}
 
 
 @pytest.mark.parametrize("kind,tied", [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True)])
@@ -139,12 +107,6 @@ def without(folder, start):
     save_file({k: v for k, v in load_file(file).items() if not k.startswith(start)}, file, {"format": "pt"})
 
 
-def retold(folder, part=None, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (config[part] if part else config).update(values)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize("spoil,why", [
     (lambda f: without(f, "vision_tower."), "lacks model.vision_tower."),
     (lambda f: without(f, "multi_modal_projector.linear_2.bias"), "lacks model.multi_modal_projector.linear_2.bias"),
@@ -168,6 +130,17 @@ def test_a_folder_that_is_there_is_not_written_over(family):
     folder = family("llama", True)
     with pytest.raises(ValueError, match="is there already"):
         export_hub(open_source(folder), folder)
+
+
+def test_the_command_says_what_it_wrote(family, tmp_path, monkeypatch, capsys):
+    folder = family("llama", True)
+    assert medprune(monkeypatch, "export", folder, tmp_path / "hub", "--to", "vllm") == 0
+    assert medprune(monkeypatch, "export", folder, tmp_path / "gguf", "--to", "gguf") == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'hub'}: " in said and "mmproj.gguf: " in said and "where the plan has" in said
+    for words, why in (((tmp_path / "x", "--to", "onnx"), "--to onnx is not known"), ((folder, "--to", "hub"), "is there already")):
+        assert medprune(monkeypatch, "export", folder, *words) == 2
+        assert why in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_a_model_is_found_by_folder_or_by_run_and_method(tmp_path):

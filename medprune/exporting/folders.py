@@ -80,6 +80,8 @@ def open_source(folder: str | Path) -> Source:
     """
     folder = Path(folder)
     config = named_config(folder)
+    if config["model_type"] != "llava":
+        raise ValueError(f"{folder} is of model_type {config['model_type']!r}; exported are LLaVAs, 'llava'.")
     for part, known in (("text_config", TEXT_MODELS), ("vision_config", (TOWER,))):
         if (kind := config.get(part, {}).get("model_type", known[0])) not in known:
             what = f"{part} is of model_type {kind!r}, which the engines do not take here"

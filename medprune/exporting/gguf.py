@@ -5,6 +5,7 @@ of 32 weights `code * d + m` of which d is our scale, exactly, and m = -zero_poi
 at most 1% of a step (0.7% where nothing is subnormal).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from medprune.exporting.folders import Source, check_new, model_card, shapes_of
 from medprune.exporting.vocabulary import add_tokenizer, modelfile
-from medprune.models.families import BLOCKS, HEAD, PROJECTOR, VISION_LAYERS
+from medprune.models.families import BLOCKS, HEAD
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import account
 from medprune.quantizing.packed import from_awq, unpack_codes
@@ -34,7 +35,8 @@ ollama create NAME -f Modelfile
   measures whether a runtime does."""
 _ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _TEXT_ROOT = BLOCKS.rpartition(".")[0]
-_TOWER = VISION_LAYERS.rpartition(".encoder.")[0]
+_TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"  # a LLaVA's, which alone is exported
+_VISION_LAYERS = f"{_TOWER}.encoder.layers"
 _OF_BLOCK = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
@@ -112,7 +114,6 @@ def _check(source: Source) -> None:
         "hidden_act of the tower": (vision["hidden_act"], ["quick_gelu", "gelu"]),
         "vision_feature_layer": (type(layer).__name__, ["int"]),
         "mlp_bias": (bool(text.get("mlp_bias")), [False]),
-        "sliding_window": (bool(text.get("use_sliding_window", text.get("sliding_window"))), [False]),
     }
     for name, (value, known) in wanted.items():
         if value not in known:
@@ -132,7 +133,8 @@ def text_writer(source: Source) -> gguf.GGUFWriter:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.folder.name)
     writer.add_block_count(text["num_hidden_layers"])
-    writer.add_context_length(text["max_position_embeddings"])
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    writer.add_context_length(min(text["max_position_embeddings"], window or math.inf))  # up to it, none is missed
     writer.add_embedding_length(text["hidden_size"])
     writer.add_feed_forward_length(text["intermediate_size"])
     writer.add_head_count(heads)
@@ -271,9 +273,9 @@ def vision_tensors(source: Source) -> list[Tensor]:
     embeddings = f"{_TOWER}.embeddings"
     names = {f"{embeddings}.patch_embedding": "v.patch_embd", f"{_TOWER}.pre_layrnorm": "v.pre_ln"}
     names |= {f"{embeddings}.position_embedding": "v.position_embd"}
-    names |= {f"model.{PROJECTOR}.linear_{n}": f"mm.{2 * n - 2}" for n in (1, 2)}
+    names |= {f"{_PROJECTOR}.linear_{n}": f"mm.{2 * n - 2}" for n in (1, 2)}
     for layer in range(vision_layers_run(source)):
-        names |= {f"{VISION_LAYERS}.{layer}.{old}": f"v.blk.{layer}.{new}" for old, new in _OF_VISION_LAYER.items()}
+        names |= {f"{_VISION_LAYERS}.{layer}.{old}": f"v.blk.{layer}.{new}" for old, new in _OF_VISION_LAYER.items()}
     shapes = shapes_of(source.tensors)
     found = [_floats(source, f"{embeddings}.class_embedding", "v.class_embd", shapes[f"{embeddings}.class_embedding"])]
     for key, shape in shapes.items():

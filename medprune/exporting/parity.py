@@ -30,6 +30,7 @@ KL_OF_FLOOR = 10  # times the floor's divergence that an engine's may reach, or
 KL_NATS = 0.002  # so many nats, whichever is more
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 HEADING = "## Parity"
+SHOWN = 3  # answers in the card, beside ours
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,10 @@ def report(found: dict) -> list[str]:
         f"| image embeddings, worst relative error | {error} | at most {MAX_EMBEDDING_ERROR} |",
         "",
     ]
-    return lines + ([f"- {fault}" for fault in found["faults"]] or ["No fault was found."])
+    lines += [f"- {fault}" for fault in found["faults"]] or ["No fault was found."]
+    lines += ["", "| question | here | there |", "|---|---|---|"]
+    said = found["table"].head(SHOWN)[["question", "ours", "theirs"]].map(lambda text: " ".join(text.split()))
+    return lines + ["| " + " | ".join(row) + " |" for row in said.replace(r"\|", "/", regex=True).values]
 
 
 def add_parity(exported: Path, lines: list[str]) -> None:
