@@ -24,6 +24,7 @@ Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; se
 Profile = Annotated[str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, or local")]
 Name = Annotated[str, typer.Argument(help="the run")]
 Groups = Annotated[int, typer.Option(help="32, 64 or 128")]
+Threads = Annotated[int, typer.Option(help="threads of the engine")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
 
@@ -287,6 +288,97 @@ def quantize(
     info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows, **also)
     peak = (info["peak_bytes"] or 0) / 2**20
     typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {peak:.0f} MiB")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN of 4 bits, or RUN:METHOD")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help="hub, vllm (the same files) or gguf (llama.cpp, Ollama)")],
+    runs_dir: Runs = None,
+) -> None:
+    """Write a model as others load it: with the names of LLaVA's checkpoints on the hub, or as GGUF."""
+    from medprune.exporting.folders import check_new, export_hub, find_model, open_source
+    from medprune.exporting.gguf import export_gguf
+
+    ways = {"hub": export_hub, "vllm": export_hub, "gguf": export_gguf}
+    if to not in ways:
+        raise ValueError(f"--to {to} is not known: give {', '.join(ways)}.")
+    check_new(out)
+    for line in ways[to](open_source(find_model(model, runs_dir)), out):
+        typer.echo(line)
+
+
+@app.command()
+def parity(
+    model: Annotated[str, typer.Argument(help="the folder that was exported, or RUN:METHOD")],
+    exported: Annotated[Path, typer.Argument(help="what `medprune export` wrote")],
+    images: Annotated[str | None, typer.Option(help="folder of pictures, or one; else some are drawn")] = None,
+    n: Annotated[int, typer.Option("--n", help="images, three questions each")] = 8,
+    url: Annotated[str | None, typer.Option(help="a server that has it already; else its engine is started")] = None,
+    threads: Threads = 1,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask an exported model in its real engine what we ask here; status 1 where they differ beyond the floor."""
+    import tempfile
+
+    from medprune.exporting import parity as check
+    from medprune.exporting.folders import find_model, open_source
+    from medprune.progress import quiet
+
+    quiet()
+    source = open_source(find_model(model, runs_dir))
+    with tempfile.TemporaryDirectory() as drawn:
+        rows = check.rows_of(images, n, Path(drawn), source.vision["image_size"])
+        found = check.parity(source.folder, exported, rows, url, threads)
+    lines = check.report(found)
+    check.add_parity(exported, lines)
+    typer.echo("\n".join(lines))
+    raise SystemExit(1 if found["faults"] else 0)
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="a folder, or RUN:METHOD such as demo:awq-recovered-2")],
+    image: Annotated[str, typer.Argument(help="a picture")],
+    question: Annotated[str, typer.Argument(help="in words")],
+    beside: Annotated[str | None, typer.Option(help="another model, to answer the same")] = None,
+    tokens: Annotated[int, typer.Option(help="of the answer, at most")] = 96,
+    timing: Annotated[bool, typer.Option("--timing", help="say what took how long")] = False,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask a model, or two side by side, about a picture. Not for clinical use."""
+    import time
+    from unittest.mock import patch
+
+    begun = time.perf_counter()
+    # hqq takes a second to import, for quantized caches, of which there are none here
+    with patch("transformers.utils.is_hqq_available", return_value=False):
+        from medprune.exporting.asking import ask as put
+
+    started = time.perf_counter() - begun
+    for said in put([model] if beside is None else [model, beside], image, question, tokens, runs_dir):
+        typer.echo(said.text if beside is None else f"{said.name}: {said.text}")
+        if timing:
+            rate = f"{said.answer_s:.1f} s for {said.tokens} tokens"
+            typer.echo(
+                f"({started:.1f} s to start torch and transformers, {said.load_s:.1f} s to load, {rate})", err=True
+            )
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="what `medprune export` wrote, for llama.cpp or vLLM")],
+    host: Annotated[str, typer.Option(help="address; another than this machine's own lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port")] = 8080,
+    threads: Threads = 1,
+) -> None:
+    """Start llama.cpp's or vLLM's OpenAI-compatible server for an exported folder, where it is installed."""
+    from medprune.exporting.engines import engine_of
+    from medprune.exporting.engines import serve as start
+
+    typer.echo(f"{engine_of(model)} at http://{host}:{port}/v1 (until interrupted)")
+    raise SystemExit(start(model, host, port, threads))
 
 
 @app.command()

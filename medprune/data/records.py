@@ -14,7 +14,6 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
-from sklearn.model_selection import StratifiedGroupKFold
 
 from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
@@ -295,6 +294,8 @@ def _draw_sides(groups: list[list[Record]], n_test: int | None, seed: int) -> di
     n_folds = min(2 if n_test else 3, len(groups), max(Counter(labels).values(), default=0))
     if n_folds < 2:
         return {"train": [r for group in groups for r in group], "test": []}
+    from sklearn.model_selection import StratifiedGroupKFold  # here, as in data.pictures
+
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, numbers)
     fits = []
     with warnings.catch_warnings(action="ignore"):  # that a condition has fewer images than there are folds
