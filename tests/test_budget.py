@@ -53,6 +53,7 @@ def test_working_memory_counts_what_a_packed_layer_unpacks_at_once():
 
     assert UNPACKED_WEIGHTS == SLICE_WEIGHTS
     assert working_bytes(LLAVA, 840) - working_bytes(LLAVA, 0) == 840 * 2 * (4 * 4096 + 3 * 11008)
+    assert working_bytes(LLAVA, 0) == 32064 * 6 + 3 * 2**22 and working_bytes(TINY, 0) == 1024 * 6 + 3 * 64 * 128
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 4 * GIB), ("3.5 gib", 3.5 * GIB), ("900MiB", 900 * 2**20), ("8GB", 8e9)])

@@ -104,7 +104,8 @@ def working_bytes(config, context: int, batch: int = 1) -> int:
     """
     shape = shape_of(config)
     states = context * batch * (4 * shape.hidden + 3 * shape.intermediate) * 2
-    return states + batch * shape.vocab * 6 + UNPACKED_WEIGHTS * 3
+    largest = max([n_in * n_out for _, n_in, n_out in shape.linears] + [shape.hidden * shape.vocab] * (not shape.tied))
+    return states + batch * shape.vocab * 6 + min(UNPACKED_WEIGHTS, largest) * 3
 
 
 def parse_size(text: str) -> int:
