@@ -11,7 +11,7 @@ from torch import nn
 from medprune.answers import prompts
 from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
-from medprune.models.families import parts
+from medprune.models.families import block_number, parts
 from medprune.models.loading import weight_bytes
 from medprune.models.sizes import NO_LINEARS
 from medprune.quantizing.packed import PackedLinear
@@ -28,8 +28,9 @@ def quantize(
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
     Vision tower, projector, embeddings, norms and head stay as they are, but for `quantize_head` and `quantize_vision`
-    (rtn and hqq; a tied head becomes a copy; of the tower its layers' linears). `bits` is one number or, for rtn and
-    hqq, one for each block (16: left alone); head and tower take the fewest among them.
+    (not by bnb; by rtn where the method is awq; a tied head becomes a copy; of the tower its layers' linears). `bits`
+    is one number or, but for bnb, one for each block (16: left alone); head and tower take the fewest among them, or as
+    many bits as their option names.
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
     calibration, without them text-only. `fetch` reads a block's weights when its turn comes (`load_blockwise`).
 
@@ -54,14 +55,15 @@ def quantize(
         if method == "awq":
             from medprune.quantizing.awq import quantize_awq
 
-            found = quantize_awq(model, calibration, group_size, fetched)
+            found = quantize_awq(model, calibration, group_size, fetched, bits)
         else:
             names = {block: f"{name}." for name, module in model.named_modules() for block in blocks if module is block}
             for block in blocks:
                 fetched(block)
                 for name in [name for name in targets if name.startswith(names[block])]:
                     pack(name, targets.pop(name))
-            for name, width in targets.items():  # head and tower
+        for name, width in targets.items():  # head and tower
+            if block_number(name) is None:
                 pack(name, width)
         if quantize_head:
             _untie(model)
@@ -84,8 +86,8 @@ def target_linears(model, bits: int | list[int], quantize_head=False, quantize_v
     found = parts(model)
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
     groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
-    groups += [(found.head, min(block_bits))] if quantize_head else []
-    groups += [(found.vision_tower, min(block_bits))] if quantize_vision else []
+    for part, option in ((found.head, quantize_head), (found.vision_tower, quantize_vision)):
+        groups += [(part, min(block_bits) if option is True else option)] if option else []
     names = {module: name for name, module in model.named_modules()}
     return {names[m]: b for group, b in groups for m in group.modules() if isinstance(m, nn.Linear)}
 
@@ -98,7 +100,8 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     choices = CHOICES if method in MIXING else WIDTHS[method]
     if wrong := [b for b in block_bits if isinstance(b, float) or b not in choices]:
         raise ValueError(f"bits for {method} must be one of {choices}, not {wrong[0]}.")
-    if set(block_bits) == {16}:
+    options = (quantize_head, quantize_vision)
+    if set(block_bits) == {16} and (True in options or not any(options)):
         raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
@@ -107,6 +110,8 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     for option, wanted in (("quantize_head", quantize_head), ("quantize_vision", quantize_vision)):
         if wanted and method not in MIXING:
             raise ValueError(f"{option} works with {' and '.join(MIXING)}, not with {method}.")
+        if not isinstance(wanted, bool) and wanted not in BITS:
+            raise ValueError(f"{option} must be true, false or one of {BITS} bits, not {wanted}.")
 
 
 def check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision) -> dict[str, int]:
@@ -187,7 +192,7 @@ def nf4(linear: nn.Linear) -> nn.Module:
 
 def _packed(linear: nn.Linear, method: str, bits: int, group_size: int) -> nn.Module:
     """Pack a Linear by rtn, bnb or hqq, whose zero points are not rounded (Badri and Shaji, 2023)."""
-    if method == "rtn":
+    if method in ("rtn", "awq"):  # awq: the head and the tower, which it has no search for
         return PackedLinear.from_linear(linear, bits, group_size)
     if method == "bnb":
         return nf4(linear)
