@@ -23,7 +23,7 @@ from medprune.quantizing.checkpoint import load_quantized, save_quantized
 from medprune.quantizing.quantize import quantize
 from medprune.results import baselines
 from medprune.settings import REPO, resolve
-from medprune.tuning import tower, views
+from medprune.tuning import recovery, tower, views
 
 SMALL = LITE0 | {
     "hidden_size": 32, "image_size": 32, "patch_size": 16, "stem_size": 4,
@@ -248,6 +248,20 @@ def test_a_projector_is_taught_what_the_head_believes():
     assert far - near == pytest.approx(0.3 * 1.5), "squared errors of 0.25, 0.25 and 1, over the embeddings' 1/3"
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_projector_that_has_learned_its_part_can_be_held(small, held):
+    config = resolve("smoke", tune_projector=not held)
+    model = recovery.trainable(load(small)[0], "lora", config)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in learned)
+    assert any("projector" in name for name in learned) is not held
+    marks = {
+        recovery.Training(small, None, "lora", [], resolve("smoke", tune_projector=tuned), 1).context()
+        for tuned in (False, True)
+    }
+    assert len(marks) == 2, "a model of the other kind is trained anew"
+
+
 @pytest.mark.parametrize(
     ("balance", "times"),
     [(0.0, {"a": 1, "b": 1, "c": 1}), (0.5, {"a": 1, "b": 2, "c": 3}), (1.0, {"a": 1, "b": 4, "c": 9})],
@@ -263,6 +277,7 @@ def test_photographs_bring_local_its_eyes_unless_told_otherwise(tmp_path):
     drawn, shown = resolve("local"), resolve("local", images=str(tmp_path))
     assert (drawn.base, drawn.n_test, drawn.balance) == ("smollm2", 24, 0.0)
     assert (shown.base, shown.n_train, shown.n_test, shown.balance) == ("smollm2-eyes", None, 96, 1.0)
+    assert drawn.tune_projector and not shown.tune_projector
     assert resolve("local", images=str(tmp_path), base="smollm2", n_test=9).base == "smollm2"
     assert resolve("local", {"images": "synthetic"}) == drawn
     assert resolve("smoke", images=str(tmp_path)).base == "tiny"
