@@ -66,9 +66,6 @@ class Settings(BaseModel):
     lora_r: Count = _setting(16, "14", "rank of the adapters")
     lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
     lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
-    tune_projector: bool = _setting(
-        True, "14", "in full beside the adapters; false where it has learned its part before"
-    )
     learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth")
     schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
     multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")

@@ -23,7 +23,7 @@ from medprune.quantizing.checkpoint import load_quantized, save_quantized
 from medprune.quantizing.quantize import quantize
 from medprune.results import baselines
 from medprune.settings import REPO, resolve
-from medprune.tuning import recovery, tower, views
+from medprune.tuning import tower, views
 
 SMALL = LITE0 | {
     "hidden_size": 32, "image_size": 32, "patch_size": 16, "stem_size": 4,
@@ -246,20 +246,6 @@ def test_a_projector_is_taught_what_the_head_believes():
     said, meant = torn.expand(1, 5, 3), torch.tensor([[0.0, 0, 1]])
     near, far = (tower.contrast(said, torn, drawn_to, targets)[1].item() for drawn_to in (torn, meant))
     assert far - near == pytest.approx(0.3 * 1.5), "squared errors of 0.25, 0.25 and 1, over the embeddings' 1/3"
-
-
-@pytest.mark.parametrize("held", [False, True])
-def test_a_projector_that_has_learned_its_part_can_be_held(small, held):
-    config = resolve("smoke", tune_projector=not held)
-    model = recovery.trainable(load(small)[0], "lora", config)
-    learned = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("lora_A" in name for name in learned)
-    assert any("projector" in name for name in learned) is not held
-    marks = {
-        recovery.Training(small, None, "lora", [], resolve("smoke", tune_projector=tuned), 1).context()
-        for tuned in (False, True)
-    }
-    assert len(marks) == 2, "a model of the other kind is trained anew"
 
 
 @pytest.mark.parametrize(

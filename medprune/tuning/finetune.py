@@ -1,7 +1,7 @@
 """LoRA / QLoRA fine-tuning on the transformers Trainer, resumed after a kill, and merging; used by 01 and 04.
 
 The paper: QLoRA with r 16 and alpha 8 on multi-turn conversations about an image. Loss falls on the answers and
-their end of sequence only. The projector is trained along, as a random one must be, unless the settings hold it.
+their end of sequence only. The projector is trained along, as an assembled base's starts at random.
 """
 
 import re
@@ -38,17 +38,15 @@ class Adapted(PeftModel):
         return super().load_adapter(*arguments, **more, autocast_adapter_dtype=_on_gpu(self))
 
 
-def add_lora(model, r: int, alpha: int, targets=TARGETS, tune_projector: bool = True) -> PeftModel:
-    """Wrap a model in LoRA on linears of the language model's blocks, all by default; the projector is trained in full,
-    unless it has learned its part before and `tune_projector` holds it.
+def add_lora(model, r: int, alpha: int, targets=TARGETS) -> PeftModel:
+    """Wrap a model in LoRA on linears of the language model's blocks, all by default, the projector trained in full.
 
     On a GPU the adapters and the projector train in float32 under autocast, for the scaler of float16 gradients takes
     none in float16; on a CPU everything stays in the model's bfloat16.
     """
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's to turn on
-    whole = [PROJECTOR] if tune_projector else None
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=lora_targets(targets), modules_to_save=whole)
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=lora_targets(targets), modules_to_save=[PROJECTOR])
     wrapped = Adapted(model, config, autocast_adapter_dtype=_on_gpu(model))
     if _on_gpu(model):
         for parameter in wrapped.parameters():

@@ -32,7 +32,7 @@ MAX_MERGE_KL = 0.5  # nats a token; folding adapters into bfloat16 weights moved
 DISTILL_WEIGHT = 1.0  # of the hidden states' loss, beside cross-entropy in nats
 # The settings that decide a training; it can see no others.
 TRAINING = ["seed", "base_bits", "lora_r", "lora_alpha", "lora_targets", "learning_rate", "schedule", "multi_turn"]
-TRAINING += ["batch_size", "save_every", "patience", "tune_projector"]
+TRAINING += ["batch_size", "save_every", "patience"]
 FITS = ["micro_batch"]  # how it is taken through memory, which it does not depend on
 
 
@@ -87,7 +87,7 @@ def trainable(model, recipe: str, config):
     What is trained without LoRA is held in float32, for bfloat16 rounds small steps away.
     """
     if recipe in ("lora", "distill"):
-        return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets, config.tune_projector)
+        return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
     inner = parts(model)
     chosen = [inner.projector] if recipe == "projector" else [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
     if recipe == "last_blocks" and not model.config.text_config.tie_word_embeddings:
