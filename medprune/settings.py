@@ -147,7 +147,10 @@ PROFILES = {
 }  # fmt: skip
 TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs
 # What local changes for photographs: eyes that have seen some before, all of them, and rare conditions more often.
-PHOTOGRAPHS = {"base": "smollm2-eyes", "n_train": None, "n_test": 96, "vision_steps": 360, "balance": 1.0}
+PHOTOGRAPHS = {
+    "base": "smollm2-eyes", "n_train": None, "n_test": 96, "vision_steps": 360, "balance": 0.5,
+    "learning_rate": 3e-3,
+}  # fmt: skip
 
 
 class Config:

@@ -44,8 +44,8 @@ _TEXT_DEFAULTS = {
     "llama": _TEXT_COMMON | {"intermediate_size": 11008},
     "mistral": _TEXT_COMMON | {"intermediate_size": 14336, "num_key_value_heads": 8},
 }
-_CLIP_COMMON = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-_CLIP_COMMON |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
+_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+_VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
 
 # EfficientNet-Lite0, the tower of `models.eyes`; stages are (blocks, kernel, stride, expansion, channels).
 EYES = "efficientnet_lite"
@@ -55,7 +55,7 @@ LITE0 = {
                (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)],
 }  # fmt: skip
 
-_VISION_DEFAULTS = {"clip_vision_model": _CLIP_COMMON, EYES: LITE0}
+_TOWER_DEFAULTS = {"clip_vision_model": _VISION_DEFAULTS, EYES: LITE0}
 
 # The LLaVAs that `assembled.prepare_base` builds; here, so that they can be counted without loading torch.
 ASSEMBLED = {
@@ -176,10 +176,10 @@ def shape_of(config) -> SimpleNamespace:
 def _text_and_vision(config: dict) -> tuple[dict, dict]:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
     kind, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
-    if kind not in _TEXT_DEFAULTS or tower not in _VISION_DEFAULTS:
-        towers, known = " or ".join(_VISION_DEFAULTS), " or ".join(_TEXT_DEFAULTS)
+    if kind not in _TEXT_DEFAULTS or tower not in _TOWER_DEFAULTS:
+        towers, known = " or ".join(_TOWER_DEFAULTS), " or ".join(_TEXT_DEFAULTS)
         raise ValueError(f"the accounting knows LLaVAs of {towers} and {known}, not of {tower!r} and {kind!r}.")
-    return _TEXT_DEFAULTS[kind] | text, _VISION_DEFAULTS[tower] | vision
+    return _TEXT_DEFAULTS[kind] | text, _TOWER_DEFAULTS[tower] | vision
 
 
 def _vision_sizes(vision: dict) -> dict:
