@@ -27,11 +27,12 @@ study: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name study \
 	-p recipes '["lora","projector","last_blocks","distill"]' -p data_fractions '[0.05,0.25,1.0]' -p equal_time true
 
-# The series on photographs of skin, split by patient, with three seeds: make photos PHOTOS=DIR
+# The series on photographs of skin, split by patient, with three seeds, and a report over them: make photos PHOTOS=DIR
 photos: $(READY)
 	@test -n "$(PHOTOS)" || { echo "photos needs a folder or table of photographs: make photos PHOTOS=DIR"; exit 2; }
-	for seed in 0 1 2; do HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local \
-	--images "$(PHOTOS)" --name photos-$$seed -p seed $$seed || exit $$?; done
+	mkdir -p runs && printf '%s\n' 'profile: local' 'seed: [0, 1, 2]' 'images: "$(abspath $(PHOTOS))"' \
+	'blocks_removed: [0, 2, 4]' 'recover: [2]' 'methods: [awq, bnb]' 'recipes: [lora, last_blocks]' > runs/photos.yaml
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/photos.yaml --out runs/photos.md
 
 # Profile t4 at full size on pretended GPUs: two T4s, as on Kaggle, and one with little host memory, as on Colab.
 rehearse: $(READY)
