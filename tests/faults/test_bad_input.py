@@ -102,6 +102,8 @@ def test_a_key_in_the_place_of_its_variable_s_name_is_not_repeated(say):
 LEAST = {  # words that a command wants, besides the one that is tried
     "run": ["--profile", "smoke"], "clean": ["demo"], "data": ["pictures"], "preflight": ["--profile", "smoke"],
     "plan": ["--bits", "4"], "quantize": ["model", "out"], "compare": ["a", "b"], "address": ["owner"], "publish": ["demo"],
+    "study": ["grid.yaml"], "export": ["model", "out", "--to", "hub"], "parity": ["model", "out"], "serve": ["model"],
+    "ask": ["model", "picture.png", "What is it?"], "fit": ["model", "--card", "4GiB"],
 }  # fmt: skip
 
 def tries():
