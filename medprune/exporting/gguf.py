@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from medprune.exporting.folders import Source, check_new, model_card, shapes_of
 from medprune.exporting.vocabulary import add_tokenizer, modelfile
-from medprune.models.families import BLOCKS, HEAD
+from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import account
 from medprune.quantizing.packed import from_awq, unpack_codes
@@ -35,17 +35,16 @@ ollama create NAME -f Modelfile
   measures whether a runtime does."""
 _ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _TEXT_ROOT = BLOCKS.rpartition(".")[0]
-_TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"  # a LLaVA's, which alone is exported
-_VISION_LAYERS = f"{_TOWER}.encoder.layers"
+_TOWER, _PROJECTOR = VISION_LAYERS.removesuffix(".encoder.layers"), f"model.{PROJECTOR}"
 _OF_BLOCK = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
+    f"{ATTENTION}.q_proj": "attn_q", f"{ATTENTION}.k_proj": "attn_k", f"{ATTENTION}.v_proj": "attn_v",
+    f"{ATTENTION}.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 _OF_VISION_LAYER = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
+    f"{ATTENTION}.q_proj": "attn_q", f"{ATTENTION}.k_proj": "attn_k", f"{ATTENTION}.v_proj": "attn_v",
+    f"{ATTENTION}.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
     "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
 }  # fmt: skip
 _FILE_TYPES = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16", torch.float32: "ALL_F32"}
@@ -275,7 +274,7 @@ def vision_tensors(source: Source) -> list[Tensor]:
     names |= {f"{embeddings}.position_embedding": "v.position_embd"}
     names |= {f"{_PROJECTOR}.linear_{n}": f"mm.{2 * n - 2}" for n in (1, 2)}
     for layer in range(vision_layers_run(source)):
-        names |= {f"{_VISION_LAYERS}.{layer}.{old}": f"v.blk.{layer}.{new}" for old, new in _OF_VISION_LAYER.items()}
+        names |= {f"{VISION_LAYERS}.{layer}.{old}": f"v.blk.{layer}.{new}" for old, new in _OF_VISION_LAYER.items()}
     shapes = shapes_of(source.tensors)
     found = [_floats(source, f"{embeddings}.class_embedding", "v.class_embd", shapes[f"{embeddings}.class_embedding"])]
     for key, shape in shapes.items():

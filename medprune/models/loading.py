@@ -62,9 +62,9 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     what is no LLaVA of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
     """
     shape = base_config(folder)
+    processor = load_processor(folder)
     if Path(folder).is_dir():
         weight_files(folder)
-    processor = load_processor(folder)
     release()  # what was let go would stay beside this one
     device = device or choose_device()
     dtype = dtype or choose_dtype(device)
