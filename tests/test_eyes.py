@@ -21,7 +21,7 @@ from medprune.models.loading import load, n_parameters, save, skeleton, wheel_fo
 from medprune.models.sizes import ASSEMBLED, LITE0, account
 from medprune.quantizing.checkpoint import load_quantized, save_quantized
 from medprune.quantizing.quantize import quantize
-from medprune.results import baselines
+from medprune.runs import baselines
 from medprune.settings import REPO, resolve
 from medprune.tuning import tower, views
 

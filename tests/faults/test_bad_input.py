@@ -24,6 +24,7 @@ COMMANDS = typer.main.get_command(cli.app).commands
 def say(monkeypatch, capsys, tmp_path):
     """Run a command here; return (status, what it said on stderr). What would take long, or write, is a failure."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))  # where names are looked for too
     monkeypatch.setenv("MEDPRUNE_RUNS", str(tmp_path / "runs"))
     for room, name in ((series, "_execute"), (rehearsal, "rehearse"), (hosted, "write_text")):
         monkeypatch.setattr(room, name, lambda *_, name=name: pytest.fail(f"{name} was begun"))
