@@ -57,8 +57,8 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
             targets, kept = batch.pop("labels"), batch["logits_to_keep"]
             turns = padded([p["turns"] for p in packed], padding_value=0)[:, 1:][:, kept]
             out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            said = out.logits.float().log_softmax(-1).cpu()
-            each = said.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(targets != IGNORED, 0)
+            said, ids = out.logits.float().log_softmax(-1), targets.clamp(min=0)[..., None].to(out.logits.device)
+            each = said.gather(-1, ids)[..., 0].cpu().where(targets != IGNORED, 0)
             totals = each.new_zeros(len(chunk), int(turns.max()) + 1).scatter_add_(1, turns, each)
             found += [total[1 : len(row["options"]) + 1].tolist() for total, row in zip(totals, chunk, strict=True)]
             bar.update(len(chunk))
