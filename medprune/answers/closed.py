@@ -54,9 +54,10 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
         for chunk in chunks(rows, size):
             packed = [_packed(processor, row) | {"pixel_values": _pixels(processor, row, model)} for row in chunk]
             batch = collate(packed)
-            targets, kept = batch.pop("labels"), batch["logits_to_keep"]
+            targets, kept = batch.pop("labels"), batch.pop("logits_to_keep")
             turns = padded([p["turns"] for p in packed], padding_value=0)[:, 1:][:, kept]
-            out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            # kept stays here, for the head may be on another GPU than the embeddings
+            out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, logits_to_keep=kept)
             said, ids = out.logits.float().log_softmax(-1), targets.clamp(min=0)[..., None].to(out.logits.device)
             each = said.gather(-1, ids)[..., 0].cpu().where(targets != IGNORED, 0)
             totals = each.new_zeros(len(chunk), int(turns.max()) + 1).scatter_add_(1, turns, each)
