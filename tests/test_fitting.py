@@ -1,13 +1,11 @@
-"""What is kept of a search: every plan in order, the few that are chosen among, plans for other budgets, figures of them."""
+"""What is kept of a search: every plan in order, and the few that are chosen among."""
 
-import pandas as pd
 import pytest
 
 from medprune.data.record import Record
 from medprune.searching import fitting
 from medprune.searching.budget import DROP, FULL, Space
-from medprune.searching.figures import figure_additivity, figure_choices, figure_progress
-from medprune.searching.searchers import Problem, choice_shares
+from medprune.searching.searchers import Problem
 
 SPACE = Space(("block 0", "block 1"), ({DROP: 0, 4: 10, FULL: 40},) * 2, 100)
 COSTS = [{DROP: 9.0, 4: 1.0, FULL: 0.0}, {DROP: 5.0, 4: 2.0, FULL: 0.0}]
@@ -43,31 +41,9 @@ def test_the_best_few_of_every_searcher_are_chosen_among_each_once(found):
     assert fitting.candidates(found[1], each=3) == [(FULL, DROP), (4, 4), (DROP, FULL)]
 
 
-def test_other_budgets_have_their_plans(found):
-    table = fitting.budget_table(found[0])
-    assert len(table) == len(fitting.BUDGETS) and table.total_bytes.max() <= 2 * 140
-    row = table[table.budget_bytes == 140].iloc[0]
-    assert (row.blocks, row.predicted) == ("4 4", 3.0)
-    assert table.blocks.iloc[0] == "nothing fits" and pd.isna(table.predicted.iloc[0])
-    assert table.predicted.dropna().is_monotonic_decreasing
-
-
 def test_images_to_measure_on_and_to_choose_on_are_others():
     records = [Record(str(i), f"{i}.png", "rosacea") for i in range(7)]
     one, other = fitting.two_samples(records, 5, seed=0)
     assert len(one) == len(other) == 3 and not {r.key for r in one} & {r.key for r in other}
     with pytest.raises(ValueError, match="1 images cannot measure plans and choose"):
         fitting.two_samples(records[:1], 5, seed=0)
-
-
-def test_figures_show_what_was_measured(found):
-    problem, searched = found
-    table = fitting.measured_plans(searched)
-    ax = figure_progress(table).axes[0]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(searched) and "evaluations" in ax.get_xlabel()
-    points = figure_additivity(table).axes[0].collections[0].get_offsets()
-    assert sorted(map(tuple, points)) == sorted(zip(*table.drop_duplicates("plan")[["predicted", "cost"]].to_numpy().T, strict=True))
-    shares = choice_shares(SPACE, [COSTS], 140)
-    mesh = figure_choices(shares, SPACE.sites, [DROP, 4, FULL]).axes[0]
-    assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 1], [0, 0]]
-    assert [t.get_text() for t in mesh.get_yticklabels()] == ["dropped", "4 bits", "16 bits"]

@@ -52,7 +52,7 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
     size = max(1, batch_rows // max((len(row["options"]) for row in rows), default=1))
     with progress(len(rows), label, "question") as bar:
         for chunk in chunks(rows, size):
-            packed = [_packed(processor, row) | {"pixel_values": _pixels(processor, row, model)} for row in chunk]
+            packed = [_packed(processor, row, model.dtype) for row in chunk]
             batch = collate(packed)
             targets, kept = batch.pop("labels"), batch.pop("logits_to_keep")
             turns = padded([p["turns"] for p in packed], padding_value=0)[:, 1:][:, kept]
@@ -66,12 +66,8 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
     return found
 
 
-def _pixels(processor, row: dict, model) -> torch.Tensor:
-    return image_pixels(processor, row["path"], model.dtype)
-
-
-def _packed(processor, row: dict) -> dict:
-    """Return input_ids, labels and turns (seq,): what all options share as turn 0, each option's rest as a turn.
+def _packed(processor, row: dict, dtype) -> dict:
+    """Return input_ids, labels, turns (seq,) and pixels: what all options share as turn 0, each one's rest as a turn.
 
     A rest begins with the last shared token, which its first own token is predicted from.
     """
@@ -91,6 +87,7 @@ def _packed(processor, row: dict) -> dict:
         "input_ids": torch.cat([alone[0]["input_ids"][:shared], *(x["input_ids"][shared:] for x in alone)]),
         "labels": torch.cat([torch.full((shared,), IGNORED), *rests]),
         "turns": torch.arange(len(lengths)).repeat_interleave(lengths),
+        "pixel_values": image_pixels(processor, row["path"], dtype),
     }
 
 

@@ -17,14 +17,13 @@ from medprune.quantizing.quantize import MIN_CALIBRATION_ROWS, quantization_batc
 from medprune.searching.budget import DROP, Plan, Space, check_budget, plan_rows, space_of
 from medprune.searching.costs import Costs, cost_tables, resampled
 from medprune.searching.levels import Levels
-from medprune.searching.searchers import SEARCHERS, Problem, budget_plans, search
+from medprune.searching.searchers import SEARCHERS, Problem, search
 from medprune.settings import BITS, Config
 from medprune.store import Units, content, context, write_csv
 
 ROWS_AT_ONCE = 6  # answers of a batch: two images' worth
 ANSWER_TOKENS = 64  # of the original's answers, at most, in `fit`
 DRAWS = 40  # resamples of the calibration images
-BUDGETS = (0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)  # of the table, as multiples of the one asked for
 
 
 def two_samples(records: list[Record], n: int, seed: int) -> tuple[list[Record], list[Record]]:
@@ -96,16 +95,6 @@ def candidates(found: dict[str, Problem], each: int = 2) -> list[Plan]:
         ranked = sorted({plan: cost for _, plan, cost in problem.found}.items(), key=lambda item: item[1])
         costs |= dict(ranked[:each])
     return sorted(costs, key=costs.get)
-
-
-def budget_table(problem: Problem) -> pd.DataFrame:
-    """Return the additive optimum for budgets around the one asked for, with its predicted cost in nats a token."""
-    budgets = [int(problem.budget * share) for share in BUDGETS]
-    plans = budget_plans(problem.space, problem.costs, budgets)
-    predicted = [problem.predicted(plan) if plan else np.nan for plan in plans.values()]
-    table = plan_rows(problem.space, plans)
-    table.insert(2, "predicted", predicted)
-    return table
 
 
 def fit(
