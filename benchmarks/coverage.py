@@ -8,7 +8,7 @@ in % the intervals that hold the true mean, of those given, and in brackets how 
 fewer than 99.5%; "no interval" where fewer than 20%.
 Several runs: 3 and 5 of 8, 24 and 96 images each, at 50, 80 and 92% right, with runs that differ not at all, by about 4
 and by about 10 points (standard deviation, at 80% right), all on the same images, each on images of its own, or each
-on a fifth of one pool. Writes a JSON with a row for each cell.
+on a fifth of one pool. Four methods: how much more one pair differs than another, in log-odds. Writes a JSON with a row for each cell.
 """
 
 import argparse
@@ -19,13 +19,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from medprune.results.stats import mean_score, paired_difference
+from medprune.results.stats import log_odds_interaction, mean_score, paired_difference
 from medprune.store import write_json
 
 IMAGES, RIGHT = (8, 12, 24, 39, 96), (0.5, 0.8, 0.92, 0.98)
 RUNS, IMAGES_OF_RUNS, RIGHT_OF_RUNS = (3, 5), (8, 24, 96), (0.5, 0.8, 0.92)
 RUN_SD = (0.0, 0.2, 0.5)  # of the runs, beside 1 of the images and 1 of all else, on the scale of a probit
 DESIGNS = ("same images", "own images", "a fifth of a pool")
+FOUR = ((0.85, 0.8, 0.5, 0.3), (0.9, 0.6, 0.5, 0.15), (0.85,) * 4, (0.5, 0.2, 0.3, 0.15))  # right, of four methods
+ALIKE = (0.0, 0.5, 0.8)  # how much of four methods' luck is an image's, or a question's
 LOST = (0.0, 0.1)  # share of right answers that the second of two methods is down by
 MARKS = 15  # of one answer
 RARELY = 0.2  # a cell with fewer intervals than this share says "no interval"
@@ -144,6 +146,22 @@ def cells_of_runs():
                 yield design, runs, images, right, run_sd, lost
 
 
+def simulate_log_odds(right: tuple[float, ...], images: int, alike: float, draws: int) -> dict:
+    """Return one cell of `log_odds_interaction`: 3 answers to an image, right or wrong, of four methods."""
+    rng, names, limits = np.random.default_rng([images, round(10 * alike)]), list("abcd"), []
+    odds = np.log(np.array(right) / (1 - np.array(right)))
+    answers = pd.MultiIndex.from_product([range(images), range(3), names], names=["cluster", "question", "method"])
+    table = answers.to_frame(index=False)
+    table["id"] = 3 * table["cluster"] + table["question"]
+    for _ in range(draws):
+        luck = rng.normal(size=(images, 1, 1)) + rng.normal(size=(images, 3, 1))
+        shown = np.sqrt(alike / 2) * luck + np.sqrt(1 - alike) * rng.normal(size=(images, 3, 4)) < norm.ppf(right)
+        found = log_odds_interaction(table.assign(score_percent=100.0 * shown.ravel()), ("a", "b"), ("c", "d"))
+        limits.append((found["low"], found["high"]))
+    cell = {"population": " ".join(f"{share:.0%}" for share in right), "alike": alike, "images": images}
+    return cell | _covered(float(odds @ [1, -1, -1, 1]), limits)
+
+
 def _covered(true: float, limits: list[tuple[float, float]]) -> dict:
     """Return true, draws, given, covered (of those given), misleading and the median width of a cell's intervals."""
     low, high = np.transpose(limits)
@@ -184,7 +202,13 @@ def main() -> None:
         wide = part.pivot_table(index=at[0], columns=at[1], values="text", aggfunc="first", sort=False)
         of = "share right" if np.isnan(lost) else f"difference, {lost:.0%} lost"
         print(f"several runs, {of}: % that hold the true mean (% given)\n\n{wide.to_string()}\n")
-    table = pd.concat([table, runs.assign(of=np.where(runs["lost"].isna(), "share of runs", "difference of runs"))])
+    cells = itertools.product(FOUR, IMAGES_OF_RUNS[1:], ALIKE)
+    four = pd.DataFrame([simulate_log_odds(*cell, args.draws // 4) for cell in cells])
+    four["text"] = [cell_text(row) for row in four.itertuples()]
+    print("log-odds of four methods: % that hold the true difference of differences (% given)\n")
+    print(four.pivot(index=["population", "alike"], columns="images", values="text").to_string())
+    runs["of"] = np.where(runs["lost"].isna(), "share of runs", "difference of runs")
+    table = pd.concat([table, runs, four.drop(columns="text").assign(of="log-odds interaction")])
     rounded = table.round(4).astype(object)
     write_json(args.out, {"rows": rounded.where(table.notna(), None).to_dict("records")})
 

@@ -98,6 +98,7 @@ class Settings(BaseModel):
     # importance and pruning
     n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
     calibration_tokens: Count = _setting(32, "2", "length of the answers that are compared")
+    random_draws: Count = _setting(20, "2", "random orders of removal, among which notebook 03 places every criterion")
     protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "23", "never removed; the paper's 1, 2 and 32, from 0")
     blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
     recover: tuple[Count, ...] = _setting((2, 4), "23456", "counts that notebook 04 recovers", min_length=1)
@@ -108,6 +109,9 @@ class Settings(BaseModel):
     awq_rows: int = _setting(8, "5", "calibration conversations", ge=4, le=MOST)
     awq_tokens: Count = _setting(1024, "5", "of each, at most")
     # judge
+    primary: tuple[str, str] = _setting(
+        ("awq-recovered", "awq-magnitude"), "6", "the one comparison named beforehand, a - b, each without its count"
+    )
     judge: str = _setting("reference", "13456", '"reference", "server", a chat model, or several with + between')
     judges_combined: Literal["median", "mean"] = _setting("median", "13456", "of several judges' scores")
     judge_model: str | None = _setting(None, "13456", "the model that a server is asked for")
@@ -119,7 +123,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self):
-        for rule in (_check_images, _check_training, _check_counts, _check_names, _check_judges):
+        for rule in (_check_images, _check_training, _check_counts, _check_primary, _check_names, _check_judges):
             rule(self)
         return self
 
@@ -347,6 +351,13 @@ def _check_counts(c: Settings) -> None:
         raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
     if "awq" not in c.methods or len(c.methods) < 2:
         raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about, and one beside it.")
+
+
+def _check_primary(c: Settings) -> None:
+    known = {"original", "pruned", "recovered", "magnitude", "awq-magnitude"}
+    known |= {f"{method}-{model}" for method in c.methods for model in ("original", "pruned", "recovered")}
+    if not set(c.primary) <= known or len(set(c.primary)) < 2:
+        raise ValueError(f"primary={list(c.primary)} must name two of {', '.join(sorted(known))}.")
 
 
 def _check_names(c: Settings) -> None:

@@ -537,3 +537,51 @@ def test_tables_of_several_runs_pair_within_a_run():
         stats.score_table(twice)
     with pytest.raises(ValueError, match="more than one score"):
         stats.score_table(table.drop(columns="run"))
+
+
+def four_methods(values, clusters=range(8)):
+    rows = [
+        {"method": m, "id": f"{i}", "cluster": c, "condition": "x", "score_percent": float(v)}
+        for m, column in zip("abcd", values, strict=True)
+        for i, (c, v) in enumerate(zip(clusters, column, strict=True))
+    ]
+    return pd.DataFrame(rows)  # fmt: skip
+
+
+def test_an_interaction_in_log_odds_is_what_it_says():
+    a, b, c, d = [100] * 6 + [0, 50], [100] * 4 + [0] * 4, [100, 0] * 4, [100, 0, 0, 0] * 2
+    found = stats.log_odds_interaction(four_methods([a, b, c, d]), ("a", "b"), ("c", "d"))
+    assert found["diff"] == pytest.approx(math.log(13 / 3) - 0 - (0 - math.log(1 / 3)))
+    # Each image's pull on the four log-odds, (x - mean) / (mean (1 - mean)), written out.
+    x = np.array([a, b, c, d]).T / 100
+    pull = (x - x.mean(0)) / (x.mean(0) * (1 - x.mean(0))) @ [1, -1, -1, 1]
+    half = scipy_stats.t.ppf(0.975, 7) * pull.std(ddof=1) / math.sqrt(8)
+    assert (found["low"], found["high"]) == pytest.approx((found["diff"] - half, found["diff"] + half))
+    none = stats.log_odds_interaction(four_methods([[100] * 8, b, c, d]), ("a", "b"), ("c", "d"))
+    assert all(math.isnan(value) for value in none.values()), "nobody knows the odds of what never fails"
+
+
+def test_log_odds_cover_as_they_should(coverage):
+    cells = [coverage.simulate_log_odds(right, 24, 0.5, 300) for right in coverage.FOUR]
+    assert all(cell["covered_frac"] > 0.91 for cell in cells) and np.mean([c["covered_frac"] for c in cells]) < 0.985
+
+
+def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
+    rng, misled = np.random.default_rng(0), []
+    for _ in range(60):  # eight methods of one worth: whichever is ahead is so by luck
+        luck = rng.integers(0, 101, (8, 24))
+        rows = [{"method": f"m{m}", "id": f"{i}", "cluster": i, "condition": i % 3, "score_percent": luck[m, i]}
+                for m in range(8) for i in range(24)]  # fmt: skip
+        scores = pd.DataFrame(rows)
+        names = [f"m{m}" for m in range(8)]
+        best, apart = stats.tested_apart(scores, names, names)
+        assert len(apart) == 7 and set(apart.a) == {best} and (apart.n_images == 12).all()
+        misled.append(apart["diff"].mean())
+    assert abs(np.mean(misled)) < 4, "on the other half the chosen one is worth what all are"
+    both = [("m0", i, c, 100.0 * (i % 4 < 2)) for i, c in enumerate("aabbaabb")]
+    both += [("m1", i, c, 100.0 * (i % 4 >= 2)) for i, c in enumerate("aabbaabb")]
+    _, found = stats.tested_apart(
+        pd.DataFrame(both, columns=["method", "cluster", "condition", "score_percent"]).assign(id=lambda t: t.cluster),
+        ["m0", "m1"], ["m1", "m0"],
+    )  # fmt: skip
+    assert found.n_images[0] == 4 and found["diff"][0] == 0, "each half has as many of every condition"

@@ -13,6 +13,7 @@ import torch
 from medprune.answers.decoding import chunks
 from medprune.answers.prompts import IGNORED, collator, encode_conversation, image_pixels, padded
 from medprune.device import rows_that_fit
+from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.store import context, fingerprint
 
@@ -56,9 +57,10 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
             batch = collate(packed)
             targets, kept = batch.pop("labels"), batch.pop("logits_to_keep")
             turns = padded([p["turns"] for p in packed], padding_value=0)[:, 1:][:, kept]
+            states = model.model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
             # kept stays here, for the head may be on another GPU than the embeddings
-            out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, logits_to_keep=kept)
-            said, ids = out.logits.float().log_softmax(-1), targets.clamp(min=0)[..., None].to(out.logits.device)
+            logits = parts(model).head(states.last_hidden_state[:, kept]).float()
+            said, ids = logits.log_softmax(-1), targets.clamp(min=0)[..., None].to(logits.device)
             each = said.gather(-1, ids)[..., 0].cpu().where(targets != IGNORED, 0)
             totals = each.new_zeros(len(chunk), int(turns.max()) + 1).scatter_add_(1, turns, each)
             found += [total[1 : len(row["options"]) + 1].tolist() for total, row in zip(totals, chunk, strict=True)]

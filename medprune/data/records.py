@@ -22,6 +22,7 @@ from medprune.data.questions import name_index, plain
 from medprune.data.record import MODALITIES, OWN, SIDES, TABLE_SUFFIXES, Record, columns_of, known, read_rows, skin_type
 from medprune.store import read_json, write_json
 
+USES = ("held out", "importance", "quantizing")  # of training pictures, which are drawn apart from each other
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
 LAYOUTS = (
     "a published data set as downloaded (`medprune data` says which), DIR/{train,test}/<DermNet directory>/*.jpg, "
@@ -252,11 +253,22 @@ def _deal(records: list[Record], rng: random.Random | None = None) -> list[Recor
     return [record for deal in zip_longest(*piles) for record in deal if record]
 
 
-def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
-    """Draw n records, conditions as equal as they allow; a smaller n with the same seed gives a prefix."""
+def sample_balanced(records: list[Record], n: int, seed: int, use: str | None = None) -> list[Record]:
+    """Draw n records, conditions as equal as they allow; a smaller n with the same seed gives a prefix.
+
+    use: one of USES, which draw from a third of each condition's records each, so that no two share a picture; where
+    its third is too small, a use takes of the others' too.
+    """
     if not 1 <= n <= len(records):
         raise ValueError(f"Cannot draw {n} of {len(records)} records; n must be between 1 and their number.")
-    return _deal(sorted(records, key=lambda r: r.key), random.Random(seed))[:n]
+    dealt = _deal(sorted(records, key=lambda r: r.key), random.Random(seed))
+    if use is not None:
+        seen, turns = Counter(), {}
+        for record in dealt:
+            turns[record.key] = seen[record.condition] % len(USES)
+            seen[record.condition] += 1
+        dealt.sort(key=lambda record: turns[record.key] != USES.index(use))
+    return dealt[:n]
 
 
 def repeat_rare(records: list[Record], balance: float) -> list[Record]:

@@ -159,6 +159,41 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     return table
 
 
+def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> dict:
+    """Return diff, low and high of how much more the first pair's a - b is than the second's, in log-odds of the mean.
+
+    The same question as a difference of differences in points, on the scale on which a loss near 0 or 100 counts as
+    much as one in the middle: the two may answer it differently, and then neither is the answer. first, second: (a, b)
+    methods, all four scored on the same answers. The error is by the delta method over images, with Student's t:
+    in benchmarks/coverage.py it covers 94 to 98%. NaN where a mean is less than
+    LEAST_FROM_END images' worth from 0 or 100.
+    """
+    wide = _checked(scores).pivot(index=["cluster", "id"], columns="method", values="score_percent")
+    means = wide[[*first, *second]].dropna().groupby(level="cluster").mean().to_numpy() / 100  # (images, 4)
+    share, signs = means.mean(0), np.array([1, -1, -1, 1])
+    found = {"diff": math.nan, "low": math.nan, "high": math.nan}
+    if len(means) * min(share.min(), 1 - share.max()) < LEAST_FROM_END:
+        return found
+    found["diff"] = float(signs @ special.logit(share))
+    parts = (means - share) / (share * (1 - share)) @ signs
+    half = -special.stdtrit(len(means) - 1, ALPHA / 2) * parts.std(ddof=1) / math.sqrt(len(means))
+    return found | {"low": found["diff"] - half, "high": found["diff"] + half}
+
+
+def tested_apart(scores: pd.DataFrame, methods: list[str], rivals: list[str]) -> tuple[str, pd.DataFrame]:
+    """Choose the best method on half of the images, and compare it with each rival on the other half.
+
+    Images, condition by condition, go to either half in turn; what chance did for the chosen one in the first half does
+    nothing for it in the second. Returns (the method with the highest mean, `compare`'s rows: the chosen method less
+    each other rival). scores: with a condition.
+    """
+    images = scores.drop_duplicates("cluster").sort_values(["condition", "cluster"])
+    apart = scores["cluster"].isin(set(images["cluster"].iloc[1::2]))
+    means = scores[~apart & scores["method"].isin(methods)].groupby("method", sort=False)["score_percent"].mean()
+    best = str(means.idxmax())
+    return best, compare(scores[apart], [(best, rival) for rival in rivals if rival != best])
+
+
 def cluster_differences(scores: pd.DataFrame, a: str, b: str) -> pd.Series:
     """Return the mean difference a - b of each image, in points, indexed by cluster.
 

@@ -134,9 +134,32 @@ def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
     """
     pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
     pruned = pruned.rename(columns={"criterion": "method"})
-    of_one_question = [c for c in ("method", "id", "cluster", "judge", "judged_by", "asked") if c in pruned]
+    kept = ("method", "id", "cluster", "condition", "judge", "judged_by", "asked")
+    of_one_question = [c for c in kept if c in pruned]
     means = pruned.groupby(of_one_question, as_index=False, sort=False, dropna=False)
     return means["score_percent"].mean()
+
+
+def among_random(answers: pd.DataFrame) -> pd.DataFrame:
+    """Return where each criterion lies among random draws, as many blocks removed, on the same images.
+
+    answers: as `sweep_means` takes them, with the draws' own methods, such as random-3-2. One row per criterion and
+    blocks_removed: score, the draws' mean, low and high (their central 95%) and number, beaten (draws with a lower
+    score) and p, of a random order doing at least as well: (1 + draws that do) / (1 + draws), one-sided (Davison and
+    Hinkley 1997, 4.11). It is about orders, on these images and this model.
+    """
+    pruned = answers[answers["blocks_removed"] > 0]
+    means = pruned.groupby(["criterion", "blocks_removed", "method"], sort=False)["score_percent"].mean().reset_index()
+    rows = []
+    for removed, part in means.groupby("blocks_removed"):
+        drawn = part.loc[part["criterion"] == "random", "score_percent"].to_numpy()
+        for row in part[part["criterion"] != "random"].itertuples():
+            low, high = np.quantile(drawn, [0.025, 0.975]) if drawn.size else (math.nan, math.nan)
+            found = {"criterion": row.criterion, "blocks_removed": removed, "score": row.score_percent}
+            found |= {"random": drawn.mean() if drawn.size else math.nan, "low": low, "high": high, "draws": drawn.size}
+            beaten = int((drawn < row.score_percent).sum())
+            rows.append(found | {"beaten": beaten, "p": (1 + drawn.size - beaten) / (1 + drawn.size)})
+    return pd.DataFrame(rows)
 
 
 def paper_table(n: int | str) -> pd.DataFrame:
