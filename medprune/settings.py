@@ -145,8 +145,8 @@ PROFILES = {
         "base_bits": 4, "held_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4,
         "multi_turn": True, "batch_size": 8, "micro_batch": 4, "sft_steps": 434, "recovery_steps": 217,
         "save_every": 50, "max_new_tokens": 200, "batch_rows": 18, "n_calibration": 27, "calibration_tokens": 64,
-        "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "awq_rows": 32, "recipes": ("lora", "distill"),
-        "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4,
+        "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "random_draws": 10, "awq_rows": 32,
+        "recipes": ("lora", "distill"), "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4,
     },
 }  # fmt: skip
 TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs
