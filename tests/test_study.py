@@ -1,5 +1,6 @@
 """`medprune study`: grids, runs one after the other and on Ray, and the report over runs."""
 
+import math
 import os
 import re
 import sys
@@ -117,7 +118,11 @@ def play_run(root, seed, settings=None, base="x"):
     write_json(root / "02_layer_importance" / "removal_order.json", {"output_similarity": [4 + seed, 3, 2]})
     criteria = table[table.method == "pruned-1"].assign(blocks_removed=1, criterion="output_similarity")
     worse = criteria.assign(method="magnitude-1", criterion="magnitude", score_percent=0.0)
-    write_csv(root / "03_prune_sweep" / "criteria_scores.csv", pd.concat([criteria, worse]))
+    draws = [criteria.assign(method=f"random-{k}-1", criterion="random", score_percent=25.0 * k) for k in range(4)]
+    write_csv(root / "03_prune_sweep" / "criteria_scores.csv", pd.concat([criteria, worse, *draws]))
+    lora = table[table.method == "recovered-1"].assign(method="lora 100% of images, same steps")
+    ways = [lora, lora.assign(method="distill 50% of images, same steps", score_percent=lora.score_percent / 2)]
+    write_csv(root / "04_sft_recovery" / "recipe_scores.csv", pd.concat(ways))
     columns = {"method": ["a", "b"], "criterion": ["output_similarity", "magnitude"], "blocks_removed": [1, 1], "score": [60, 0]}
     write_csv(root / "03_prune_sweep" / "criteria.csv", pd.DataFrame(columns))
     recipes = {"recipe": ["lora", "distill"], "fraction": [1.0, 1.0], "budget": ["steps", "steps"], "score": [70, 80]}
@@ -125,6 +130,11 @@ def play_run(root, seed, settings=None, base="x"):
     heads = pd.DataFrame([{"method": "tower, tuned", "id": str(i), "cluster": str(i), "condition": CONDITIONS[i % 3],
                            "skin_type": "V", "right": i % 12 != 0} for i in range(36)])  # fmt: skip
     write_csv(root / "01_finetune" / "baselines.csv", heads)
+
+
+def scores_of_run(root, method):
+    table = pd.read_csv(root / "03_prune_sweep" / "criteria_scores.csv")
+    return table.score_percent[table.method == method].mean()
 
 
 @pytest.fixture
@@ -176,6 +186,16 @@ def test_the_report_pairs_within_seed_and_picture_and_knows_the_baselines(tmp_pa
     assert seeds.removed_1.tolist() == ["4", "5", "6", "7"] and seeds.ways_back[0] == "distill 80, lora 70"
     harm = sections["Who harms the worst group least"]["text"]
     assert "1 block removed, by criterion: In the worst group" in harm and "output_similarity" not in harm.split("by method")[1]
+    criteria = sections["Criteria"]["table"].set_index("criterion")
+    assert list(criteria.index) == ["output_similarity", "random", "magnitude"]
+    assert criteria.score["random"] == pytest.approx(37.5) and criteria.beaten["magnitude"] == "0, 0, 0, 0 of 4"
+    assert criteria["diff"]["magnitude"] == pytest.approx(-criteria.score["output_similarity"])
+    expected = [str(int((25 * np.arange(4) < scores_of_run(root, "pruned-1")).sum())) for root in roots]
+    assert criteria.beaten["output_similarity"] == ", ".join(expected) + " of 4"
+    ways = sections["Ways back"]["table"]
+    assert ways["way back"].str.split().str[0].tolist() == ["lora", "distill"] and math.isnan(ways["diff"][0])
+    assert ways["diff"][1] == pytest.approx(-ways.score[0] / 2) and ways.high_all[1] < 0
+    assert "random" not in harm
     by_tone = sections["Names right by skin tone"]
     assert by_tone["table"].columns[1] == "I (24 images)" and set(by_tone["csv"].group) == {"I", "V", "VI"}
 

@@ -134,7 +134,7 @@ def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
     """
     pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
     pruned = pruned.rename(columns={"criterion": "method"})
-    kept = ("method", "id", "cluster", "condition", "judge", "judged_by", "asked")
+    kept = ("run", "method", "id", "cluster", "condition", "judge", "judged_by", "asked")
     of_one_question = [c for c in kept if c in pruned]
     means = pruned.groupby(of_one_question, as_index=False, sort=False, dropna=False)
     return means["score_percent"].mean()

@@ -10,9 +10,10 @@ from medprune.data.questions import load_conditions
 from medprune.judging.scores import read_scores, scores_of
 from medprune.results import stats
 from medprune.results.cells import LEAST_RUNS
-from medprune.results.figures import figure_forest, figure_shares
+from medprune.results.figures import CONTROLS, figure_forest, figure_shares
 from medprune.results.groups import BY, LEAST_IMAGES, group_table, least_harm, naming, naming_table, worst_group
 from medprune.results.page import html_report, markdown_table, with_interval
+from medprune.results.tables import among_random, sweep_means
 from medprune.settings import METHODS, STAGES
 from medprune.store import Run, read_json, write_csv, write_text
 
@@ -77,6 +78,10 @@ def sections_over(roots: list[Path]) -> list[dict]:
                 groups = group_table(table, [column], exact=table is names)
                 shown = {"text": _GROUPS, "csv": groups, "table": _wide(groups)}
                 sections.append({"heading": f"{heading} by {what}", **shown})
+    if (criteria := _criteria(runs)) is not None:
+        sections.append({"heading": "Criteria", "text": _CRITERIA, "table": criteria})
+    if (ways := _ways_back(runs)) is not None:
+        sections.append({"heading": "Ways back", "text": _WAYS, "table": ways})
     sections.append({"heading": "Who harms the worst group least", "text": _harm(runs, scores)})
     sections.append({"heading": "What differs from run to run", "text": _BY_RUN, "table": _by_run(runs, scores)})
     return sections
@@ -99,6 +104,14 @@ _BASELINES = "A method without a language model, a head on the vision tower, sta
 _GROUPS = (
     f"Each group's mean with its 95% interval. A group of fewer than {LEAST_IMAGES} images is too small for one, "
     "unless it is exact: a share of one run's images."
+)
+_CRITERIA = (
+    "As many blocks removed by each criterion; diff: to output similarity, the paper's, paired, whose limits hold for "
+    "all rows of as many blocks together. beaten: in each run, how many random orders score less on the same images."
+)
+_WAYS = (
+    "Of the pruned model; diff: to LoRA, the paper's, on all images and with as many steps, paired, whose limits hold "
+    "for all rows together."
 )
 _BY_RUN = "Blocks count from 0, the least important first. Criteria and ways back stand best first, by mean score."
 
@@ -124,11 +137,11 @@ def _read(root: Path) -> dict:
     pictures = scores.drop_duplicates("cluster").set_index("cluster")["asked"]
     conditions = load_conditions(settings["conditions"])
     criteria, own = root / "03_prune_sweep" / "criteria_scores.csv", scores.assign(cluster=_picture(scores, pictures))
-    run = {"root": root, "settings": settings, "scores": own, "names": naming(own, conditions), "criteria": None}
+    run = {"root": root, "settings": settings, "scores": own, "names": naming(own, conditions)}
     run["names"] = run["names"].assign(id=run["names"]["cluster"])
-    if criteria.exists():
-        table = read_scores(criteria)
-        run["criteria"] = table.assign(cluster=_picture(table, pictures))
+    for key, file in (("criteria", criteria), ("ways", root / "04_sft_recovery" / "recipe_scores.csv")):
+        table = read_scores(file) if file.exists() else None
+        run[key] = None if table is None else table.assign(cluster=_picture(table, pictures))
     files = [file for file in (root / "baselines.csv", *sorted(root.glob("*/baselines.csv"))) if file.exists()]
     for file in files:
         table = pd.read_csv(file, dtype={"id": str, "cluster": str})
@@ -210,7 +223,7 @@ def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
     if criteria:
         table = pd.concat(criteria, ignore_index=True)
         for count, part in table[table["blocks_removed"] > 0].groupby("blocks_removed"):
-            sentence, _ = least_harm(part, list(part["method"].unique()))
+            sentence, _ = least_harm(part, list(part["method"][~part["criterion"].isin(CONTROLS)].unique()))
             said.append(f"{count:.0f} block{'s' * (count != 1)} removed, by criterion: {sentence}")
     methods = scores["method"].unique()
     for model in dict.fromkeys(m.removeprefix("awq-") for m in methods if m.startswith("awq-")):
@@ -218,6 +231,45 @@ def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
         if len(rivals) > 1:
             said.append(f"{model} in 4 bits, by method: {least_harm(scores, rivals)[0]}")
     return "\n\n".join(said) or "No two methods are alike but in one thing."
+
+
+def _criteria(runs: list[dict]) -> pd.DataFrame | None:
+    """Return each criterion's score at each count of blocks removed, and its place among random orders in each run."""
+    alike = [run for run in runs if run["criteria"] is not None and not run["label"]]
+    if not alike:
+        return None
+    answers = pd.concat([run["criteria"].assign(run=run["seed"]) for run in alike], ignore_index=True)
+    rows = []
+    for count, part in answers[answers["blocks_removed"] > 0].groupby("blocks_removed"):
+        table = _against(sweep_means(part), "output_similarity").rename(columns={"method": "criterion"})
+        table.insert(1, "blocks_removed", count)
+        placed = pd.concat([among_random(own) for _, own in part.groupby("run")])
+        beaten = placed.groupby("criterion")["beaten"].agg(lambda each: ", ".join(map(str, each)))
+        table["beaten"] = table["criterion"].map(beaten + f" of {placed['draws'].min()}").fillna("")
+        rows.append(table.sort_values("score", ascending=False, kind="stable"))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _ways_back(runs: list[dict]) -> pd.DataFrame | None:
+    """Return the score of each way back, and what it is ahead of LoRA on all images."""
+    alike = [run for run in runs if run["ways"] is not None and not run["label"]]
+    if not alike:
+        return None
+    answers = pd.concat([run["ways"].assign(run=run["seed"]) for run in alike], ignore_index=True)
+    lora = [m for m in answers["method"].unique() if m.startswith("lora") and m.endswith("same steps")]
+    table = _against(answers, max(lora, key=lambda m: int(m.split()[1].rstrip("%")), default=None))
+    return table.sort_values("score", ascending=False, kind="stable").rename(columns={"method": "way back"})
+
+
+def _against(scores: pd.DataFrame, reference: str | None) -> pd.DataFrame:
+    """Return `stats.score_table` with the paired difference to a reference method, limits for all rows together."""
+    table = stats.score_table(scores)[["method", "score", "low", "high", "n_images"]]
+    others = [method for method in table["method"] if method != reference]
+    if reference not in set(table["method"]) or not others:
+        return table
+    found = stats.compare(scores, [(method, reference) for method in others])
+    found = found[["a", "diff", "low_all", "high_all", "p_holm"]].rename(columns={"a": "method"})
+    return table.merge(found, on="method", how="left")
 
 
 def _by_run(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
