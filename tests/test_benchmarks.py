@@ -83,6 +83,7 @@ def run(tmp_path_factory):
     for split in ("train", "test"):
         splits[split] = [asdict(r) for r in synthetic.write_images(folder / "images", 1, 32, 0, split)]
     write_json(folder / "splits.json", splits)
+    write_json(folder / "manifest.json", {"settings": {"name": "smoke"}, "outputs": {}})
     patch.undo()
     return folder
 
