@@ -191,6 +191,7 @@ def a_chat_judge_of_7b_finds_the_card_empty_and_reads_out_a_verdict(folder):
 
     ledger, _ = start()
     rehearsal.make_base(folder / "llava")
+    gc.disable()  # NF4's layers refer to themselves: they stay until somebody collects
     judge = chat.chat_judge(str(rehearsal.make_judge(folder / "judge")), quantize_4bit=True)
     model = loading.load(folder / "llava", bits=4)[0]
     held = ledger.now[0]
