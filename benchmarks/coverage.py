@@ -8,7 +8,9 @@ in % the intervals that hold the true mean, of those given, and in brackets how 
 fewer than 99.5%; "no interval" where fewer than 20%.
 Several runs: 3 and 5 of 8, 24 and 96 images each, at 50, 80 and 92% right, with runs that differ not at all, by about 4
 and by about 10 points (standard deviation, at 80% right), all on the same images, each on images of its own, or each
-on a fifth of one pool. Four methods: how much more one pair differs than another, in log-odds. Writes a JSON with a row for each cell.
+on a fifth of one pool.
+Four methods: how much more one pair differs than another, in log-odds, at 24 and 96 images.
+Writes a JSON with a row for each cell.
 """
 
 import argparse

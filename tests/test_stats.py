@@ -545,7 +545,7 @@ def four_methods(values, clusters=range(8)):
         for m, column in zip("abcd", values, strict=True)
         for i, (c, v) in enumerate(zip(clusters, column, strict=True))
     ]
-    return pd.DataFrame(rows)  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def test_an_interaction_in_log_odds_is_what_it_says():
@@ -582,6 +582,7 @@ def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
     both += [("m1", i, c, 100.0 * (i % 4 >= 2)) for i, c in enumerate("aabbaabb")]
     _, found = stats.tested_apart(
         pd.DataFrame(both, columns=["method", "cluster", "condition", "score_percent"]).assign(id=lambda t: t.cluster),
-        ["m0", "m1"], ["m1", "m0"],
-    )  # fmt: skip
+        ["m0", "m1"],
+        ["m1", "m0"],
+    )
     assert found.n_images[0] == 4 and found["diff"][0] == 0, "each half has as many of every condition"

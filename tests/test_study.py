@@ -199,11 +199,11 @@ def test_the_report_pairs_within_seed_and_picture_and_knows_the_baselines(tmp_pa
     assert "random" not in harm
     assert "Step against step" not in sections, "the primary comparison was not run"
     dearer = sections["What 4 bits cost a pruned model more"]["table"].set_index("method")
-    assert list(dearer.index) == ["rtn"] and dearer["diff"]["rtn"] == pytest.approx(
-        dearer.costs_pruned["rtn"] - dearer.costs_original["rtn"]
-    ) and dearer.n_runs["rtn"] == 4  # fmt: skip
-    lost = {m: methods.score[a] - methods.score[b] for m, a, b in
-            (("costs_pruned", "pruned-1", "rtn-pruned-1"), ("costs_original", "original", "rtn-original"))}  # fmt: skip
+    assert list(dearer.index) == ["rtn"] and dearer.n_runs["rtn"] == 4
+    more = dearer.costs_pruned["rtn"] - dearer.costs_original["rtn"]
+    assert dearer["diff"]["rtn"] == pytest.approx(more)
+    sides = {"costs_pruned": ("pruned-1", "rtn-pruned-1"), "costs_original": ("original", "rtn-original")}
+    lost = {side: methods.score[a] - methods.score[b] for side, (a, b) in sides.items()}
     assert dearer.loc["rtn", list(lost)].tolist() == pytest.approx(list(lost.values()))
     by_tone = sections["Names right by skin tone"]
     assert by_tone["table"].columns[1] == "I (24 images)" and set(by_tone["csv"].group) == {"I", "V", "VI"}

@@ -233,9 +233,7 @@ def _methods(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
 def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
     """Return the paragraphs about criteria that remove as many blocks, and quantizers of one model."""
     said = []
-    criteria = [r["criteria"].assign(run=r["seed"]) for r in runs if r["criteria"] is not None and not r["label"]]
-    if criteria:
-        table = pd.concat(criteria, ignore_index=True)
+    if (table := _pooled(runs, "criteria")) is not None:
         for count, part in table[table["blocks_removed"] > 0].groupby("blocks_removed"):
             sentence, _ = least_harm(part, list(part["method"][~part["criterion"].isin(CONTROLS)].unique()))
             said.append(f"{count:.0f} block{'s' * (count != 1)} removed, by criterion: {sentence}")
@@ -245,6 +243,12 @@ def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
         if len(rivals) > 1:
             said.append(f"{model} in 4 bits, by method: {least_harm(scores, rivals)[0]}")
     return "\n\n".join(said) or "No two methods are alike but in one thing."
+
+
+def _pooled(runs: list[dict], key: str) -> pd.DataFrame | None:
+    """Return the answers that `key` names of all runs that differ by seed alone, run being the seed; None without."""
+    tables = [run[key].assign(run=run["seed"]) for run in runs if run[key] is not None and not run["label"]]
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def _steps(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
@@ -282,11 +286,9 @@ def _dearer(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
 
 def _criteria(runs: list[dict]) -> pd.DataFrame | None:
     """Return each criterion's score at each count of blocks removed, and its place among random orders in each run."""
-    alike = [run for run in runs if run["criteria"] is not None and not run["label"]]
-    if not alike:
+    answers, rows = _pooled(runs, "criteria"), []
+    if answers is None:
         return None
-    answers = pd.concat([run["criteria"].assign(run=run["seed"]) for run in alike], ignore_index=True)
-    rows = []
     for count, part in answers[answers["blocks_removed"] > 0].groupby("blocks_removed"):
         table = _against(sweep_means(part), "output_similarity").rename(columns={"method": "criterion"})
         table.insert(1, "blocks_removed", count)
@@ -299,10 +301,9 @@ def _criteria(runs: list[dict]) -> pd.DataFrame | None:
 
 def _ways_back(runs: list[dict]) -> pd.DataFrame | None:
     """Return the score of each way back, and what it is ahead of LoRA on all images."""
-    alike = [run for run in runs if run["ways"] is not None and not run["label"]]
-    if not alike:
+    answers = _pooled(runs, "ways")
+    if answers is None:
         return None
-    answers = pd.concat([run["ways"].assign(run=run["seed"]) for run in alike], ignore_index=True)
     lora = [m for m in answers["method"].unique() if m.startswith("lora") and m.endswith("same steps")]
     table = _against(answers, max(lora, key=lambda m: int(m.split()[1].rstrip("%")), default=None))
     return table.sort_values("score", ascending=False, kind="stable").rename(columns={"method": "way back"})
