@@ -7,12 +7,15 @@ import types
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from medprune.answers import decoding, timing
 from medprune.answers.decoding import answer, answer_rows, answers_context
 from medprune.answers.prompts import prompt_text
+from medprune.models import loading
 from medprune.models.attention import grouped_attention
+from medprune.models.families import parts
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.settings import resolve
 from medprune.store import Units
@@ -27,6 +30,25 @@ def test_answers_equal_those_of_transformers_generate(tiny, rows):
         )
         out = model.generate(**batch, max_new_tokens=10, do_sample=False)[0, batch["input_ids"].shape[1] :]
         assert said.text == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
+
+
+def test_a_window_shorter_than_the_prompt_cuts_no_prefix_and_counts_no_padding(tiny, rows):
+    model, processor = tiny
+    text = {k: getattr(model.config.text_config, k) for k in ("hidden_size", "intermediate_size", "vocab_size")}
+    config = copy.deepcopy(model.config)
+    config.text_config = MistralConfig(**text, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, sliding_window=6)
+    torch.manual_seed(0)
+    model = loading.ready(LlavaForConditionalGeneration(config).eval(), "cpu")
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    for name, weight in parts(model).text_model.named_parameters():
+        if "proj" in name:
+            weight.data.normal_(0, 1.4 / weight.shape[1] ** 0.5)
+    said = answer(model, processor, rows, max_new_tokens=10)
+    assert len({a.text for a in said}) > 2, "the test needs answers that differ"
+    for row, found in zip(rows, said, strict=True):
+        batch = processor(text=prompt_text(processor, row["question"]), images=Image.open(row["path"]), return_tensors="pt")
+        out = model.generate(**batch, max_new_tokens=10, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert found.text == processor.tokenizer.decode(out, skip_special_tokens=True).strip()
 
 
 @torch.inference_mode()

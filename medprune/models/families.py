@@ -81,6 +81,16 @@ def n_blocks(config) -> int:
     return config.text_config.num_hidden_layers
 
 
+def window(config) -> float:
+    """Return how many tokens back a block with the shortest window sees: infinity where all see everything."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds and not any("sliding" in kind or "chunked" in kind for kind in kinds):
+        return float("inf")
+    found = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((n for n in found if n), default=float("inf"))
+
+
 def protected(config_or_model, blocks: tuple[int, ...]) -> tuple[int, ...]:
     """Return protected block numbers, counted from 0, with negative ones counted from the end."""
     return protected_numbers(n_blocks(getattr(config_or_model, "config", config_or_model)), blocks)
