@@ -56,12 +56,13 @@ def test_questions_of_several_lengths_have_the_logits_of_each_alone(tiny, rows):
     """The first tokens after a question are forced, the same for all."""
     model, processor = tiny
     forced = torch.tensor([[7, 11, 13]])
-    prefix, cached = decoding._run_prefixes(model, processor, rows[::3], torch.full((3,), -1))
-    asked = decoding._questions(processor, rows, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)], prefix)
+    seen = decoding._seen(model, processor, rows[::3])
+    cached = decoding._run_prefixes(model, seen, torch.full((3,), -1))
+    asked = decoding._questions(processor, rows, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)], seen)
     numbers, which, ids = map(list, zip(*asked, strict=True))
     assert len({len(x) for x in ids}) > 1, "the test needs questions of several lengths"
     cache = decoding._select(cached, which, max(map(len, ids)) + 3)
-    padded, seen = decoding._pad(ids, len(prefix), 3, model.device)
+    padded, seen = decoding._pad(ids, cached.length, 3, model.device)
     logits = [decoding.forward(model, padded, cache, seen=seen)]
     logits += [decoding.forward(model, token.expand(9, 1), cache, seen=seen) for token in forced[0]]
     for number, found in zip(numbers, torch.stack(logits, 1), strict=True):
@@ -166,11 +167,10 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
 
     monkeypatch.setattr(timing, "forward", forward)
     monkeypatch.setattr(timing, "LIMIT_S", 1e9)
-    monkeypatch.setattr(timing, "open_image", lambda _: None)
-    monkeypatch.setattr(timing, "roomy_cache", lambda *_: None)
+    monkeypatch.setattr(timing, "RoomyCache", lambda *_: None)
     monkeypatch.setattr(timing, "parts", lambda _: types.SimpleNamespace(blocks=[]))
-    monkeypatch.setattr(timing, "prompt_text", lambda *_: "")
-    monkeypatch.setattr(timing, "encode", lambda *_: {"input_ids": [torch.zeros(3)], "pixel_values": torch.zeros(1)})
+    monkeypatch.setattr(timing, "see", lambda *_: types.SimpleNamespace(ids=torch.zeros(3)))
+    monkeypatch.setattr(timing, "inputs_of", lambda _: {"pixel_values": torch.zeros(1)})
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(timing, "wait", wait)
     model = torch.nn.Module()

@@ -64,11 +64,13 @@ def test_names_are_those_of_the_model(base, tmp_path):
     save(model, processor, tmp_path / "m")
     stored = load_file(tmp_path / "m" / "model.safetensors")
     own = {name for name, _ in model.named_parameters()}
-    assert {families.current_name(name) for name in stored} == own
-    assert families.current_name("language_model.lm_head.weight") == "lm_head.weight"
+    assert {*map(families.renaming(model), stored)} == own
+    assert families.renaming(model)("language_model.lm_head.weight") == "lm_head.weight"
+    assert {families.hub_name(name) for name in own} == set(stored)
     modules = dict(model.named_modules())
-    assert {f"{families.BLOCKS}.5", f"{families.VISION_LAYERS}.1", f"model.{families.PROJECTOR}"} <= set(modules)
-    assert modules[families.HEAD] is families.parts(model).head
+    found, called = families.parts(model), families.names(model)
+    assert called.blocks == families.BLOCKS and modules[called.head] is found.head
+    assert [modules[name] for name in called.projector] == [found.projector]
     for name in modules:
         inside = name.startswith(f"{families.BLOCKS}.")
         assert families.block_number(name) == (int(name.split(".")[3]) if inside else None)

@@ -544,8 +544,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
      ({"method": "awq", "calibration": batch() | {"attention_mask": torch.zeros(4, 24)}}, "without padding"),
      ({"method": "awq", "calibration": {"input_ids": batch()["input_ids"]}}, "image tokens and pixel_values together"),
      ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and hqq, not with bnb"),
-     ({"method": "awq", "quantize_vision": True, "calibration": batch()}, "quantize_vision works with rtn and hqq"),
-     ({"method": "rtn", "quantize_vision": True}, r"vision_tower.*self_attn.*_proj has 32 inputs, which groups of 64")],
+     ({"method": "awq", "quantize_vision": True, "calibration": batch()}, "quantize_vision works with rtn and hqq")],
 )  # fmt: skip
 def test_bad_requests_are_refused_before_any_work(kwargs, sentence):
     model = tiny()

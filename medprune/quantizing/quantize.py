@@ -10,9 +10,11 @@ from torch import nn
 
 from medprune.answers import prompts
 from medprune.answers.timing import peak_memory
+from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
-from medprune.models.families import parts
+from medprune.models.families import names, parts
 from medprune.models.loading import weight_bytes
+from medprune.models.sizes import packable
 from medprune.quantizing.packed import PackedLinear
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
@@ -33,11 +35,13 @@ def quantize(
     calibration, without them text-only. `fetch` reads a block's weights when its turn comes (`load_blockwise`).
 
     info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
-    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), left_16_bit (linears of the tower that
+    groups do not divide), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
     targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
-    blocks = parts(model).blocks
+    left, blocks = left_whole(model, targets, group_size), parts(model).blocks
+    targets = {name: width for name, width in targets.items() if name not in left}
 
     def fetched(block) -> None:
         if fetch is not None:
@@ -55,10 +59,9 @@ def quantize(
 
             found = quantize_awq(model, calibration, group_size, fetched)
         else:
-            names = {block: f"{name}." for name, module in model.named_modules() for block in blocks if module is block}
-            for block in blocks:
+            for number, block in enumerate(blocks):
                 fetched(block)
-                for name in [name for name in targets if name.startswith(names[block])]:
+                for name in [name for name in targets if name.startswith(f"{names(model).blocks}.{number}.")]:
                     pack(name, targets.pop(name))
             for name, width in targets.items():  # head and tower
                 pack(name, width)
@@ -68,12 +71,13 @@ def quantize(
         seconds = time.perf_counter() - started
     info = {"method": method, "bits": bits, "group_size": group_size, "seconds": seconds, "peak_bytes": peak["bytes"]}
     also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "packed_bytes": packed_bytes(model)}
+    also["left_16_bit"] = left
     return model, info | also | found
 
 
 def _untie(model) -> None:
     """Let a quantized head be a copy: it has no weight to share with the embeddings."""
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = model.config.get_text_config(decoder=True).tie_word_embeddings = False
     weights = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k in weights}
 
@@ -85,8 +89,15 @@ def target_linears(model, bits: int | list[int], quantize_head=False, quantize_v
     groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
     groups += [(found.head, min(block_bits))] if quantize_head else []
     groups += [(found.vision_tower, min(block_bits))] if quantize_vision else []
-    names = {module: name for name, module in model.named_modules()}
-    return {names[m]: b for group, b in groups for m in group.modules() if isinstance(m, nn.Linear)}
+    called = {module: name for name, module in model.named_modules()}
+    return {called[m]: b for group, b in groups for m in group.modules() if type(m) is nn.Linear}
+
+
+def left_whole(model, targets: dict[str, int], group_size: int) -> list[str]:
+    """Return those of `target_linears` in the vision tower that groups do not divide: they stay in 16 bits."""
+    tower = f"{names(model).vision_tower}."
+    linears = {name: model.get_submodule(name) for name in targets if name.startswith(tower)}
+    return [name for name, m in linears.items() if not packable(m.in_features, m.out_features, group_size)]
 
 
 def check_storage(method: str, bits, group_size: int, quantize_head=False, quantize_vision=False) -> None:
@@ -117,7 +128,7 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
         raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
     check_storage(method, bits, group_size, quantize_head, quantize_vision)
     targets = target_linears(model, bits, quantize_head, quantize_vision)
-    for name in targets:
+    for name in targets.keys() - set(left_whole(model, targets, group_size)):
         linear = model.get_submodule(name)
         if linear.in_features % group_size:
             raise ValueError(f"{name} has {linear.in_features} inputs, which groups of {group_size} do not divide.")
@@ -219,13 +230,18 @@ def bits_by_importance(importance_scores: Sequence[float], target_mean_bits: flo
 
 
 def quantization_batch(processor, records, conditions, questions, dtype, seed: int, most: int = 1024) -> dict:
-    """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration.
+    """Return the inputs of one conversation per record, cut to one length, for AWQ's calibration.
 
     most: tokens per row, the image's among them.
     """
     rng = random.Random(seed)
     said = [conversation(record, conditions, questions, rng) for record in records]
-    ids = [prompts.encode_conversation(processor, turns)["input_ids"] for turns in said]
-    shortest = min(most, *map(len, ids))
-    pixels = [prompts.image_pixels(processor, record.path, dtype) for record in records]
-    return {"input_ids": torch.stack([row[:shortest] for row in ids]), "pixel_values": torch.stack(pixels)}
+    pictures = [open_image(record.path) for record in records]
+    seen = [prompts.see(processor, picture, dtype) for picture in pictures]
+    if len({s.shape for s in seen}) > 1:  # a row each of one length: all take the first one's form
+        seen = [prompts.see(processor, picture.resize(pictures[0].size), dtype) for picture in pictures]
+    rows = [prompts.encode_conversation(processor, turns, s) for turns, s in zip(said, seen, strict=True)]
+    shortest = min(most, *(len(row["input_ids"]) for row in rows))
+    batch = {"input_ids": torch.stack([row["input_ids"][:shortest] for row in rows])}
+    batch |= {name: torch.stack([row["kinds"][name][:shortest] for row in rows]) for name in seen[0].kinds}
+    return batch | {name: torch.cat([s.inputs[name] for s in seen]) for name in seen[0].inputs}

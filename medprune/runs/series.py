@@ -15,7 +15,7 @@ import pandas as pd
 from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
-from medprune.models.sizes import account, base_config, shape_of
+from medprune.models.sizes import account, base_config, is_counted, shape_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
 from medprune.store import Run, differing, lock, read_json, run_root, settings_before, unlock, why_undone, write_text
 
@@ -29,6 +29,10 @@ def check_run(config) -> None:
     base = base_config(config.base)
     if base is None:
         return
+    if not is_counted(base):
+        from medprune.pruning.plan import check_prunable  # which imports torch
+
+        check_prunable(base)
     n_blocks = shape_of(base).blocks
     removable = n_blocks - len(protected_numbers(n_blocks, config.protected_blocks))
     if (most := max(config.blocks_removed)) > removable:
