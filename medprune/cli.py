@@ -187,7 +187,8 @@ def rehearse(
     gpu: Annotated[float | None, typer.Option(help="GiB of each GPU, other than the machine's")] = None,
     gpus: Annotated[int | None, typer.Option(help="how many GPUs")] = None,
     ram: Annotated[float | None, typer.Option(help="GiB of host memory")] = None,
-    disk: Annotated[float | None, typer.Option(help="GB of disk, downloads and scratch included")] = None,
+    disk: Annotated[float | None, typer.Option(help="GB of disk where the run is")] = None,
+    scratch: Annotated[float | None, typer.Option(help="GB for weights, 0: they lie with the run")] = None,
     folder: Annotated[Path | None, typer.Option(help="an empty one to keep; else a temporary one")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="only these; may be repeated")] = None,
     parameter: Parameters = None,
@@ -197,7 +198,7 @@ def rehearse(
 
     from medprune.rehearsing import rehearsal
 
-    given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk}
+    given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk, "scratch_gb": scratch}
     chosen = rehearsal.machine(machine, **{k: v for k, v in given.items() if v is not None})
     stages = rehearsal.stages(stage)
     with tempfile.TemporaryDirectory() as temporary:
@@ -207,7 +208,8 @@ def rehearse(
 
 def _said(taken: dict) -> None:
     gpus = " + ".join(f"{b / 2**30:.2f}" for b in taken["card_bytes"])
-    used = f"GPU {gpus} GiB, host {taken['ram_bytes'] / 2**30:.1f} GiB, files {taken['disk_bytes'] / 1e9:.0f} GB"
+    files = f"{taken['disk_bytes'] / 1e9:.0f} + {taken['scratch_bytes'] / 1e9:.0f}"
+    used = f"GPU {gpus} GiB, host {taken['ram_bytes'] / 2**30:.1f} GiB, files {files} GB"
     typer.echo(f"{taken['stage']}: {used}, {taken['seconds']:.0f} s of rehearsal. {taken['misfit'] or 'fits'}")
 
 

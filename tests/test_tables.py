@@ -12,6 +12,7 @@ from test_ranking import rows_table
 from typer.testing import CliRunner
 
 from medprune.cli import app
+from medprune.data.questions import load_conditions
 from medprune.models.sizes import account, base_config, named_config
 from medprune.results import stats, tables
 from medprune.results.tables import plan_json, plan_notes, plan_table, plan_text
@@ -179,3 +180,20 @@ def test_plan_takes_a_width_for_each_block():
     assert str(error) == "--bits 4,x must be a number, or one for each kept block with commas between."
     error = CliRunner().invoke(app, ["plan", "--bits", "4,3", "--remove", "7"]).exception
     assert "bits lists 2 blocks; 25 are kept" in str(error)
+
+
+def test_naming_is_counted_apart_by_the_form_of_the_question():
+    conditions = load_conditions()
+    said = ["This is melanoma.", "This is melanoma or rosacea.", "This is rosacea.", "nothing"]
+    answers = pd.DataFrame({"kind": "name", "condition": "melanoma", "answer": said, "cluster": list("abcd")})
+    answers = pd.concat([answers, answers.assign(kind="features")]).assign(method="pruned-2")
+    choice = answers[:4].assign(kind="choice", score_percent=[100.0, 100.0, 100.0, 100.0])
+    twice = pd.concat([answers[:4].assign(kind="yes or no", score_percent=s) for s in (100.0, [0.0, 0.0, 0.0, 100.0])])
+    found = tables.naming_forms(answers, pd.concat([choice, twice]), conditions).set_index("asked")
+    assert list(found.score) == [25, 100, 62.5] and list(found.n) == [4, 4, 8]
+    assert found.chance["choice"] == 12.5 and found.chance["yes or no"] == 50
+    # Clopper and Pearson: of 1 in 4, and of 4 in 4, whose lower limit is 0.025 ** (1 / 4)
+    assert (found.low["open"], found.high["open"]) == pytest.approx((0.6309, 80.588), abs=1e-3)
+    assert (found.low["choice"], found.high["choice"]) == pytest.approx((100 * 0.025**0.25, 100))
+    yes = stats.mean_score(twice.score_percent, twice.cluster)
+    assert found.loc["yes or no", ["low", "high"]].tolist() == pytest.approx([yes["low"], yes["high"]], nan_ok=True)

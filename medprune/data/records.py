@@ -260,6 +260,16 @@ def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
     return _deal(sorted(records, key=lambda r: r.key), random.Random(seed))[:n]
 
 
+def repeat_rare(records: list[Record], balance: float) -> list[Record]:
+    """Return the records, those of a condition (most / n) ** balance times, rounded, that n of them show.
+
+    0 repeats none, 0.5 evens out half of what conditions differ by, 1 lets all come about equally often.
+    """
+    counts = Counter(r.condition for r in records)
+    most = max(counts.values(), default=0)
+    return [r for r in records for _ in range(round((most / counts[r.condition]) ** balance))]
+
+
 def _group(by_key: dict[str, Record], same: list[list[str]], dropped) -> list[list[Record]]:
     """Return the groups that must stay on one side, of one patient or of the same picture, without what is dropped."""
     patients = defaultdict(list)

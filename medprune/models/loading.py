@@ -20,6 +20,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on_gpu, release
+from medprune.models import eyes
 from medprune.models.attention import GROUPED
 from medprune.models.families import block_number, looks_ahead, names, packs, parts, renaming, spread, unquantized
 from medprune.models.sizes import account, base_config, skeleton
@@ -268,7 +269,7 @@ def load_processor(folder: str | Path):
         raise ValueError(f"{folder} has no chat template: put the chat_template.jinja of its base model there.")
     complete = True
     if hasattr(processor, "num_additional_image_tokens"):
-        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        has_class_token = config.vision_config.model_type in ("clip_vision_model", eyes.EYES)
         stated = {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": int(has_class_token)}
         stated["vision_feature_select_strategy"] = config.vision_feature_select_strategy
         for name, value in stated.items():

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -13,8 +12,8 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import renaming, unquantized
-from medprune.models.loading import check_loading, ready
-from medprune.models.sizes import account, base_config, packable, skeleton
+from medprune.models.loading import check_loading, ready, stored_tensors
+from medprune.models.sizes import EYES, account, base_config, packable, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -24,6 +23,7 @@ from medprune.store import content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
 _PLAIN = "from transformers import AutoModelForImageTextToText as Auto\nmodel = Auto.from_pretrained(folder)"
+_EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
     "bitsandbytes": "bitsandbytes installed",
@@ -56,6 +56,7 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
         if processor is not None:
             loading.save_processor(processor, temporary)
         size = sum(file.stat().st_size for file in temporary.iterdir())
+        said |= {"first": _EYES if model.config.vision_config.model_type == EYES else ""}
         write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
 
@@ -133,10 +134,7 @@ def _check_nf4_keys(config, folder: Path) -> None:
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
     expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
-    found, name_of = set(), renaming(model)
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            found |= {name_of(key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    found = stored_tensors(folder, model).keys()
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
 
 
@@ -205,7 +203,7 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
         )
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."
     if needed := _NEEDED.get(config["quant_method"]):
-        how = f"Plain transformers, with {needed}:\n\n```python\n{_PLAIN}\n```"
+        how = f"Plain transformers, with {needed}:\n\n```python\n{said['first']}{_PLAIN}\n```"
     return f"""# A quantized model of images and text
 
 Not for clinical use: a research artefact, evaluated on teaching images only.

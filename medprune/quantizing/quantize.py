@@ -14,7 +14,7 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
 from medprune.models.families import names, parts
 from medprune.models.loading import weight_bytes
-from medprune.models.sizes import packable
+from medprune.models.sizes import NO_LINEARS, packable
 from medprune.quantizing.packed import PackedLinear
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
@@ -127,6 +127,8 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
     if isinstance(bits, list | tuple) and len(bits) != n:
         raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
     check_storage(method, bits, group_size, quantize_head, quantize_vision)
+    if quantize_vision and not any(isinstance(m, nn.Linear) for m in parts(model).vision_tower.modules()):
+        raise ValueError(NO_LINEARS)
     targets = target_linears(model, bits, quantize_head, quantize_vision)
     for name in targets.keys() - set(left_whole(model, targets, group_size)):
         linear = model.get_submodule(name)

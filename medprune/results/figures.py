@@ -129,8 +129,8 @@ def figure_stability(ranks: pd.DataFrame, overlaps: pd.DataFrame) -> Figure:
     return fig
 
 
-def figure_sweep(sweep: pd.DataFrame) -> Figure:
-    """Draw judge score by blocks removed with 95% intervals by image: a line per criterion, and the paper's, if there.
+def figure_sweep(sweep: pd.DataFrame, what: str = SCORE) -> Figure:
+    """Draw `what`, a score, by blocks removed with its intervals: a line per criterion, and the paper's, if there.
 
     sweep: blocks_removed, score, low, high, and perhaps criterion and paper_score; several draws of `random` share the
     criterion's name and are averaged, their intervals too, if all have one. Controls are grey and broken.
@@ -150,7 +150,7 @@ def figure_sweep(sweep: pd.DataFrame) -> Figure:
         paper = sweep.dropna(subset="paper_score").drop_duplicates("blocks_removed").sort_values("blocks_removed")
         ax.plot("blocks_removed", "paper_score", "s--", data=paper, color=GREY, label="paper (LLaVA-1.5-7B)")
     ax.locator_params(axis="x", integer=True)
-    ax.set(xlabel=REMOVED, ylabel=SCORE, ylim=(-2, 102))
+    ax.set(xlabel=REMOVED, ylabel=what, ylim=(-2, 102))
     ax.legend(**PLAIN)
     return fig
 

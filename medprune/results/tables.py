@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
+from scipy.stats import binomtest
 
 from medprune.data.questions import named_conditions
 from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, shape_of
@@ -213,6 +214,30 @@ def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.nda
         one = len(named) == 1 and named[0] in labels
         counts[labels.index(row.condition), labels.index(named[0]) if one else len(labels)] += 1
     return counts
+
+
+def naming_forms(answers: pd.DataFrame, closed: pd.DataFrame, conditions: dict) -> pd.DataFrame:
+    """Return how often each method is right about what a picture shows, by the form of the question.
+
+    answers: open answers (kind, condition, method, cluster, answer), of which those to the question for a name count,
+    right where they name the condition and no other; closed: rows of `answers.closed.choose_rows`. One row per form
+    and method: asked, method, score (percent right), low, high, n and chance, the percent that guessing has right.
+    Limits are Clopper and Pearson's (1934) of one answer a picture, else those of `stats.mean_score`.
+    """
+    named = answers[answers["kind"] == "name"]
+    right = [named_conditions(str(a), conditions) == [c] for a, c in zip(named.answer, named.condition, strict=True)]
+    forms = {"open": named.assign(score_percent=np.multiply(right, 100.0))}
+    forms |= dict(list(closed.groupby("kind", sort=False)))
+    chance, rows = {"choice": 100 / len(conditions), "yes or no": 50.0}, []
+    for form, asked in forms.items():
+        for method, scores in asked.groupby("method", sort=False):
+            found = stats.mean_score(scores.score_percent, scores.cluster)
+            if found["n"] == found["n_images"]:
+                exact = binomtest(int((scores.score_percent == 100).sum()), found["n"]).proportion_ci(method="exact")
+                found |= {"low": 100 * exact.low, "high": 100 * exact.high}
+            row = {"asked": form, "method": method, "score": found["mean"], "low": found["low"], "high": found["high"]}
+            rows.append(row | {"n": found["n"], "chance": chance.get(form, math.nan)})
+    return pd.DataFrame(rows)
 
 
 def _paper_params_b(config) -> dict[int, float]:
