@@ -219,7 +219,9 @@ def check_loading(info: dict, folder) -> None:
 
 
 class NoVideos(VideoProcessorMixin):
-    """Stands in a processor for that of videos, which needs torchvision, and is never asked."""
+    """Stands in a processor for that of videos, which needs torchvision, and is never asked for one."""
+
+    num_frames = fps = 1  # what some chat templates are told of
 
 
 @contextmanager
