@@ -138,7 +138,7 @@ def test_training_rows_are_the_prompt_and_the_answer_and_cost_together_what_they
     model, processor = load(folder(family), dtype=torch.float32)
     items = []
     for n, path in enumerate(dict.fromkeys(r["path"] for r in rows)):
-        turns = [(r["question"], SAID[i]) for i, r in enumerate(rows) if r["path"] == path][: 3 - n]
+        turns = [(r["question"], SAID[i % 3]) for i, r in enumerate(rows) if r["path"] == path][: 3 - n]
         messages = []
         for question, said in turns:
             messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
