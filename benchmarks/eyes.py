@@ -22,7 +22,7 @@ from medprune.data.questions import load_conditions, load_questions, named_condi
 from medprune.data.records import load_images, split_records
 from medprune.models import loading
 from medprune.progress import quiet
-from medprune.results import baselines
+from medprune.runs import baselines
 from medprune.settings import resolve, values_of
 from medprune.store import describe_machine, write_json
 from medprune.tuning import tower, trained

@@ -169,6 +169,19 @@ def two_t4s_hold_16_bits_together(folder):
     assert all(0.5 * T4 < peak < T4 for peak in ledger.peak) and abs(ledger.peak[0] - ledger.peak[1]) < GIB
 
 
+def two_t4s_weigh_the_options_of_closed_questions(folder):
+    from medprune.answers import closed
+    from medprune.models import loading
+
+    ledger, _ = start(2)
+    rehearsal.make_base(folder / "llava")
+    path = next((rehearsal.make_images(folder / "images", 1, 0)).rglob("*.jpg"))
+    model, processor = loading.load(folder / "llava", bits=16)
+    rows = [{"path": str(path), "question": QUESTIONS[0], "options": ["It is acne.", "It is a wart."]}] * 2
+    assert [len(nats) for nats in closed.log_likelihoods(model, processor, rows, 4)] == [2, 2]
+    assert min(ledger.peak) > 0.4 * T4
+
+
 def notebook_01_begins_on_a_t4_by_itself(folder):
     ledger, _ = start()
     stage.store._digest = stage._named

@@ -113,3 +113,23 @@ def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, w
     assert why in said and len(said.splitlines()) == 1 and not (tmp_path / "q").exists()
     assert medprune(monkeypatch, "quantize", llava / "llava", llava, *words) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys):
+    for condition in ("rosacea", "psoriasis"):
+        for n in range(3):
+            path = tmp_path / "photos" / condition / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            synthetic.draw(condition, n, 64)[0].save(path)
+    words = ["--images", tmp_path / "photos", "--n-images", 1, "--evaluations", 5, "--group-size", 32, "--context", 64]
+    out = tmp_path / "fitted"
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "300KiB", *words) == 2
+    assert "MiB holds no plan: the least takes" in capsys.readouterr().err and not out.exists()
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 0
+    said = capsys.readouterr().out
+    assert "nats a token from the original on 3 answers that no plan was measured on" in said
+    model, table = load_quantized(out), pd.read_csv(tmp_path / "fitted.csv")
+    assert (table.total_bytes <= 500 * 2**10).all() and set(table.searcher) == {"random", "greedy", "exact", "evolution"}
+    assert len(parts(model).blocks) <= 6 and not (tmp_path / "fitted.search").exists()
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from medprune.models.loading import load, n_parameters, save, skeleton, wheel_fo
 from medprune.models.sizes import ASSEMBLED, LITE0, account
 from medprune.quantizing.checkpoint import load_quantized, save_quantized
 from medprune.quantizing.quantize import quantize
-from medprune.results import baselines
+from medprune.runs import baselines
 from medprune.settings import REPO, resolve
 from medprune.tuning import tower, views
 
@@ -262,7 +262,8 @@ def test_pictures_of_rare_conditions_are_tuned_on_again(balance, times):
 def test_photographs_bring_local_its_eyes_unless_told_otherwise(tmp_path):
     drawn, shown = resolve("local"), resolve("local", images=str(tmp_path))
     assert (drawn.base, drawn.n_test, drawn.balance) == ("smollm2", 24, 0.0)
-    assert (shown.base, shown.n_train, shown.n_test, shown.balance) == ("smollm2-eyes", None, 96, 1.0)
+    assert (shown.base, shown.n_train, shown.n_test, shown.balance) == ("smollm2-eyes", None, 96, 0.5)
+    assert (drawn.learning_rate, shown.learning_rate) == (2e-3, 3e-3)
     assert resolve("local", images=str(tmp_path), base="smollm2", n_test=9).base == "smollm2"
     assert resolve("local", {"images": "synthetic"}) == drawn
     assert resolve("smoke", images=str(tmp_path)).base == "tiny"

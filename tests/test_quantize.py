@@ -68,6 +68,7 @@ def quantized(method, dtype=torch.float32, model=None, **kwargs):
 
 
 CASES = [("rtn", {}), ("rtn", {"bits": 3}), ("rtn", {"bits": [8, 16, 4], "quantize_head": True}), ("awq", {}),
+         ("awq", {"bits": [3, 16, 8], "quantize_head": 4}), ("rtn", {"bits": 16, "group_size": 32, "quantize_vision": 8}),
          ("bnb", {}), ("hqq", {}), ("hqq", {"bits": [3, 8, 16], "quantize_head": True}),
          ("rtn", {"group_size": 32, "quantize_vision": True}),
          ("hqq", {"group_size": 32, "quantize_vision": True, "quantize_head": True})]  # fmt: skip
@@ -530,11 +531,11 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
     ("kwargs", "sentence"),
     [({"method": "gguf"}, "method must be one of rtn, awq, bnb, hqq, not 'gguf'"),
      ({"method": "rtn", "bits": 5}, r"bits for rtn must be one of \(3, 4, 8, 16\), not 5"),
-     ({"method": "awq", "bits": 3}, "bits for awq must be"),
+     ({"method": "awq", "bits": 2}, r"bits for awq must be one of \(3, 4, 8, 16\), not 2"),
      ({"method": "rtn", "bits": [4, 4]}, "bits lists 2 blocks, but the model has 3"),
      ({"method": "hqq", "bits": [4, 4, 4, 4]}, "bits lists 4 blocks, but the model has 3"),
      ({"method": "hqq", "bits": [4, 5, 4]}, r"bits for hqq must be one of \(3, 4, 8, 16\), not 5"),
-     ({"method": "awq", "bits": [4, 8, 4]}, r"bits for awq must be one of \(4,\), not 8"),
+     ({"method": "bnb", "bits": [4, 8, 4]}, r"bits for bnb must be one of \(4,\), not 8"),
      ({"method": "rtn", "bits": 4.0}, r"bits for rtn must be one of \(3, 4, 8, 16\), not 4.0"),
      ({"method": "rtn", "bits": 16}, "nothing to quantize"),
      ({"method": "rtn", "group_size": 48}, r"group_size must be one of \(32, 64, 128\), not 48"),
@@ -543,8 +544,9 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
      ({"method": "awq", "calibration": batch(3)}, "at least 4 calibration rows, not 3"),
      ({"method": "awq", "calibration": batch() | {"attention_mask": torch.zeros(4, 24)}}, "without padding"),
      ({"method": "awq", "calibration": {"input_ids": batch()["input_ids"]}}, "image tokens and pixel_values together"),
-     ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and hqq, not with bnb"),
-     ({"method": "awq", "quantize_vision": True, "calibration": batch()}, "quantize_vision works with rtn and hqq")],
+     ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and awq and hqq, not with bnb"),
+     ({"method": "rtn", "bits": 16, "quantize_head": True}, "nothing to quantize"),
+     ({"method": "awq", "quantize_head": 5, "calibration": batch()}, r"quantize_head must be true, false or one of \(3, 4, 8\) bits, not 5")],
 )  # fmt: skip
 def test_bad_requests_are_refused_before_any_work(kwargs, sentence):
     model = tiny()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from medprune.cli import app
 from medprune.data.questions import load_conditions
 from medprune.models.sizes import account, base_config, named_config
-from medprune.results import stats, tables
+from medprune.results import figures, stats, tables
 from medprune.results.tables import plan_json, plan_notes, plan_table, plan_text
 
 SEVEN = named_config("llava-1.5-7b")
@@ -128,6 +128,22 @@ def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
     assert means[means.method == "a"].score_percent.tolist() == [50, 50, 51, 51, 52, 52, 53, 53]
     found = stats.compare(means, [("a", "random")]).iloc[0]
     assert found["diff"] == pytest.approx(50 + 1.5 - (20 + 1.5) / 2) and found.n_images == 4
+
+
+def test_a_criterion_is_placed_among_random_draws_of_as_many_blocks():
+    scores = {"a": {2: 50, 4: 0}, "b": {2: 10, 4: 90}} | {f"random-{k}": {2: 10 * k, 4: k} for k in range(4)}
+    answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c.split("-")[0], "blocks_removed": n, "id": f"{i}",
+                             "score_percent": s + i} for c, found in scores.items() for n, s in (found | {0: 99}).items()
+                            for i in (-1, 1)])  # fmt: skip
+    placed = tables.among_random(answers).set_index(["criterion", "blocks_removed"])
+    assert placed.loc[("a", 2), ["score", "random", "draws", "beaten", "p"]].tolist() == [50, 15, 4, 4, 0.2]
+    assert placed.loc[("a", 4), ["beaten", "p"]].tolist() == [0, 1], "a draw with the same score is not beaten"
+    assert placed.loc[("b", 2), ["beaten", "p"]].tolist() == [1, 0.8]
+    assert placed.loc[("b", 4), ["low", "high"]].tolist() == pytest.approx([0.075, 2.925])
+    assert len(placed) == 4
+    none = tables.among_random(answers[answers.criterion != "random"])
+    assert none.draws.eq(0).all() and none.random.isna().all() and none.p.eq(1).all()
+    assert len(figures.figure_among_random(placed.reset_index()).axes) == 2
 
 
 def test_sweep_means_keep_the_judges_apart_and_what_was_asked():

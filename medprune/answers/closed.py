@@ -13,6 +13,7 @@ import torch
 from medprune.answers.decoding import chunks
 from medprune.answers.prompts import IGNORED, collator, encode_conversation, padded, see
 from medprune.device import rows_that_fit
+from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.store import context, fingerprint
 
@@ -53,15 +54,15 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
     with progress(len(rows), label, "question") as bar:
         for chunk in chunks(rows, size):
             rows_of = [_rows(processor, row, see(processor, row["path"], model.dtype)) for row in chunk]
-            batch = collate(
-                [[{k: v for k, v in r.items() if processor.packs or k != "turns"} for r in some] for some in rows_of]
-            )
-            targets, kept = batch.pop("labels"), batch["logits_to_keep"]
-            turns = padded([r["turns"] for some in rows_of for r in some], padding_value=0)[:, 1:][:, kept]
+            batch = collate(rows_of)
+            targets, kept = batch.pop("labels"), batch.pop("logits_to_keep")
+            turns = padded([r["option"] for some in rows_of for r in some], padding_value=0)[:, 1:][:, kept]
             about = torch.tensor([i for i, some in enumerate(rows_of) for _ in some])  # whose options a sequence holds
-            out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            said = out.logits.float().log_softmax(-1).cpu()
-            each = said.gather(-1, targets.clamp(min=0)[..., None])[..., 0].where(targets != IGNORED, 0)
+            states = model.base_model(**{k: tensor.to(model.device) for k, tensor in batch.items()}, use_cache=False)
+            # kept stays here, for the head may be on another GPU than the embeddings
+            logits = parts(model).head(states.last_hidden_state[:, kept]).float()
+            said, ids = logits.log_softmax(-1), targets.clamp(min=0)[..., None].to(logits.device)
+            each = said.gather(-1, ids)[..., 0].cpu().where(targets != IGNORED, 0)
             most = max(len(row["options"]) for row in chunk) + 1
             places = about[:, None] * most + turns
             totals = each.new_zeros(len(chunk) * most).scatter_add_(0, places.flatten(), each.flatten()).view(-1, most)
@@ -71,10 +72,10 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
 
 
 def _rows(processor, row: dict, seen) -> list[dict]:
-    """Return input_ids, labels and turns (seq,): what all options share as turn 0, each option's rest as a turn.
+    """Return a row's options as sequences (`collator`), with `option` (seq,), the number of each token's own, from 1.
 
-    A rest begins with the last shared token, which its first own token is predicted from. Where options cannot be kept
-    apart in one sequence (`families.packs`), each has one.
+    What all options share is turn 0, each one's rest a turn. A rest begins with the last shared token, which its first
+    own token is predicted from. Where options cannot be kept apart in one sequence (`families.packs`), each has one.
     """
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
     alone = []
@@ -83,24 +84,24 @@ def _rows(processor, row: dict, seen) -> list[dict]:
         whole = encode_conversation(processor, [asked, said], seen)
         end = int((whole["labels"] != IGNORED).nonzero()[-1])  # of the turn, which an option does without
         kinds = {name: kind[:end] for name, kind in whole["kinds"].items()}
-        alone.append(
-            {name: whole[name][:end] for name in ("input_ids", "labels")} | {"kinds": kinds, "seen": seen.inputs}
-        )
+        cut = {name: whole[name][:end] for name in ("input_ids", "labels")}
+        alone.append(cut | {"kinds": kinds, "seen": seen.inputs})
     shared = len(os.path.commonprefix([x["input_ids"].tolist() for x in alone])) - 1
     if not processor.packs:
-        for turn, x in enumerate(alone, 1):
-            x["labels"] = x["labels"].clone()
+        for number, x in enumerate(alone, 1):
             x["labels"][: shared + 1] = IGNORED
-            x["turns"] = torch.full_like(x["input_ids"], turn)
+            x["option"] = torch.full_like(x["input_ids"], number)
         return alone
     lengths = torch.tensor([shared, *(len(x["input_ids"]) - shared for x in alone)])
     rests = [x["labels"][shared:].clone() for x in alone]
     for rest in rests:
         rest[0] = IGNORED  # shared: the same for every option
+    turns = torch.arange(len(lengths)).repeat_interleave(lengths)
     packed = {
         "input_ids": torch.cat([alone[0]["input_ids"][:shared], *(x["input_ids"][shared:] for x in alone)]),
         "labels": torch.cat([torch.full((shared,), IGNORED), *rests]),
-        "turns": torch.arange(len(lengths)).repeat_interleave(lengths),
+        "turns": turns,
+        "option": turns,
     }
     return [packed | {"kinds": {}, "seen": seen.inputs}]
 

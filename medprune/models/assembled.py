@@ -33,7 +33,8 @@ def prepare_base(base: str) -> str:
     """Return a folder, or hub name, of the base model; the assembled ones are built once and cached."""
     if base not in ASSEMBLED:
         return base
-    build, *source = BUILDS[base]
+    eyes_of = (_smollm2_eyes, GGUF, eyes.WHEEL)
+    build, *source = {"tiny": (_tiny, WORDS), "smollm2": (_smollm2, GGUF), "smollm2-eyes": eyes_of}[base]
     made_of = fingerprint(ASSEMBLED[base], CHAT_TEMPLATE, ASSEMBLY, *source)
     folder = cache_dir() / f"{base}-{made_of}"
     if not (folder / "config.json").exists():
@@ -130,8 +131,3 @@ def _tiny():
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     text_config = transformers.LlamaConfig(**ASSEMBLED["tiny"]["text_config"], **ids, max_position_embeddings=512)
     return _compose(text_config, ASSEMBLED["tiny"]["vision_config"], tokenizer)
-
-
-BUILDS = {  # how an assembled base is made, and of what
-    "tiny": (_tiny, WORDS), "smollm2": (_smollm2, GGUF), "smollm2-eyes": (_smollm2_eyes, GGUF, eyes.WHEEL),
-}  # fmt: skip

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 from medprune.settings import protected_numbers
 
-HEAD = "lm_head"
 ATTENTION = "self_attn"  # of a block, and of a layer of the vision tower
-BLOCKS = "model.language_model.layers"
+BLOCKS = "model.language_model.layers"  # this and the following of a LLaVA, which alone is counted and exported by them
+HEAD = "lm_head"
+PROJECTOR = "multi_modal_projector"
+VISION_LAYERS = "model.vision_tower.encoder.layers"
 
 # What AWQ scales in a block, as autoawq 0.2.9 has it: linears that read the same input, the module before them that
 # undoes their scales (of the norms named, the first that there is), and the module whose output says which are best.
@@ -21,23 +23,16 @@ SCALED = (
     (("mlp.gate_proj", "mlp.up_proj"), ("pre_feedforward_layernorm", "post_attention_layernorm"), "mlp"),
     (("mlp.down_proj",), ("mlp.up_proj",), "mlp.down_proj"),
 )
-BLOCK_PARTS = (
-    {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    {
-        "self_attn",
-        "mlp",
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    },
-)
+_TWO_NORMS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+BLOCK_PARTS = (_TWO_NORMS, _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"})
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # only their product counts, which no clip of one is chosen by
 
-# transformers 4's names, which the hub's checkpoints have and save_pretrained still writes, and transformers 5's.
+# transformers 4's names, which the hub's checkpoints have, and transformers 5's. save_pretrained (5.23) writes the
+# first, but CLIP's without `vision_model`: that spelling is read too, and `hub_name` never gives it.
 _RENAMED = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -73,6 +73,8 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     """
     shape = base_config(folder)
     processor = load_processor(folder)
+    if Path(folder).is_dir():
+        weight_files(folder)
     release()  # what was let go would stay beside this one
     device = device or choose_device()
     config = AutoConfig.from_pretrained(folder)
@@ -80,7 +82,7 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     options = {"quantization_config": nf4_config(dtype, unquantized(skeleton(config)))} if bits == 4 else {}
     places = _places(shape, device) if bits == 16 and on_gpu(device) else {"": device}
     options |= {"device_map": places if bits == 4 or device != "cpu" else None, "output_loading_info": True}
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     check_loading(info, folder)
     return ready(model, device, processor), processor
 
@@ -143,10 +145,15 @@ def local_folder(source: str | Path, *patterns: str) -> Path:
 
 
 def weight_files(source: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or a hub model; ValueError where there are none."""
+    """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short."""
     files = sorted(local_folder(source, "*.safetensors", "*.json").glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
+    for file in files:
+        try:
+            safe_open(file, "pt")  # which compares the file's length with what its header says
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}): copy or make it again.") from None
     return files
 
 

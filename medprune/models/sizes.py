@@ -23,6 +23,7 @@ GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
+ODD_LINEARS = "no linear of the vision tower has a width that groups of {} divide: leave quantize_vision out."
 
 _CLIP_L_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -49,8 +50,8 @@ _TEXT_DEFAULTS = {
     "llama": _TEXT_COMMON | {"intermediate_size": 11008},
     "mistral": _TEXT_COMMON | {"intermediate_size": 14336, "num_key_value_heads": 8},
 }
-_CLIP_COMMON = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-_CLIP_COMMON |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
+_VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+_VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
 
 # EfficientNet-Lite0, the tower of `models.eyes`; stages are (blocks, kernel, stride, expansion, channels).
 EYES = "efficientnet_lite"
@@ -60,7 +61,7 @@ LITE0 = {
                (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)],
 }  # fmt: skip
 
-_VISION_DEFAULTS = {"clip_vision_model": _CLIP_COMMON, EYES: LITE0}
+_TOWER_DEFAULTS = {"clip_vision_model": _VISION_DEFAULTS, EYES: LITE0}
 
 # The LLaVAs that `assembled.prepare_base` builds; here, so that they can be counted without loading torch.
 ASSEMBLED = {
@@ -248,8 +249,8 @@ def _counted(config: dict) -> SimpleNamespace:
 
 def _text_and_vision(config: dict) -> tuple[dict, dict]:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
-    tower = vision.get("model_type", "clip_vision_model")
-    return _TEXT_DEFAULTS[text.get("model_type", "llama")] | text, _VISION_DEFAULTS[tower] | vision
+    kind, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
+    return _TEXT_DEFAULTS[kind] | text, _TOWER_DEFAULTS[tower] | vision
 
 
 def _vision_sizes(vision: dict) -> dict:
@@ -351,10 +352,10 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
     """Count a LLaVA less `blocks_removed` blocks, with its block linears stored in `bits` by `method`.
 
     `bits`: one number (16, or 2 to 8; a fraction stands for an average) or one for each block that is kept.
-    `also`: `quantize_head` and `quantize_vision` (rtn, hqq) store the head, of which a tied one becomes a copy, and the
-    linears of the vision tower in the fewest of them; `scale_bits` and `zero_point_bits` are as `linear_bytes` takes
-    them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows too: tokens x 2 x blocks x
-    key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
+    `also`: `quantize_head` and `quantize_vision` (not bnb) store the head, of which a tied one becomes a copy, and the
+    linears of the vision tower in the fewest of them, or in the bits that they name; `scale_bits` and `zero_point_bits`
+    are as `linear_bytes` takes them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows
+    too: tokens x 2 x blocks x key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
     """
     quantize_head, quantize_vision = also.pop("quantize_head", False), also.pop("quantize_vision", False)
     shape = shape_of(config)
@@ -367,7 +368,8 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
     if len(block_bits) != kept:
         raise ValueError(f"bits lists {len(block_bits)} blocks; {kept} are kept.")
     _check_storage(shape, set(block_bits), group_size, method, quantize_head, quantize_vision)
-    fewest, storage = min(block_bits), {"group_size": group_size, "method": method, **also}
+    storage = {"group_size": group_size, "method": method, **also}
+    head_bits, vision_bits = (min(block_bits) if said is True else said for said in (quantize_head, quantize_vision))
     params = _params(shape, kept)
     part_bytes = {part: 2 * n for part, n in params.items()}
     each = {width: _stored(shape.linears, width, storage) for width in set(block_bits)}
@@ -375,10 +377,10 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
         part_bytes[part] = sum(each[width][number] for width in block_bits)
     head_bytes = 2 * shape.vocab * shape.hidden
     if quantize_head:
-        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, fewest, **storage))
+        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, head_bits, **storage))
     if quantize_vision:
         fits = [linear for linear in shape.vision_linears if packable(*linear[1:], group_size)]
-        before, after = (sum(_stored(fits, width, storage)) for width in (16, fewest))
+        before, after = (sum(_stored(fits, width, storage)) for width in (16, vision_bits))
         part_bytes["vision_tower"] -= shape.vision_layers * (before - after)
     kv_cache_bytes = context * batch * 2 * kept * shape.kv_width * 2
     blocks_bytes = sum(size for part, size in part_bytes.items() if part.startswith("block_"))
@@ -414,15 +416,18 @@ def _check_storage(shape, bits: set[float], group_size: int, method: str, head: 
         raise ValueError(f"method must be one of {STORED_AS}, not {method!r}.")
     if wrong := [b for b in bits if b != 16 and not 2 <= b <= 8]:
         raise ValueError(f"bits must be 16 or from 2 to 8, not {wrong[0]}.")
-    if bits == {16} and (head or vision):
+    if bits == {16} and True in (head, vision):
         ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in 16"
         raise ValueError(f"head and vision tower are quantized {ways}.")
     if vision and not shape.vision_linears:
         raise ValueError(NO_LINEARS)
-    if bits == {16} or method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
+    plain = bits == {16} and not head and not vision
+    if plain or method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
         return
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
+    if vision and not any(packable(*linear[1:], group_size) for linear in shape.vision_linears):
+        raise ValueError(ODD_LINEARS.format(group_size))
     fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in shape.linears)]
     if group_size not in fits:
         name, n_in = next((name, n_in) for name, n_in, _ in shape.linears if n_in % group_size)

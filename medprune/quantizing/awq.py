@@ -170,19 +170,19 @@ def _inputs(block, groups, hidden: list[Tensor], calls: list[tuple]) -> list[lis
     return inputs
 
 
-def pseudo_quantize(w: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (w rounded to 4 bits, scales (out, groups), zero points (out, groups)), by autoawq's arithmetic."""
-    grouped = w.reshape(-1, group_size)
+def pseudo_quantize(w: Tensor, group_size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (w rounded to `bits`, scales (out, groups), zero points (out, groups)), by autoawq's arithmetic."""
+    grouped, top = w.reshape(-1, group_size), 2**bits - 1
     low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)  # aminmax takes four times as long
-    scales = (high - low).clamp_(min=1e-5) / 15
-    zeros = (low / scales).round_().neg_().clamp_(0, 15)
-    rounded = (grouped / scales).round_().add_(zeros).clamp_(0, 15).sub_(zeros).mul_(scales)
+    scales = (high - low).clamp_(min=1e-5) / top
+    zeros = (low / scales).round_().neg_().clamp_(0, top)
+    rounded = (grouped / scales).round_().add_(zeros).clamp_(0, top).sub_(zeros).mul_(scales)
     return rounded.view_as(w), scales.view(len(w), -1), zeros.view(len(w), -1)
 
 
-def integers(linear: nn.Linear, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def integers(linear: nn.Linear, group_size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scale and zero_point as `PackedLinear` has them, by autoawq's arithmetic in fp16."""
-    rounded, scale, zero_point = pseudo_quantize(linear.weight.detach().half(), group_size)
+    rounded, scale, zero_point = pseudo_quantize(linear.weight.detach().half(), group_size, bits)
     grouped = rounded.view(*scale.shape, -1)  # (out, groups, group_size)
     codes = ((grouped + (zero_point * scale)[..., None]) / scale[..., None]).round().view_as(rounded)
     return codes.to(torch.uint8), scale.t().contiguous(), zero_point.t().contiguous().to(torch.uint8)
@@ -226,7 +226,7 @@ def _loss_by_outputs(module: nn.Module, inputs: list[Tensor], kwargs: list[dict]
     return loss
 
 
-def _best_scales(group, inputs: list[Tensor], kwargs: list[dict], group_size: int, differences: bool):
+def _best_scales(group, inputs: list[Tensor], kwargs: list[dict], group_size: int, bits: int, differences: bool):
     """Return the scales (in,) in float32 of the least loss, and the loss of each ratio (equations 4 and 5).
 
     s = mean|x|^a / mean|w|^(1 - a), with |w| relative to its group's largest (autoawq's duo scaling), over
@@ -250,7 +250,7 @@ def _best_scales(group, inputs: list[Tensor], kwargs: list[dict], group_size: in
         scales = scales / (scales.max() * scales.min()).sqrt()
         scales[~torch.isfinite(scales)] = 1
         for layer, weight in zip(linears, weights, strict=True):
-            layer.weight.data = (pseudo_quantize(weight * scales, group_size)[0] / scales).to(weight.dtype)
+            layer.weight.data = (pseudo_quantize(weight * scales, group_size, bits)[0] / scales).to(weight.dtype)
         losses.append(loss())
         if losses[-1] < least:
             best, least = scales, losses[-1]
@@ -283,7 +283,7 @@ def _sample(inputs: list[Tensor]) -> Tensor:
     return torch.cat(kept)
 
 
-def best_clips(w: Tensor, x: Tensor, group_size: int) -> Tensor:
+def best_clips(w: Tensor, x: Tensor, group_size: int, bits: int = 4) -> Tensor:
     """Return the clips (out, groups, 1) of the least squared error over inputs x (tokens, in): autoawq's objective.
 
     mean_t((q - w) x_t)^2 = (q - w) G (q - w)^T with G = X^T X / T, so no (out, tokens, in) tensor is made.
@@ -296,41 +296,44 @@ def best_clips(w: Tensor, x: Tensor, group_size: int) -> Tensor:
     for step in range(CLIPS):
         clip = largest * (1 - step / (2 * CLIPS))
         clipped = torch.clamp(grouped, -clip, clip).view_as(w)
-        d = pseudo_quantize(clipped, group_size)[0].view_as(grouped) - grouped
+        d = pseudo_quantize(clipped, group_size, bits)[0].view_as(grouped) - grouped
         error = (torch.einsum("cgk,gkl->cgl", d, gram) * d).sum(-1, keepdim=True)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, clip, best)
     return best
 
 
-def _quantize_block(block, hidden, calls, group_size: int, differences: bool) -> dict[str, list[float]]:
-    """Search, fold, clip and pack a block in place; return the losses by each group's first linear."""
+def _quantize_block(block, hidden, calls, group_size: int, bits: int, differences: bool) -> dict[str, list[float]]:
+    """Search, fold, clip and pack a block in place, if not 16 bits; return the losses by each group's first linear."""
     groups, losses, samples = scale_groups(block), {}, []
     inputs = _inputs(block, groups, hidden, calls)
+    if bits == 16:
+        return losses
     kwargs = [also for _, also in calls]
     for group in groups:
         x = inputs.pop(0)
         samples.append(_sample(x))
         if group.before is not None:
-            scales, losses[next(iter(group.linears))] = _best_scales(group, x, kwargs, group_size, differences)
+            scales, losses[next(iter(group.linears))] = _best_scales(group, x, kwargs, group_size, bits, differences)
             _fold(group, scales)
             samples[-1] = samples[-1] / scales
     for group, x in zip(groups, samples, strict=True):
         for name, linear in group.linears.items():
             if name in group.clipped:
-                clip = best_clips(linear.weight, x, group_size)
+                clip = best_clips(linear.weight, x, group_size, bits)
                 grouped = linear.weight.view(*clip.shape[:2], -1)
                 linear.weight.data = torch.clamp(grouped, -clip, clip).view_as(linear.weight).to(linear.weight.dtype)
-            block.set_submodule(name, PackedLinear.from_codes(*integers(linear, group_size), 4, linear.bias))
+            block.set_submodule(name, PackedLinear.from_codes(*integers(linear, group_size, bits), bits, linear.bias))
     return losses
 
 
 @torch.no_grad()
-def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda block: None) -> dict:
+def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda block: None, bits=4) -> dict:
     """Search, fold and pack every block of `model` in place; return {"loss_curve", "calibration": what it was, said}.
 
     `batch` is a processor batch of equal, unpadded rows: input_ids (rows, tokens) and, for image-text calibration,
-    pixel_values. fetch(block) is called when a block's turn comes, for its weights may be in files until then.
+    pixel_values. bits: one number or one for each block, 16 for one that is left as it is. fetch(block) is called when
+    a block's turn comes, for its weights may be in files until then.
     The curve holds `ratios`, the alphas tried, and `losses`, a list for the first Linear of each group that shares a
     scale, by its full name: the mean squared error of the inspected output (equation 4; lower is better). Raises
     ValueError, before any change, for a block of a structure that `scale_groups` does not know.
@@ -338,12 +341,13 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda 
     batch = {k: v for k, v in batch.items() if k != "attention_mask"}
     kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
     blocks, losses = parts(model).blocks, {}
+    widths = [bits] * len(blocks) if isinstance(bits, int) else bits
     fetch(blocks[0])
     for block in (b for b in blocks if next(b.parameters()).device.type != "meta"):
         scale_groups(block)
     dtype, (hidden, calls) = next(blocks.parameters()).dtype, _calls_of_blocks(model, batch)
     with progress(len(blocks), "AWQ", "block") as shown:
-        for number, block in enumerate(blocks):
+        for number, (block, width) in enumerate(zip(blocks, widths, strict=True)):
             if block is not blocks[0]:
                 fetch(block)
             here = next(block.parameters()).device
@@ -351,7 +355,7 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda 
             block.to(searched)
             hidden, own = ([_placed(x, here, searched) for x in some] for some in (hidden, calls[number]))
             calls[number] = None
-            found = _quantize_block(block, hidden, own, group_size, not on_gpu(here) and dtype != torch.float32)
+            found = _quantize_block(block, hidden, own, group_size, width, not on_gpu(here) and dtype != torch.float32)
             losses |= {f"{names(model).blocks}.{number}.{name}": curve for name, curve in found.items()}
             block.to(dtype)
             shown.update()

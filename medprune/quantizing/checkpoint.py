@@ -11,9 +11,9 @@ from medprune.data.questions import load_conditions, load_questions
 from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
-from medprune.models.families import renaming, unquantized
-from medprune.models.loading import check_loading, ready, stored_tensors
-from medprune.models.sizes import EYES, account, base_config, packable, skeleton
+from medprune.models.families import parts, renaming, unquantized
+from medprune.models.loading import check_loading, ready, stored_tensors, weight_files
+from medprune.models.sizes import EYES, account, base_config, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -56,6 +56,8 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
         if processor is not None:
             loading.save_processor(processor, temporary)
         size = sum(file.stat().st_size for file in temporary.iterdir())
+        tower = parts(model).vision_tower.modules() if info["quantize_vision"] else ()
+        said["odd"] = sum(type(m) is nn.Linear for m in tower)  # of widths that groups do not divide
         said |= {"first": _EYES if model.config.vision_config.model_type == EYES else ""}
         write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
@@ -93,12 +95,10 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 def _load_packed(folder: Path, shape, config: dict, dtype: torch.dtype, device: str):
     model, hqq_layers = skeleton(shape), {}
     name_of = renaming(model)
-    tensors = {name_of(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = {name_of(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
     options = (config.get(option, False) for option in _OPTIONS)
-    for name, bits in target_linears(model, config["bits"], *options).items():
+    for name, bits in target_linears(model, config["bits"], *options, config["group_size"]).items():
         linear = model.get_submodule(name)
-        if not packable(linear.in_features, linear.out_features, config["group_size"]):
-            continue  # of the tower: it stayed in 16 bits
         if config.get("method") == "hqq":  # it answers load_state_dict in its own way, so it joins the model last
             hqq_layers[name] = _hqq_layer(name, tensors, dtype, device, folder)
             model.set_submodule(name, nn.Identity())
@@ -132,8 +132,8 @@ def _check_nf4_keys(config, folder: Path) -> None:
     """Compare names before transformers fills gaps with random weights, which it cannot do in 4 bits anyway."""
     model = skeleton(config)
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
-    parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
-    expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
+    also = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
+    expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in also}
     found = stored_tensors(folder, model).keys()
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
 
@@ -197,10 +197,8 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
     sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
     kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
-    if left := info["left_16_bit"]:
-        kept.append(
-            f"{len(left)} linears of the vision tower, whose widths groups of {info['group_size']} do not divide"
-        )
+    if odd := said["odd"]:
+        kept.append(f"{odd} linears of the vision tower, whose widths groups of {info['group_size']} do not divide")
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."
     if needed := _NEEDED.get(config["quant_method"]):
         how = f"Plain transformers, with {needed}:\n\n```python\n{said['first']}{_PLAIN}\n```"

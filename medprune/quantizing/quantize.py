@@ -12,9 +12,9 @@ from medprune.answers import prompts
 from medprune.answers.timing import peak_memory
 from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
-from medprune.models.families import names, parts
+from medprune.models.families import block_number, names, parts
 from medprune.models.loading import weight_bytes
-from medprune.models.sizes import NO_LINEARS, packable
+from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, packable
 from medprune.quantizing.packed import PackedLinear
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
@@ -29,19 +29,18 @@ def quantize(
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
     Vision tower, projector, embeddings, norms and head stay as they are, but for `quantize_head` and `quantize_vision`
-    (rtn and hqq; a tied head becomes a copy; of the tower its layers' linears). `bits` is one number or, for rtn and
-    hqq, one for each block (16: left alone); head and tower take the fewest among them.
+    (not by bnb; by rtn where the method is awq; a tied head becomes a copy; of the tower its layers' linears). `bits`
+    is one number or, but for bnb, one for each block (16: left alone); head and tower take the fewest among them, or as
+    many bits as their option names.
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
     calibration, without them text-only. `fetch` reads a block's weights when its turn comes (`load_blockwise`).
 
     info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
-    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), left_16_bit (linears of the tower that
-    groups do not divide), and for awq loss_curve and calibration.
+    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
     targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
-    left, blocks = left_whole(model, targets, group_size), parts(model).blocks
-    targets = {name: width for name, width in targets.items() if name not in left}
+    blocks = parts(model).blocks
 
     def fetched(block) -> None:
         if fetch is not None:
@@ -57,13 +56,14 @@ def quantize(
         if method == "awq":
             from medprune.quantizing.awq import quantize_awq
 
-            found = quantize_awq(model, calibration, group_size, fetched)
+            found = quantize_awq(model, calibration, group_size, fetched, bits)
         else:
             for number, block in enumerate(blocks):
                 fetched(block)
                 for name in [name for name in targets if name.startswith(f"{names(model).blocks}.{number}.")]:
                     pack(name, targets.pop(name))
-            for name, width in targets.items():  # head and tower
+        for name, width in targets.items():  # head and tower
+            if block_number(name) is None:
                 pack(name, width)
         if quantize_head:
             _untie(model)
@@ -71,7 +71,6 @@ def quantize(
         seconds = time.perf_counter() - started
     info = {"method": method, "bits": bits, "group_size": group_size, "seconds": seconds, "peak_bytes": peak["bytes"]}
     also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "packed_bytes": packed_bytes(model)}
-    also["left_16_bit"] = left
     return model, info | also | found
 
 
@@ -82,22 +81,26 @@ def _untie(model) -> None:
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k in weights}
 
 
-def target_linears(model, bits: int | list[int], quantize_head=False, quantize_vision=False) -> dict[str, int]:
-    """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out."""
+def target_linears(
+    model, bits: int | list[int], quantize_head=False, quantize_vision=False, group_size: int | None = None
+) -> dict[str, int]:
+    """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out.
+
+    Those of the vision tower that groups of `group_size` do not divide stay in 16 bits: some towers have odd widths.
+    """
     found = parts(model)
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
     groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
-    groups += [(found.head, min(block_bits))] if quantize_head else []
-    groups += [(found.vision_tower, min(block_bits))] if quantize_vision else []
+    for part, option in ((found.head, quantize_head), (found.vision_tower, quantize_vision)):
+        groups += [(part, min(block_bits) if option is True else option)] if option else []
+    linears = [(m, group, b) for group, b in groups for m in group.modules() if type(m) is nn.Linear]
     called = {module: name for name, module in model.named_modules()}
-    return {called[m]: b for group, b in groups for m in group.modules() if type(m) is nn.Linear}
-
-
-def left_whole(model, targets: dict[str, int], group_size: int) -> list[str]:
-    """Return those of `target_linears` in the vision tower that groups do not divide: they stay in 16 bits."""
-    tower = f"{names(model).vision_tower}."
-    linears = {name: model.get_submodule(name) for name in targets if name.startswith(tower)}
-    return [name for name, m in linears.items() if not packable(m.in_features, m.out_features, group_size)]
+    odd = {
+        m
+        for m, group, _ in linears
+        if group is found.vision_tower and group_size and not packable(m.in_features, m.out_features, group_size)
+    }
+    return {called[m]: b for m, _, b in linears if m not in odd}
 
 
 def check_storage(method: str, bits, group_size: int, quantize_head=False, quantize_vision=False) -> None:
@@ -108,7 +111,8 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     choices = CHOICES if method in MIXING else WIDTHS[method]
     if wrong := [b for b in block_bits if isinstance(b, float) or b not in choices]:
         raise ValueError(f"bits for {method} must be one of {choices}, not {wrong[0]}.")
-    if set(block_bits) == {16}:
+    options = (quantize_head, quantize_vision)
+    if set(block_bits) == {16} and (True in options or not any(options)):
         raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
@@ -117,6 +121,8 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     for option, wanted in (("quantize_head", quantize_head), ("quantize_vision", quantize_vision)):
         if wanted and method not in MIXING:
             raise ValueError(f"{option} works with {' and '.join(MIXING)}, not with {method}.")
+        if not isinstance(wanted, bool) and wanted not in BITS:
+            raise ValueError(f"{option} must be true, false or one of {BITS} bits, not {wanted}.")
 
 
 def check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision) -> dict[str, int]:
@@ -129,8 +135,10 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
     check_storage(method, bits, group_size, quantize_head, quantize_vision)
     if quantize_vision and not any(isinstance(m, nn.Linear) for m in parts(model).vision_tower.modules()):
         raise ValueError(NO_LINEARS)
-    targets = target_linears(model, bits, quantize_head, quantize_vision)
-    for name in targets.keys() - set(left_whole(model, targets, group_size)):
+    targets = target_linears(model, bits, quantize_head, quantize_vision, group_size)
+    if quantize_vision and not any(name.startswith(f"{names(model).vision_tower}.") for name in targets):
+        raise ValueError(ODD_LINEARS.format(group_size))
+    for name in targets:
         linear = model.get_submodule(name)
         if linear.in_features % group_size:
             raise ValueError(f"{name} has {linear.in_features} inputs, which groups of {group_size} do not divide.")
@@ -197,7 +205,7 @@ def nf4(linear: nn.Linear) -> nn.Module:
 
 def _packed(linear: nn.Linear, method: str, bits: int, group_size: int) -> nn.Module:
     """Pack a Linear by rtn, bnb or hqq, whose zero points are not rounded (Badri and Shaji, 2023)."""
-    if method == "rtn":
+    if method in ("rtn", "awq"):  # awq: the head and the tower, which it has no search for
         return PackedLinear.from_linear(linear, bits, group_size)
     if method == "bnb":
         return nf4(linear)

@@ -49,6 +49,9 @@ def machine(name: str, **changes) -> Machine:
     """Return a machine by name with other sizes put in; ValueError names those that there are."""
     if name not in MACHINES:
         raise ValueError(f"machine {name!r} is not known: choose {' or '.join(MACHINES)}.")
+    for what, size in changes.items():
+        if not 0 < size < 2**20:
+            raise ValueError(f"{what}={size} must be above 0 and below {2**20}.")
     return replace(MACHINES[name], **changes)
 
 
@@ -150,6 +153,7 @@ def short(settings: dict, root: Path) -> dict:
         "base": str(root / "llava"), "images": str(root / "dermnet"), "embedding": "minilm",
         "n_train": 8 * IMAGES, "n_test": -(-images // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
         "n_calibration": min(settings["n_calibration"], images), "awq_rows": settings["awq_rows"],
+        "random_draws": 2,
         "blocks_removed": [0, *settings["recover"]],
         "protected_blocks": [b for b in range(BLOCKS) if not first <= b < first + most],
     }  # fmt: skip

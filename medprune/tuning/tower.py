@@ -97,10 +97,7 @@ def tune_eyes(model, processor, records, steps: int, seed: int = 0, batch: int =
     for parameter in head.parameters():  # its first steps must not shake the tower
         torch.nn.init.zeros_(parameter)
     late = [*tower.blocks[n_fixed:].parameters(), *tower.last.parameters()]
-    groups = [(late, 2e-4, 0.02), ([*head.parameters()], 2e-3, 0.1), ([*projector.parameters()], 1e-3, 0.05)]
-    optimizer = torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups])
-    rates = [rate for _, rate, _ in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
+    optimizer, schedule = _at_three_rates(late, head, projector, steps)
     weights, curve = labels.bincount().rsqrt(), []
     with progress(steps, "pretrained eyes and projector", "step") as bar:
         for step in range(steps):
@@ -128,6 +125,14 @@ def tune_eyes(model, processor, records, steps: int, seed: int = 0, batch: int =
     return curve
 
 
+def _at_three_rates(late: list, head, projector, steps: int) -> tuple:
+    """Return (AdamW, its one-cycle schedule) of a tower that knows much, a head of zeros, a random projector."""
+    groups = [(late, 2e-4, 0.02), ([*head.parameters()], 2e-3, 0.1), ([*projector.parameters()], 1e-3, 0.05)]
+    optimizer = torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for p, rate, decay in groups])
+    rates = [rate for _, rate, _ in groups]
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
+
+
 def prepare_tuned_tower(config, run: Run, records, conditions: dict) -> str:
     """Return the base model's folder; an assembled base gets its vision tower trained first, once per run.
 
@@ -136,9 +141,9 @@ def prepare_tuned_tower(config, run: Run, records, conditions: dict) -> str:
     base = prepare_base(config.base)
     if not config.vision_steps or base == config.base:
         return base
-    seen = [(content(r.path), r.condition) for r in records]
+    shown = [(content(r.path), r.condition) for r in records]
     how = (config.vision_steps, config.seed, config.image_size, sorted(conditions))
-    folder, trained, mark = run.dir / "base", run.dir / "tower", context(__name__, content(base), seen, *how)
+    folder, trained, mark = run.dir / "base", run.dir / "tower", context(__name__, content(base), shown, *how)
     if not made(folder, mark):
         model, processor = load(base, "cpu")
         pieces = torch.nn.ModuleDict({"vision": parts(model).vision_tower, "projector": parts(model).projector})

@@ -18,7 +18,7 @@ from medprune.tuning.recovery import Training
 def tuning_items(records, config, conditions, questions) -> tuple[int, list, list]:
     """Return (optimizer steps, training items, held-out items) of notebook 01; items are (image path, messages)."""
     n_held_out = min(config.n_held_out, len(records) // 10)
-    held_out = sample_balanced(records, n_held_out, config.seed) if n_held_out else []
+    held_out = sample_balanced(records, n_held_out, config.seed, "held out") if n_held_out else []
     learned = [r for r in records if r not in held_out]
     steps = config.sft_steps
     if config.epochs is not None:
