@@ -66,11 +66,13 @@ def test_names_are_those_of_the_model(base, tmp_path):
     own = {name for name, _ in model.named_parameters()}
     assert {*map(families.renaming(model), stored)} == own
     assert families.renaming(model)("language_model.lm_head.weight") == "lm_head.weight"
-    assert {families.hub_name(name) for name in own} == set(stored)
+    assert {families.current_name(name) for name in stored} == own
+    assert families.current_name("language_model.lm_head.weight") == "lm_head.weight"
     modules = dict(model.named_modules())
     found, called = families.parts(model), families.names(model)
-    assert called.blocks == families.BLOCKS and modules[called.head] is found.head
-    assert [modules[name] for name in called.projector] == [found.projector]
+    assert called.blocks == families.BLOCKS and called.head == families.HEAD
+    assert called.projector == [f"model.{families.PROJECTOR}"] and families.VISION_LAYERS.startswith(called.vision_tower)
+    assert modules[called.head] is found.head and f"{families.VISION_LAYERS}.1" in modules
     for name in modules:
         inside = name.startswith(f"{families.BLOCKS}.")
         assert families.block_number(name) == (int(name.split(".")[3]) if inside else None)

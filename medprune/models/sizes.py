@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from medprune.models.families import ATTENTION, BLOCKS, names, parts
+from medprune.models.families import ATTENTION, BLOCKS, deepstack, names, parts
 from medprune.settings import DATA, GROUP_SIZES, METHODS, NF4_GROUP
 
 GIB = 1024**3
@@ -120,7 +120,7 @@ def _read_config(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error}); a model's config.json is needed.") from error
     kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if str(kind).startswith("llava_") and "mm_vision_tower" in config:
+    if str(kind).startswith("llava_") and "vision_config" not in config:
         script = "convert_llava_weights_to_hf.py (transformers' repository, src/transformers/models/llava)"
         raise ValueError(f"{file} is in LLaVA's original layout: convert it by {script}, and name the new folder.")
     if kind != "llava" and not (isinstance(config, dict) and "vision_config" in config):
@@ -212,6 +212,7 @@ def _built(config: str) -> SimpleNamespace:
         vision_linears=_linears(found.vision_tower, f"{called.vision_tower}."),
         vision_layers=1,
         vision_tokens=None,
+        fixed=deepstack(model.config),
     )
 
 
@@ -239,6 +240,7 @@ def _counted(config: dict) -> SimpleNamespace:
         blocks=text["num_hidden_layers"],
         kv_width=kv,  # key-value heads x head size: what one token adds to K, and to V, in each block
         vocab=text["vocab_size"],
+        fixed=(),  # blocks that cannot go
         tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         linears=[(f"{module}.{n}", *io) for module, part in ((ATTENTION, attention), ("mlp", mlp)) for n, *io in part],
         block_extras=2 * hidden + biases,  # parameters of a block outside its linears' weights: two norms, and biases

@@ -54,17 +54,24 @@ def load_plan(path: Path, base: str | None = None) -> Plan:
 def make_plan(config, removed, base: str, protect=(0, 1, -1), criterion: str = "") -> Plan:
     """Return the plan without the blocks `removed`; refuses blocks that are protected, repeated or out of range."""
     n = n_blocks(config)
-    guarded, fixed = protected(config, tuple(protect)), deepstack(config)
+    guarded = protected(config, tuple(protect))
+    check_fixed(config, removed)
     for b in removed:
         if not 0 <= b < n:
             raise ValueError(f"block {b} is out of range: this model's blocks are 0 to {n - 1}.")
         if b in guarded:
-            why = f"is protected ({', '.join(map(str, guarded))} are)"
-            why = "has visual features added behind it by its place (deepstack)" if b in fixed else why
-            raise ValueError(f"block {b} {why}: choose others to remove.")
+            raise ValueError(f"block {b} is protected ({', '.join(map(str, guarded))} are): choose others to remove.")
     if len(set(removed)) < len(removed):
         raise ValueError(f"blocks {sorted(removed)} name one block twice.")
     return Plan(base, n, tuple(b for b in range(n) if b not in set(removed)), criterion)
+
+
+def check_fixed(config, removed) -> None:
+    """Raise ValueError naming a block that cannot go, for visual features are added behind it by its place."""
+    for b in deepstack(config):
+        if b in removed:
+            why = "has visual features added behind it by its place (deepstack)"
+            raise ValueError(f"block {b} {why}: choose others to remove.")
 
 
 def plans_from_order(config, order: list[int], counts, base: str, protect, criterion: str) -> list[Plan]:
@@ -83,6 +90,7 @@ def apply_plan(model, plan: Plan):
     whole = blocks_of(model)
     if len(whole[0]) != plan.n_blocks:
         raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(whole[0])}.")
+    check_fixed(model.config, plan.removed)
     source = dict(model.state_dict())
     try:
         set_blocks(

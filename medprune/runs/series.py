@@ -44,10 +44,12 @@ def check_run(config) -> None:
         from medprune.pruning.plan import check_prunable  # which imports torch
 
         check_prunable(base)
-    n_blocks = shape_of(base).blocks
-    removable = n_blocks - len(protected_numbers(n_blocks, config.protected_blocks))
+    shape = shape_of(base)
+    removable = shape.blocks - len({*protected_numbers(shape.blocks, config.protected_blocks), *shape.fixed})
     if (most := max(config.blocks_removed)) > removable:
-        raise ValueError(f"blocks_removed has {most}, but only {removable} of the model's {n_blocks} blocks may go.")
+        raise ValueError(
+            f"blocks_removed has {most}, but only {removable} of the model's {shape.blocks} blocks may go."
+        )
     for method in config.methods:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
 
