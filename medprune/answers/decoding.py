@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -77,12 +77,8 @@ def answer(model, processor, rows: list[dict], max_new_tokens: int, batch_rows: 
 
 def _seen(model, processor, rows: list[dict]) -> list[Seen]:
     """Return what is seen before each row's question, one object for an image; with the question if it is seen too."""
-    found = {}
-    for row in rows:
-        key = row["path"], row["question"] if processor.looks_ahead else None
-        if key not in found:
-            found[key] = see(processor, key[0], model.dtype, key[1])
-    return [found[row["path"], row["question"] if processor.looks_ahead else None] for row in rows]
+    look = lru_cache(None)(lambda path, question: see(processor, path, model.dtype, question))
+    return [look(row["path"], row["question"] if processor.looks_ahead else None) for row in rows]
 
 
 def _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens: int, batch_rows: int, seen) -> list[tuple]:

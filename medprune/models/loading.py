@@ -23,7 +23,7 @@ from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on
 from medprune.models import eyes
 from medprune.models.attention import GROUPED
 from medprune.models.families import block_number, looks_ahead, names, packs, parts, renaming, spread, unquantized
-from medprune.models.sizes import account, base_config, skeleton
+from medprune.models.sizes import account, base_config, is_counted, skeleton
 from medprune.store import RECORD, fingerprint, write_folder
 
 ONE_CARD = 0.5  # share of a GPU's memory up to which the weights leave room for as many answers as on several
@@ -88,8 +88,12 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
 
 
 def computed_in(config, device: str) -> torch.dtype:
-    """Return the dtype of a model in 16 bits; what was trained in bfloat16 may overflow float16, which a T4 prefers."""
-    return torch.bfloat16 if config.dtype == torch.bfloat16 else choose_dtype(device)
+    """Return the dtype of a model in 16 bits: the device's, if its layout is tried in that, else what it was trained in.
+
+    Some that were trained in bfloat16 overflow float16, which a T4 prefers.
+    """
+    own = config.dtype == torch.bfloat16 and not is_counted(config.to_dict())
+    return torch.bfloat16 if own else choose_dtype(device)
 
 
 def load_blockwise(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None):

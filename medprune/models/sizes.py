@@ -165,7 +165,9 @@ def skeleton(config, dtype=None):
     if isinstance(config, dict):
         config = AutoConfig.for_model(**{"model_type": "llava"} | deepcopy(config))
     with init_empty_weights(include_buffers=False):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype)
+    model.tie_weights()  # which making them empty undid
+    return model
 
 
 def shape_of(config) -> SimpleNamespace:
