@@ -88,9 +88,9 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
 
 
 def computed_in(config, device: str) -> torch.dtype:
-    """Return the dtype of a model in 16 bits: the device's, if its layout is tried in that, else what it was trained in.
+    """Return the dtype of a model in 16 bits: the device's, which for a LLaVA of Llama or Mistral always does.
 
-    Some that were trained in bfloat16 overflow float16, which a T4 prefers.
+    Others may overflow float16, which a T4 prefers, where they were trained in bfloat16: they keep that.
     """
     own = config.dtype == torch.bfloat16 and not is_counted(config.to_dict())
     return torch.bfloat16 if own else choose_dtype(device)
