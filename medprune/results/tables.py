@@ -53,10 +53,11 @@ def fits_table(room_gib: float, storage: dict = STORAGE) -> pd.DataFrame:
     rows = []
     for name in (*NAMED_SHAPES, *checkpoints()):
         config = named_config(name)
-        row = {"model": name, "blocks": shape_of(config).blocks, "params_b": account(config).params_b}
+        shape = shape_of(config)
+        row = {"model": name, "blocks": shape.blocks, "params_b": account(config).params_b}
         for prefix, packed in (("", False), ("packed_", True)):
             how = STORAGE | storage | {"bits": 4, "quantize_head": packed, "quantize_vision": packed}
-            sizes = [account(config, n, **how).total_bytes / GIB for n in range(row["blocks"])]
+            sizes = [account(config, n, **how).total_bytes / GIB for n in range(shape.blocks - len(shape.fixed))]
             fitting = [n for n, size in enumerate(sizes) if size <= room_gib]
             row |= {f"{prefix}gib": sizes[0], f"{prefix}remove": min(fitting, default=math.nan)}
         rows.append(row)
