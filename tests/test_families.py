@@ -15,11 +15,12 @@ from medprune.answers.prompts import IGNORED, Conversations, collator, prompt_te
 from medprune.models import loading
 from medprune.models.families import block_number, deepstack, lora_targets, names, parts
 from medprune.models.loading import load, load_blockwise, n_parameters
-from medprune.models.sizes import account, checkpoints, named_config, skeleton
+from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, skeleton
 from medprune.pruning.leave_one_out import leave_one_out_logits, teacher_batch
 from medprune.pruning.plan import apply_plan, check_kept, check_prunable, make_plan
 from medprune.quantizing import awq, checkpoint
 from medprune.quantizing.quantize import quantize, target_linears
+from medprune.results import tables
 from medprune.settings import REPO, TARGETS
 from medprune.store import read_json
 from medprune.tuning.finetune import add_lora, answer_loss, merge
@@ -294,6 +295,20 @@ def test_published_checkpoints_have_the_parameters_that_are_stated(name):
     assert less.weights_bytes < account(config, 0, 4).weights_bytes < found.weights_bytes
     with pytest.raises(ValueError, match="medgemma-27b, smolvlm2-256m"):
         named_config("medgemma-7b")
+
+
+def test_the_table_of_what_fits_removes_as_many_blocks_as_it_takes_and_no_more(monkeypatch):
+    some = {name: checkpoints()[name] for name in ("medgemma-4b", "smolvlm2-256m", "qwen3-vl-8b")}
+    monkeypatch.setattr(tables, "checkpoints", lambda: some)
+    found = tables.fits_table(3.5, {"context": 1024}).set_index("model")
+    assert {*found.index} == {*NAMED_SHAPES, *some}
+    for name, row in found.iterrows():
+        for column, packed in (("remove", False), ("packed_remove", True)):
+            how = {"bits": 4, "context": 1024, "quantize_head": packed, "quantize_vision": packed}
+            sizes = [account(named_config(name), n, **how).total_bytes / GIB for n in range(int(row[column]) + 1)]
+            assert sizes[-1] <= 3.5 and all(size > 3.5 for size in sizes[:-1])
+    assert found.remove["smolvlm2-256m"] == 0 < found.packed_remove["qwen3-vl-8b"] < found.remove["qwen3-vl-8b"]
+    assert "| cannot |" in tables.fits_text(0.5, {"context": 1024})
 
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -184,7 +184,7 @@ def is_counted(config: dict) -> bool:
     """Say whether a model is a LLaVA of a tower and a text model whose sizes follow by arithmetic."""
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
     known = text.get("model_type", "llama") in _TEXT_DEFAULTS
-    known &= vision.get("model_type", "clip_vision_model") in _VISION_DEFAULTS
+    known &= vision.get("model_type", "clip_vision_model") in _TOWER_DEFAULTS
     return known and config.get("model_type", "llava") == "llava"
 
 
