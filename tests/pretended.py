@@ -189,8 +189,9 @@ def a_chat_judge_of_7b_finds_the_card_empty_and_reads_out_a_verdict(folder):
     ledger, _ = start()
     rehearsal.make_base(folder / "llava")
     judge = chat.chat_judge(str(rehearsal.make_judge(folder / "judge")), quantize_4bit=True)
-    model, _ = loading.load(folder / "llava", bits=4)
-    held, model = ledger.now[0], None
+    model = loading.load(folder / "llava", bits=4)[0]
+    held = ledger.now[0]
+    del model
     ledger.peak = [0]
     row = {"question": QUESTIONS[0], "reference": "It is acne.", "answer": "Acne.", "kind": "name", "id": "1"}
     assert [judged.parsed for judged in judge([row] * 3)] == [True] * 3
