@@ -4,6 +4,7 @@ Windows are shorter than the prompts, images have unlike grids, and weights are 
 """
 
 import functools
+import sys
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from medprune.models.loading import NoVideos, without_torchvision
 
 BLOCKS, WIDTH = 6, 64
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-SIZES = ((32, 64), (64, 32), (48, 64))  # height and width of the three pictures: two of as many patches, laid otherwise
+SIZES = ((32, 96), (48, 64), (64, 32))  # height and width of the three pictures: two of as many patches, laid otherwise
 QUESTIONS = ("What is it?", "Name the skin condition that this picture shows.", "How is it treated?")
 
 
@@ -252,3 +253,7 @@ def images(folder: Path) -> list[Path]:
         files.append(folder / f"{number}.png")
         Image.fromarray(draw.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(files[-1])
     return files
+
+
+if __name__ == "__main__":  # NAME FOLDER
+    save(sys.argv[1], Path(sys.argv[2]))

@@ -62,11 +62,11 @@ def whole_inputs(processor, row, **options):
 @torch.inference_mode()
 def generated(model, processor, row, new=NEW):
     """Return the text and the logits (tokens, vocab) of transformers' own generate, a question at a time."""
-    model.base_model.rope_deltas = None
     inputs = whole_inputs(processor, row)
     how = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(**inputs, **how)
-    ids = out.sequences[0, inputs["input_ids"].shape[1] :]
+    ids, ends = out.sequences[0, inputs["input_ids"].shape[1] :], torch.tensor(model.generation_config.eos_token_id)
+    ids = ids[~torch.isin(ids, ends)]
     return processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), torch.cat(out.logits)
 
 
@@ -79,6 +79,8 @@ def without(model, blocks):
 def test_leave_one_out_says_what_each_pruned_model_generates(folder, rows, family, monkeypatch):
     model, processor = load(folder(family), dtype=torch.float32)
     free = [b for b in range(families.BLOCKS) if b not in deepstack(model.config)]
+    ends = torch.tensor(model.generation_config.eos_token_id).flatten().tolist()
+    model.generation_config.eos_token_id = [*ends, *range(0, model.get_input_embeddings().num_embeddings, 9)]  # rows leave
     logits, plain = [], decoding.forward
 
     def forward(*arguments, **more):

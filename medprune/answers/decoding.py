@@ -207,11 +207,9 @@ def forward(model, ids, cache, shown=None, seen=None):
     cache, and of what will be in it, are no padding; by default all are. The beginning of a prompt puts `shift` (batch,
     1) on the cache, how far later positions lie from counts of tokens, or None.
     """
-    inner, extra = model.base_model, {}
+    extra = {}
     if shown is not None:
         extra = {name: x.to(model.device) for name, x in shown.items()}
-        if hasattr(inner, "rope_deltas"):
-            inner.rope_deltas = None  # an earlier batch's
     elif seen is not None or cache.shift is not None:
         start, end = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
         places = torch.arange(start, end, device=model.device)[None].expand(len(ids), -1)
@@ -221,7 +219,7 @@ def forward(model, ids, cache, shown=None, seen=None):
         extra["position_ids"] = places if cache.shift is None else places + cache.shift.to(places.device)
     out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
     if shown is not None:
-        cache.shift = getattr(inner, "rope_deltas", None)
+        cache.shift = getattr(model.base_model, "rope_deltas", None)
     return out.logits[:, -1]
 
 
