@@ -170,10 +170,13 @@ def encode_questions(processor, messages: list[dict], seen: Seen) -> list[dict]:
 
 
 class Conversations(Dataset):
-    """Encoded conversations, a list of rows each; images are seen when asked for and kept, if they fit, in memory."""
+    """Encoded conversations, a list of rows each; images are seen when asked for and kept, if they fit, in memory.
 
-    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool, multi_turn: bool):
-        self.processor, self.items, self.multi_turn = processor, items, multi_turn
+    view: a function of an item's number and its picture's path that returns other pixels than the picture's own.
+    """
+
+    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels, multi_turn, view=None):
+        self.processor, self.items, self.multi_turn, self.view = processor, items, multi_turn, view
         look = partial(see, processor, dtype=dtype)
         self.see = cache(look) if keep_pixels else look
 
@@ -183,11 +186,12 @@ class Conversations(Dataset):
     def __getitem__(self, i):
         path, messages = self.items[i]
         seen = self.see(path)
+        shown = seen.inputs if self.view is None else seen.inputs | {"pixel_values": self.view(i, path)[None]}
         packed = self.processor.packs and not self.multi_turn
         encode = encode_conversation if self.multi_turn else encode_questions
         rows = encode(self.processor, messages, seen)
         rows = [rows] if self.multi_turn else rows
-        return [{k: v for k, v in row.items() if packed or k != "turns"} | {"seen": seen.inputs} for row in rows]
+        return [{k: v for k, v in row.items() if packed or k != "turns"} | {"seen": shown} for row in rows]
 
 
 padded = partial(pad_sequence, batch_first=True)  # 1-D tensors as one (rows, longest), filled up on the right
