@@ -1,6 +1,7 @@
 """Thirteen families of image-text-to-text models, tiny and random, go through everything that a LLaVA does."""
 
 import copy
+import math
 import re
 
 import families
@@ -15,7 +16,7 @@ from medprune.answers.prompts import IGNORED, Conversations, collator, prompt_te
 from medprune.models import loading
 from medprune.models.families import block_number, deepstack, lora_targets, names, parts
 from medprune.models.loading import load, load_blockwise, n_parameters
-from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, skeleton
+from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, shape_of, skeleton
 from medprune.pruning.leave_one_out import leave_one_out_logits, teacher_batch
 from medprune.pruning.plan import apply_plan, check_kept, check_prunable, make_plan
 from medprune.quantizing import awq, checkpoint
@@ -307,9 +308,12 @@ def test_the_table_of_what_fits_removes_as_many_blocks_as_it_takes_and_no_more(m
     for name, row in found.iterrows():
         for column, packed in (("remove", False), ("packed_remove", True)):
             how = {"bits": 4, "context": 1024, "quantize_head": packed, "quantize_vision": packed}
-            sizes = [account(named_config(name), n, **how).total_bytes / GIB for n in range(int(row[column]) + 1)]
-            assert sizes[-1] <= 3.5 and all(size > 3.5 for size in sizes[:-1])
-    assert found.remove["smolvlm2-256m"] == 0 < found.packed_remove["qwen3-vl-8b"] < found.remove["qwen3-vl-8b"]
+            shape, n = shape_of(named_config(name)), row[column]
+            less = shape.blocks - len(shape.fixed) - 1 if math.isnan(n) else int(n)
+            sizes = [account(named_config(name), m, **how).total_bytes / GIB for m in range(less + 1)]
+            assert (sizes.pop() <= 3.5) != math.isnan(n) and all(size > 3.5 for size in sizes)
+    assert found.remove["smolvlm2-256m"] == 0 < found.packed_remove["llava-1.5-7b"] < found.remove["llava-1.5-7b"]
+    assert math.isnan(found.remove["qwen3-vl-8b"]), "three of its blocks are fixed"
     assert "| cannot |" in tables.fits_text(0.5, {"context": 1024})
 
 
