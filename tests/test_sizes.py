@@ -239,6 +239,8 @@ def test_groups_that_do_not_fit_are_refused_by_layer_with_what_fits():
         account(tiny(intermediate_size=96), 0, 4, 64)
     with pytest.raises(ValueError, match="group_size must be one of .*, not 48"):
         account(SEVEN, 0, 4, 48)
+    with pytest.raises(ValueError, match="no linear of the vision tower has a width that groups of 128 divide"):
+        account(tiny(), 0, 4, 128, quantize_vision=True)
     some, none = (account(tiny(), 0, 4, 64, quantize_vision=vision).part_bytes["vision_tower"] for vision in (True, False))
     saved = 2 * (2 * 32 * 64 - sum(linear_bytes(64, 32, 4, 64)))
     assert none - some == saved, "of each of the tower's layers only fc2 has 64 inputs"
