@@ -14,7 +14,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    processing_utils,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.video_processing_utils import VideoProcessorMixin
@@ -246,7 +253,7 @@ def without_torchvision():
             setattr(stubs[name.rpartition(".")[0]], name.rpartition(".")[2], stubs[name])
     made = AutoVideoProcessor.from_pretrained
     AutoVideoProcessor.from_pretrained = lambda *_, **__: NoVideos()
-    transformers.VideoProcessorMixin = VideoProcessorMixin
+    processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin  # a module object of its own
     sys.modules.update(stubs)
     try:
         yield
