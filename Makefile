@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo study photos lab rehearse faults bump counts
+.PHONY: test lint setup demo study photos lab rehearse faults families bump counts
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -49,6 +49,13 @@ lint: $(READY)
 # Kills, full and read-only disks, spoiled files, wrong clocks, bad input, fuzzing: prints how many of each were survived.
 faults: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MEDPRUNE_FAULTS=all $(BIN)/python -m pytest -q tests/faults
+
+# The six notebooks at smoke on tiny models of three other families.
+families: $(READY)
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
+	for name in smolvlm gemma3 qwen2_5_vl; do \
+	PYTHONPATH=. $(BIN)/python tests/families.py "$$name" "$$runs/$$name-base" && \
+	$(BIN)/medprune run --profile smoke --name "$$name" --runs-dir "$$runs" -p base "$$runs/$$name-base" || exit 1; done
 
 # The newest versions, or of ONLY="name name" alone: pins them, installs, tests, and prints which golden metrics changed.
 bump: $(READY)

@@ -97,8 +97,7 @@ def floor_flops(config, processor, rows: list[dict], answers: list[list[dict]]) 
     linear = sum(i * o for _, i, o in shape.linears)
     wide = next(o for name, _, o in shape.linears if name.endswith("q_proj"))
     images = len({r["path"] for r in rows})
-    texts = [prompts.prompt_text(processor, r["question"]) for r in rows]
-    encoded = prompts.encode(processor, texts, [open_image(r["path"]) for r in rows], torch.float32)["input_ids"]
+    encoded = [prompts.see(processor, r["path"], question=r["question"]).ids for r in rows]
     prefix = int((encoded[0] == config.image_token_id).nonzero()[-1]) + 1
 
     def context(first, last):  # sum of the numbers of tokens attended to by tokens first .. last - 1

@@ -28,7 +28,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from medprune.answers.decoding import roomy_cache
+from medprune.answers.decoding import RoomyCache
 from medprune.answers.timing import peak_memory
 from medprune.models.families import parts
 from medprune.models.loading import choose_device, choose_dtype, ready, weight_bytes
@@ -106,7 +106,7 @@ def ask(model, config: dict, dtype: torch.dtype, new_tokens: int) -> dict:
     ids = torch.randint(3, 900, (1, image_tokens + TEXT_TOKENS), device=device)
     ids[:, 8 : 8 + image_tokens] = config["image_token_index"]
     pixels = torch.randn(1, 3, side, side, device=device).to(dtype)
-    cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)
+    cache = RoomyCache(len(parts(model).blocks), ids.shape[1] + new_tokens)
     seconds, extra = [], {"pixel_values": pixels}
     for _ in range(new_tokens + 1):  # the prefill gives the first token
         started = time.perf_counter()

@@ -193,7 +193,9 @@ def data(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, a folder or a config.json")] = "llava-1.5-7b",
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b, another name of data/checkpoints.json, a folder or a config.json")
+    ] = "llava-1.5-7b",
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
     bits: Annotated[str, typer.Option(help="of the blocks: 3, 4, 8, 16, or one for each kept block, as 8,3,4")] = "16",
     group_size: Groups = 64,
@@ -202,11 +204,15 @@ def plan(
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower's linears too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    fit: Annotated[float | None, typer.Option(help="GiB: say of every model known by name what must go to fit")] = None,
 ) -> None:
     """Print parameters, bytes, KV cache and the floor in ms/token, from a configuration, without weights."""
     from medprune.models.sizes import named_config, shape_of
-    from medprune.results.tables import plan_json, plan_text
+    from medprune.results.tables import fits_text, plan_json, plan_text
 
+    if fit is not None:
+        typer.echo(fits_text(fit, {"group_size": group_size, "context": context}))
+        return
     try:
         widths = [float(b) for b in bits.split(",")]
     except ValueError:

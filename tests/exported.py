@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
 
-from medprune.answers.decoding import forward, roomy_cache
-from medprune.answers.prompts import encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.decoding import RoomyCache, forward
+from medprune.answers.prompts import see
 from medprune.models.families import n_blocks
 from medprune.models.loading import save
 
@@ -53,9 +52,8 @@ def retold(folder, part=None, **values):
 
 def batch_of(processor, rows):
     """Return input_ids and pixel_values of the first row."""
-    row = rows[0]
-    found = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], torch.float32)
-    return {"input_ids": found["input_ids"][0][None], "pixel_values": found["pixel_values"]}
+    prompt = see(processor, rows[0]["path"], torch.float32, rows[0]["question"])
+    return {"input_ids": prompt.ids[None], **prompt.inputs}
 
 
 @contextmanager
@@ -102,12 +100,12 @@ def complete(model, processor, template: str, asked: dict) -> dict:
         text += "<__media_Zz9__>" if part["type"] == "image_url" else part["text"]
     prompt = jinja2.Template(template).render(messages=[{"role": "user", "content": text}], add_generation_prompt=True)
     prompt = re.sub("<__media.*?__>", processor.image_token, prompt)
-    batch = encode(processor, [prompt], pictures, model.dtype)
-    ids, said, first = batch["input_ids"][0][None], [], None
-    cache, pixels, n = roomy_cache(n_blocks(model.config), ids.shape[1] + asked["max_tokens"]), batch["pixel_values"], ids.shape[1]
+    batch = dict(processor(text=prompt, images=pictures, return_tensors="pt"))
+    ids, shown, said, first = batch["input_ids"], {"pixel_values": batch["pixel_values"].to(model.dtype)}, [], None
+    cache, n = RoomyCache(n_blocks(model.config), ids.shape[1] + asked["max_tokens"]), ids.shape[1]
     while len(said) < asked["max_tokens"]:
-        logits = forward(model, ids, cache, pixels)[0].float().log_softmax(-1)
-        first, pixels = logits if first is None else first, None
+        logits = forward(model, ids, cache, shown)[0].float().log_softmax(-1)
+        first, shown = logits if first is None else first, None
         if (token := int(logits.argmax())) == processor.tokenizer.eos_token_id:
             break
         said.append(token)

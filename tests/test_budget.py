@@ -46,7 +46,7 @@ def test_the_sites_and_their_choices():
     assert list(space.prices[0]) == list(space.prices[-1]) == [3, 4, 8, 16] and 0 not in space.prices[-2]
     assert all(list(price.values()) == sorted(price.values()) for price in space.prices)
     assert HEAD not in SPACES[1][1].sites and TOWER in SPACES[1][1].sites  # a tied head would be a copy
-    assert TOWER not in SPACES[2][1].sites  # 32 inputs, which groups of 64 do not divide
+    assert TOWER in SPACES[2][1].sites  # by those of its linears that groups of 64 divide
     assert space.choice(space.uniform(4), TOWER) == FULL and SPACES[2][1].choice((FULL,) * 6, TOWER) == FULL
     assert set(space.blocks_of(space.uniform(4))) == {4}
 

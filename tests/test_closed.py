@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medprune.answers import closed
-from medprune.answers.prompts import IGNORED, encode_conversation, image_pixels
+from medprune.answers.prompts import IGNORED, encode_conversation, see
 from medprune.data.questions import load_conditions
 from medprune.store import Units
 
@@ -52,11 +52,10 @@ def one_by_one(model, processor, row) -> list[float]:
     for option in row["options"]:
         user = [{"type": "image"}, {"type": "text", "text": row["question"]}]
         said = [{"type": "text", "text": option}]
-        whole = encode_conversation(
-            processor, [{"role": "user", "content": user}, {"role": "assistant", "content": said}]
-        )
+        turns, seen = [{"role": "user", "content": user}, {"role": "assistant", "content": said}], see(processor, row["path"])
+        whole = encode_conversation(processor, turns, seen)
         ids, places = whole["input_ids"], (whole["labels"] != IGNORED).nonzero()[:-1, 0]
-        pixels = image_pixels(processor, row["path"], model.dtype)[None]
+        pixels = seen.inputs["pixel_values"].to(model.dtype)
         logits = model(input_ids=ids[None], pixel_values=pixels).logits[0].float().log_softmax(-1)
         found.append(float(logits[places - 1, ids[places]].sum()))
     return found

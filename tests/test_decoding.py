@@ -12,8 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from medprune.answers import decoding, timing
 from medprune.answers.decoding import answer, answer_rows, answers_context
-from medprune.answers.prompts import encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.prompts import prompt_text, see
 from medprune.models.attention import grouped_attention
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.settings import resolve
@@ -36,12 +35,13 @@ def test_questions_of_several_lengths_have_the_logits_of_each_alone(tiny, rows):
     """The first tokens after a question are forced, the same for all."""
     model, processor = tiny
     forced = torch.tensor([[7, 11, 13]])
-    prefix, cached = decoding._run_prefixes(model, processor, rows[::3], torch.full((3,), -1))
-    asked = decoding._questions(processor, rows, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)], prefix)
+    seen = decoding._seen(model, processor, rows[::3])
+    cached = decoding._run_prefixes(model, seen, torch.full((3,), -1))
+    asked = decoding._questions(processor, rows, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)], seen)
     numbers, which, ids = map(list, zip(*asked, strict=True))
     assert len({len(x) for x in ids}) > 1, "the test needs questions of several lengths"
     cache = decoding._select(cached, which, max(map(len, ids)) + 3)
-    padded, seen = decoding._pad(ids, len(prefix), 3, model.device)
+    padded, seen = decoding._pad(ids, cached.length, 3, model.device)
     logits = [decoding.forward(model, padded, cache, seen=seen)]
     logits += [decoding.forward(model, token.expand(9, 1), cache, seen=seen) for token in forced[0]]
     for number, found in zip(numbers, torch.stack(logits, 1), strict=True):
@@ -146,11 +146,10 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
 
     monkeypatch.setattr(timing, "forward", forward)
     monkeypatch.setattr(timing, "LIMIT_S", 1e9)
-    monkeypatch.setattr(timing, "open_image", lambda _: None)
-    monkeypatch.setattr(timing, "roomy_cache", lambda *_: None)
+    monkeypatch.setattr(timing, "RoomyCache", lambda *_: None)
     monkeypatch.setattr(timing, "parts", lambda _: types.SimpleNamespace(blocks=[]))
-    monkeypatch.setattr(timing, "prompt_text", lambda *_: "")
-    monkeypatch.setattr(timing, "encode", lambda *_: {"input_ids": [torch.zeros(3)], "pixel_values": torch.zeros(1)})
+    monkeypatch.setattr(timing, "see", lambda *_: types.SimpleNamespace(ids=torch.zeros(3)))
+    monkeypatch.setattr(timing, "inputs_of", lambda _: {"pixel_values": torch.zeros(1)})
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(timing, "wait", wait)
     model = torch.nn.Module()
@@ -188,10 +187,10 @@ def test_a_window_shorter_than_the_prompt_cuts_neither_prefix_nor_question(base,
     found = torch.cat([logits for logits in seen[1:]])  # the first is the prefix's
     batches = []
     for row in rows[:3]:
-        inputs = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], model.dtype)
+        prompt = see(processor, row["path"], model.dtype, row["question"])
         with torch.inference_mode():
-            logits = model(input_ids=inputs["input_ids"][0][None], pixel_values=inputs["pixel_values"]).logits
-        batches.append((len(inputs["input_ids"][0]), logits[0, -1]))
+            logits = model(input_ids=prompt.ids[None], **prompt.inputs).logits
+        batches.append((len(prompt.ids), logits[0, -1]))
     alone = torch.stack([logits for _, logits in sorted(batches, key=lambda x: x[0])])
     assert (alone - alone.flip(0)).abs().max() > 1  # questions matter
     torch.testing.assert_close(found, alone, atol=2e-3, rtol=0)

@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
 from medprune.answers.decoding import answer
-from medprune.answers.prompts import IGNORED, collator, encode_conversation
+from medprune.answers.prompts import IGNORED, collator, encode_conversation, see
 from medprune.data.questions import load_conditions
 from medprune.models.families import parts
 from medprune.models.loading import load
@@ -21,7 +22,7 @@ from medprune.tuning.recovery import trainable
 
 def test_loss_falls_on_answers_and_their_end_only(tiny, chat):
     _, processor = tiny
-    encoded = encode_conversation(processor, chat)
+    encoded = encode_conversation(processor, chat, see(processor, Image.new("RGB", (40, 48))))
     said = processor.tokenizer.decode(encoded["input_ids"][encoded["labels"] != IGNORED])
     facts = load_conditions()["rosacea"]["answers"]
     assert said == f"{facts['name']}<|im_end|>{facts['treatment']}<|im_end|>"
@@ -29,10 +30,10 @@ def test_loss_falls_on_answers_and_their_end_only(tiny, chat):
 
 def test_kept_logits_give_the_loss_of_transformers(tiny, chat):
     model, processor = tiny
-    item = encode_conversation(processor, chat)
-    short = {k: v[: len(v) // 2] for k, v in item.items()}
-    pixels = {"pixel_values": torch.zeros(3, 32, 32)}
-    batch = collator(processor.tokenizer.pad_token_id)([item | pixels, short | pixels])
+    item = encode_conversation(processor, chat, see(processor, Image.new("RGB", (40, 48))))
+    short = item | {k: item[k][: len(item[k]) // 2] for k in ("input_ids", "labels")}
+    pixels = {"seen": {"pixel_values": torch.zeros(1, 3, 32, 32)}}
+    batch = collator(processor.tokenizer.pad_token_id)([[item | pixels], [short | pixels]])
     labels = batch.pop("labels")
     ours = answer_loss(model(**batch), labels)
     full = torch.full_like(batch["input_ids"], IGNORED)

@@ -61,19 +61,20 @@ def test_prefixes_share_what_is_below_a_skipped_block_and_equal_those_of_pruned_
     for block in parts(model).blocks:
         block.register_forward_pre_hook(lambda _, inputs: entered.append(len(inputs[0])))
     asked, skip = images * 6 + images[:1], [b for b in blocks for _ in images] + [-1]
-    prefix, cached = decoding._run_prefixes(model, processor, asked, torch.tensor(skip))
+    seen = decoding._seen(model, processor, asked)
+    cached = decoding._run_prefixes(model, seen, torch.tensor(skip))
     assert entered == [3 * (b + 1) for b in blocks], "three images, and three rows more for each block below"
-    _, ids = decoding._questions(processor, rows, [[0]], prefix)[0][1:]
+    _, ids = decoding._questions(processor, rows, [[0]], seen)[0][1:]
     ids = ids.expand(len(asked), -1)
     cache = decoding._select(cached, list(range(len(asked))), ids.shape[1])
     with decoding.RowSkip(model, torch.tensor(skip)):
         logits = decoding.forward(model, ids, cache)
     for b in [*blocks, -1]:
         pruned, places = (without(model, b), [i for i, s in enumerate(skip) if s == b])
-        alone = [asked[i] for i in places]
-        _, expected = decoding._run_prefixes(pruned, processor, alone, torch.full((len(alone),), -1))
-        kept = [layer for number, layer in enumerate(cached) if number != b]
-        for ours, theirs in zip(kept, expected, strict=True):
+        alone = [seen[i] for i in places]
+        expected = decoding._run_prefixes(pruned, alone, torch.full((len(alone),), -1))
+        kept = [layer for number, layer in enumerate(cached.layers) if number != b]
+        for ours, theirs in zip(kept, expected.layers, strict=True):
             for states in range(2):
                 found = ours[states][ours[2][places]]
                 torch.testing.assert_close(found, theirs[states], rtol=1e-5, atol=1e-5)

@@ -64,11 +64,15 @@ def test_names_are_those_of_the_model(base, tmp_path):
     save(model, processor, tmp_path / "m")
     stored = load_file(tmp_path / "m" / "model.safetensors")
     own = {name for name, _ in model.named_parameters()}
+    assert {*map(families.renaming(model), stored)} == own
+    assert families.renaming(model)("language_model.lm_head.weight") == "lm_head.weight"
     assert {families.current_name(name) for name in stored} == own
     assert families.current_name("language_model.lm_head.weight") == "lm_head.weight"
     modules = dict(model.named_modules())
-    assert {f"{families.BLOCKS}.5", f"{families.VISION_LAYERS}.1", f"model.{families.PROJECTOR}"} <= set(modules)
-    assert modules[families.HEAD] is families.parts(model).head
+    found, called = families.parts(model), families.names(model)
+    assert called.blocks == families.BLOCKS and called.head == families.HEAD
+    assert called.projector == [f"model.{families.PROJECTOR}"] and families.VISION_LAYERS.startswith(called.vision_tower)
+    assert modules[called.head] is found.head and f"{families.VISION_LAYERS}.1" in modules
     for name in modules:
         inside = name.startswith(f"{families.BLOCKS}.")
         assert families.block_number(name) == (int(name.split(".")[3]) if inside else None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from medprune import device
 from medprune.answers.decoding import answer, answer_rows
-from medprune.answers.prompts import IGNORED, collator, encode_conversation, image_pixels
+from medprune.answers.prompts import IGNORED, Conversations, collator
 from medprune.data.questions import load_conditions, load_questions
 from medprune.data.record import Record
 from medprune.models.families import parts
@@ -45,10 +45,7 @@ def items(tmp_path_factory):
 @pytest.fixture
 def batch(base, items):
     processor = load(base, dtype=torch.float32)[1]
-    rows = [encode_conversation(processor, said) for _, said in items[:2]]
-    for row, (path, _) in zip(rows, items, strict=False):
-        row["pixel_values"] = image_pixels(processor, path, torch.float32)
-    return collator(processor.tokenizer.pad_token_id)(rows)
+    return collator(processor.tokenizer.pad_token_id)(list(Conversations(processor, items[:2], torch.float32, False, True)))
 
 
 def changed(model, before):

@@ -11,7 +11,7 @@ import random
 import torch
 
 from medprune.answers.decoding import chunks
-from medprune.answers.prompts import IGNORED, collator, encode_conversation, image_pixels, padded
+from medprune.answers.prompts import IGNORED, collator, encode_conversation, padded, see
 from medprune.device import rows_that_fit
 from medprune.models.families import parts
 from medprune.progress import progress
@@ -53,44 +53,57 @@ def log_likelihoods(model, processor, rows: list[dict], batch_rows: int = 128, l
     size = max(1, batch_rows // max((len(row["options"]) for row in rows), default=1))
     with progress(len(rows), label, "question") as bar:
         for chunk in chunks(rows, size):
-            packed = [_packed(processor, row, model.dtype) for row in chunk]
-            batch = collate(packed)
+            rows_of = [_rows(processor, row, see(processor, row["path"], model.dtype)) for row in chunk]
+            batch = collate(rows_of)
             targets, kept = batch.pop("labels"), batch.pop("logits_to_keep")
-            turns = padded([p["turns"] for p in packed], padding_value=0)[:, 1:][:, kept]
-            states = model.model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False)
+            turns = padded([r["option"] for some in rows_of for r in some], padding_value=0)[:, 1:][:, kept]
+            about = torch.tensor([i for i, some in enumerate(rows_of) for _ in some])  # whose options a sequence holds
+            states = model.base_model(**{k: tensor.to(model.device) for k, tensor in batch.items()}, use_cache=False)
             # kept stays here, for the head may be on another GPU than the embeddings
             logits = parts(model).head(states.last_hidden_state[:, kept]).float()
             said, ids = logits.log_softmax(-1), targets.clamp(min=0)[..., None].to(logits.device)
             each = said.gather(-1, ids)[..., 0].cpu().where(targets != IGNORED, 0)
-            totals = each.new_zeros(len(chunk), int(turns.max()) + 1).scatter_add_(1, turns, each)
+            most = max(len(row["options"]) for row in chunk) + 1
+            places = about[:, None] * most + turns
+            totals = each.new_zeros(len(chunk) * most).scatter_add_(0, places.flatten(), each.flatten()).view(-1, most)
             found += [total[1 : len(row["options"]) + 1].tolist() for total, row in zip(totals, chunk, strict=True)]
             bar.update(len(chunk))
     return found
 
 
-def _packed(processor, row: dict, dtype) -> dict:
-    """Return input_ids, labels, turns (seq,) and pixels: what all options share as turn 0, each one's rest as a turn.
+def _rows(processor, row: dict, seen) -> list[dict]:
+    """Return a row's options as sequences (`collator`), with `option` (seq,), the number of each token's own, from 1.
 
-    A rest begins with the last shared token, which its first own token is predicted from.
+    What all options share is turn 0, each one's rest a turn. A rest begins with the last shared token, which its first
+    own token is predicted from. Where options cannot be kept apart in one sequence (`families.packs`), each has one.
     """
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}
     alone = []
     for option in row["options"]:
         said = {"role": "assistant", "content": [{"type": "text", "text": option}]}
-        whole = encode_conversation(processor, [asked, said])
-        end = int((whole["labels"] != IGNORED).nonzero()[-1])  # of sequence, which an option does without
-        alone.append({name: ids[:end] for name, ids in whole.items()})
+        whole = encode_conversation(processor, [asked, said], seen)
+        end = int((whole["labels"] != IGNORED).nonzero()[-1])  # of the turn, which an option does without
+        kinds = {name: kind[:end] for name, kind in whole["kinds"].items()}
+        cut = {name: whole[name][:end] for name in ("input_ids", "labels")}
+        alone.append(cut | {"kinds": kinds, "seen": seen.inputs})
     shared = len(os.path.commonprefix([x["input_ids"].tolist() for x in alone])) - 1
+    if not processor.packs:
+        for number, x in enumerate(alone, 1):
+            x["labels"][: shared + 1] = IGNORED
+            x["option"] = torch.full_like(x["input_ids"], number)
+        return alone
     lengths = torch.tensor([shared, *(len(x["input_ids"]) - shared for x in alone)])
     rests = [x["labels"][shared:].clone() for x in alone]
     for rest in rests:
         rest[0] = IGNORED  # shared: the same for every option
-    return {
+    turns = torch.arange(len(lengths)).repeat_interleave(lengths)
+    packed = {
         "input_ids": torch.cat([alone[0]["input_ids"][:shared], *(x["input_ids"][shared:] for x in alone)]),
         "labels": torch.cat([torch.full((shared,), IGNORED), *rests]),
-        "turns": torch.arange(len(lengths)).repeat_interleave(lengths),
-        "pixel_values": image_pixels(processor, row["path"], dtype),
+        "turns": turns,
+        "option": turns,
     }
+    return [packed | {"kinds": {}, "seen": seen.inputs}]
 
 
 def choose_rows(model, processor, questions: list[dict], label: str, units, config) -> list[dict]:

@@ -11,15 +11,14 @@ import math
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from medprune.answers.prompts import encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.prompts import Seen, inputs_of, question_ids, see
 from medprune.device import rows_that_fit
 from medprune.models.families import parts, window
 from medprune.progress import progress
@@ -62,29 +61,39 @@ def answer(model, processor, rows: list[dict], max_new_tokens: int, batch_rows: 
     each row the block it goes without, or -1.
     """
     skip = torch.tensor(skip if skip is not None else [-1] * len(rows))
-    groups = defaultdict(list)  # (image, block) -> numbers of its rows
-    for i, row in enumerate(rows):
-        groups[row["path"], int(skip[i])].append(i)
+    seen = _seen(model, processor, rows)
+    alike = defaultdict(lambda: defaultdict(list))  # shape of a prefix -> (prefix, block) -> numbers of its rows
+    for i, prefix in enumerate(seen):
+        alike[prefix.shape][id(prefix), int(skip[i])].append(i)
     answers: list[Answer | None] = [None] * len(rows)
     with progress(len(rows), label, "answer") as bar:
-        for chunk in _whole_groups(list(groups.values()), batch_rows):
-            for i, said in _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens, batch_rows):
-                answers[i] = said
-                bar.update()
+        for groups in alike.values():
+            for chunk in _whole_groups(list(groups.values()), batch_rows):
+                for i, said in _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens, batch_rows, seen):
+                    answers[i] = said
+                    bar.update()
     return answers
 
 
-def _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens: int, batch_rows: int) -> list[tuple]:
+def _seen(model, processor, rows: list[dict]) -> list[Seen]:
+    """Return what is seen before each row's question, one object for an image; with the question if it is seen too."""
+    look = lru_cache(None)(lambda path, question: see(processor, path, model.dtype, question))
+    return [look(row["path"], row["question"] if processor.looks_ahead else None) for row in rows]
+
+
+def _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens: int, batch_rows: int, seen) -> list[tuple]:
     """Return (row number, Answer) of the groups of a chunk; its caches are gone before the next chunk's are made."""
     first = [group[0] for group in chunk]
-    prefix, cached = _run_prefixes(model, processor, [rows[i] for i in first], skip[first])
-    asked, said = _questions(processor, rows, chunk, prefix), []
-    most = len(prefix) + max(len(ids) for *_, ids in asked) + max_new_tokens
+    prefixes = [seen[i] for i in first]
+    cached = _run_prefixes(model, prefixes, skip[first])
+    asked, said = _questions(processor, rows, chunk, prefixes), []
+    most = cached.length + max(len(ids) for *_, ids in asked) + max_new_tokens
     for batch in _batches(asked, batch_rows, padded=most <= window(model.config)):
         numbers, which, ids = map(list, zip(*batch, strict=True))
         with RowSkip(model, skip[numbers]) as skipping:
             own = _select(cached, which, max(map(len, ids)) + max_new_tokens)
-            found = _decode(model, processor, own, ids, max_new_tokens, skipping)
+            logits = cached.logits[which] if processor.looks_ahead else None
+            found = _decode(model, processor, own, ids, max_new_tokens, skipping, logits)
             said += zip(numbers, found, strict=True)
             own = None  # before the next batch's
     return said
@@ -115,32 +124,47 @@ def _batches(asked: list[tuple], batch_rows: int, padded: bool):
         yield from chunks(questions, math.ceil(len(questions) / math.ceil(len(questions) / batch_rows)))
 
 
-def _run_prefixes(model, processor, rows: list[dict], skip: torch.Tensor):
+@dataclass
+class Prefixes:
+    """Caches of prompts up to their last image token: `layers` of keys, values and where in them each row's are.
+
+    length: in tokens. logits (rows, vocab): of the next token. shift (images, 1), or None: how far positions behind the
+    prefix lie from counts of tokens, where they have several axes; images (rows,): whose of these is each row's.
+    """
+
+    layers: list[tuple]
+    length: int
+    logits: torch.Tensor
+    shift: torch.Tensor | None
+    images: torch.Tensor
+
+
+def _run_prefixes(model, rows: list[Seen], skip: torch.Tensor) -> Prefixes:
     """Run each row's prompt up to its last image token without the block that the row skips.
 
-    Returns (token ids (prefix,), by layer its keys, its values and where in them each row's are). An image is read
-    and seen once. What lies below a skipped block is computed once for an image, its cache entries are shared: a row
-    joins the batch after its block, with the hidden states that entered it, and an image's own row leaves when no
+    An image is seen once. What lies below a skipped block is computed once for an image, its cache entries are shared:
+    a row joins the batch after its block, with the hidden states that entered it, and an image's own row leaves when no
     other row needs it. The batch is at most all rows, and only the block at work holds its hidden states. The cache
     entry of a skipped block itself is the image's own, which its row attends to for nothing.
     """
-    by_image = {row["path"]: row for row in rows}
-    texts = [prompt_text(processor, row["question"]) for row in by_image.values()]
-    batch = encode(processor, texts, [open_image(path) for path in by_image], model.dtype)
-    image_token = model.config.image_token_id
-    heads = [ids[: int((ids == image_token).nonzero()[-1]) + 1] for ids in batch["input_ids"]]
-    if len({len(h) for h in heads}) > 1:
-        raise ValueError("prompts differ in length before the question: give one chat template and one image size.")
+    by_image = {id(row): row for row in rows}
+    images = list(by_image.values())
     cache = DynamicCache()  # without a configuration, whose windows would cut the prefix for all that follows it
-    places = [torch.tensor([list(by_image).index(row["path"]) for row in rows])]  # in the batch that enters a block
+    places = [torch.tensor([list(by_image).index(id(row)) for row in rows])]  # in the batch that enters a block
+    image_of = torch.arange(len(images))  # whose are the rows of that batch
     with ExitStack() as hooks:
         for b, block in enumerate(parts(model).blocks):
+            if not torch.equal(image_of, torch.arange(len(images))):
+                own = partial(_own_arguments, image_of, len(images))
+                hooks.enter_context(block.register_forward_pre_hook(own, with_kwargs=True))
             found, place = (places[-1] + (skip == b) * (places[-1].max() + 1)).unique(return_inverse=True)
             places.append(place)
+            image_of = image_of.repeat(2)[found]
             if (skip == b).any():
                 hooks.enter_context(block.register_forward_hook(partial(_branch, found)))
-        forward(model, torch.stack(heads), cache, batch["pixel_values"])
-    return heads[0], [(layer.keys, layer.values, at) for layer, at in zip(cache.layers, places[:-1], strict=True)]
+        logits = forward(model, torch.stack([image.ids for image in images]), cache, inputs_of(images))[places[-1]]
+    layers = [(layer.keys, layer.values, at) for layer, at in zip(cache.layers, places[:-1], strict=True)]
+    return Prefixes(layers, len(rows[0].ids), logits, cache.shift, places[0])
 
 
 def _branch(found: torch.Tensor, _, inputs, output) -> torch.Tensor:
@@ -148,33 +172,54 @@ def _branch(found: torch.Tensor, _, inputs, output) -> torch.Tensor:
     return torch.cat([output, inputs[0].to(output.device)])[found]
 
 
-def _questions(processor, rows: list[dict], groups: list[list[int]], prefix: torch.Tensor) -> list[tuple]:
+def _own_arguments(image_of: torch.Tensor, n: int, _, inputs, arguments):
+    """Return a block's arguments with masks and positions of n images, where these differ, as those of its rows."""
+
+    def own(value):
+        if isinstance(value, tuple | list):
+            return type(value)(own(x) for x in value)
+        if n == 1 or not isinstance(value, torch.Tensor) or value.ndim < 2:
+            return value
+        batch = 1 if value.ndim == 4 and value.shape[1] == n else 0  # (axes, n, seq, width) of positions
+        return value.index_select(batch, image_of.to(value.device)) if value.shape[batch] == n else value
+
+    return inputs, {name: own(value) for name, value in arguments.items()}
+
+
+def _questions(processor, rows: list[dict], groups: list[list[int]], prefixes: list[Seen]) -> list[tuple]:
     """Return (row number, number of its prefix, ids after the prefix), shorter ids first.
 
     Like questions stand together, so that where they are more than a batch holds, long ones do not pad all batches.
     """
-    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    n_images = int((prefix == image_token).sum())
+    nothing = torch.zeros(0, dtype=torch.long)
     asked = []
     for p, group in enumerate(groups):
         for i in group:
-            text = prompt_text(processor, rows[i]["question"])
-            text = text.replace(processor.image_token, processor.image_token * n_images)
-            asked.append((i, p, torch.tensor(processor.tokenizer(text)["input_ids"])[len(prefix) :]))
+            ids = nothing if processor.looks_ahead else question_ids(processor, rows[i]["question"], prefixes[p])
+            asked.append((i, p, ids))
     return sorted(asked, key=lambda x: len(x[2]))
 
 
-def forward(model, ids, cache, pixel_values=None, seen=None):
+def forward(model, ids, cache, shown=None, seen=None):
     """Return the logits (batch, vocab) of the last of `ids` (batch, seq), by which the cache grows.
 
-    seen (batch, room): which tokens of the cache, and of what will be in it, are no padding; by default all are.
+    shown: what the beginning of a prompt takes beside its ids, pixels among it. seen (batch, room): which tokens of the
+    cache, and of what will be in it, are no padding; by default all are. The beginning of a prompt puts `shift` (batch,
+    1) on the cache, how far later positions lie from counts of tokens, or None.
     """
-    extra = {} if pixel_values is None else {"pixel_values": pixel_values.to(model.device)}
-    if seen is not None:
+    extra = {}
+    if shown is not None:
+        extra = {name: x.to(model.device) for name, x in shown.items()}
+    elif seen is not None or cache.shift is not None:
         start, end = cache.get_seq_length(), cache.get_seq_length() + ids.shape[1]
-        places = seen[:, :end].cumsum(1)[:, start:] - 1
-        extra |= {"attention_mask": seen[:, :end], "position_ids": places}
+        places = torch.arange(start, end, device=model.device)[None].expand(len(ids), -1)
+        if seen is not None:
+            places = seen[:, :end].cumsum(1)[:, start:] - 1
+            extra["attention_mask"] = seen[:, :end]
+        extra["position_ids"] = places if cache.shift is None else places + cache.shift.to(places.device)
     out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
+    if shown is not None:
+        cache.shift = getattr(model.base_model, "rope_deltas", None)
     return out.logits[:, -1]
 
 
@@ -202,23 +247,29 @@ class Roomy(DynamicLayer):
         self.keys, self.values = (x[:, :, : self.keys.shape[2]] for x in self._held)
 
 
-def roomy_cache(n_layers: int, room: int) -> DynamicCache:
-    """Return a cache whose layers hold up to `room` tokens a row without growing."""
-    cache = DynamicCache()
-    cache.layers = [Roomy(room) for _ in range(n_layers)]
-    return cache
+class RoomyCache(DynamicCache):
+    """A cache whose layers hold up to `room` tokens a row without growing, with the `shift` of its rows' positions."""
+
+    def __init__(self, n_layers: int, room: int, shift: torch.Tensor | None = None):
+        super().__init__()
+        self.layers, self.shift = [Roomy(room) for _ in range(n_layers)], shift
+
+    def batch_select_indices(self, indices) -> None:
+        super().batch_select_indices(indices)
+        self.shift = None if self.shift is None else self.shift[indices]
 
 
-def _select(cached, which: list[int], room: int):
+def _select(cached: Prefixes, which: list[int], room: int) -> RoomyCache:
     """Return a cache whose rows are copies of the given rows of `_run_prefixes`'s, with room for more tokens."""
-    copy = roomy_cache(len(cached), cached[0][0].shape[2] + room)
-    for new, (keys, values, places) in zip(copy.layers, cached, strict=True):
+    shift = None if cached.shift is None else cached.shift[cached.images[which]]
+    copy = RoomyCache(len(cached.layers), cached.length + room, shift)
+    for new, (keys, values, places) in zip(copy.layers, cached.layers, strict=True):
         new.update(keys[places[which]], values[places[which]])
     return copy
 
 
-def _decode(model, processor, cache, ids: list[torch.Tensor], max_new_tokens, skipping) -> list[Answer]:
-    """Continue every row greedily until its end of sequence.
+def _decode(model, processor, cache, ids: list[torch.Tensor], max_new_tokens, skipping, logits=None) -> list[Answer]:
+    """Continue every row greedily until its end of sequence; `logits` of its first token, where `ids` are empty.
 
     Rows that ended say nothing more, and leave when they are a quarter of the batch: that copies the cache.
     """
@@ -228,7 +279,9 @@ def _decode(model, processor, cache, ids: list[torch.Tensor], max_new_tokens, sk
     ended = [False] * len(ids)
     token, seen = _pad(ids, cache.get_seq_length(), max_new_tokens, model.device)
     for step in range(max_new_tokens):
-        token = forward(model, token, cache, seen=seen).argmax(-1, keepdim=True).cpu()
+        if step or logits is None:
+            logits = forward(model, token, cache, seen=seen)
+        token = logits.argmax(-1, keepdim=True).cpu()
         stop = torch.isin(token[:, 0], ends)
         for row, chosen, stops in zip(active.tolist(), token[:, 0].tolist(), stop.tolist(), strict=True):
             ended[row] |= stops

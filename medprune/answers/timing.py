@@ -8,9 +8,8 @@ from threading import Event, Thread
 import psutil
 import torch
 
-from medprune.answers.decoding import answer_rows, forward, roomy_cache
-from medprune.answers.prompts import encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.decoding import RoomyCache, answer_rows, forward
+from medprune.answers.prompts import inputs_of, see
 from medprune.device import cards, growth, start_peak, wait
 from medprune.models.families import parts
 from medprune.models.loading import weight_bytes
@@ -26,15 +25,15 @@ def measure_decoding(model, processor, row: dict, new_tokens: int = 8) -> dict:
     Tokens are forced past the end of sequence, so that every model decodes the same number; the first, which comes
     out of the prefill, is not counted.
     """
-    batch = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], model.dtype)
-    ids, pixels = batch["input_ids"][0][None], batch["pixel_values"]
+    prompt = see(processor, row["path"], model.dtype, row["question"])
+    ids, shown = prompt.ids[None], inputs_of([prompt])
     best, begun = float("inf"), time.perf_counter()
     with peak_memory(model) as peak:
         for number in range(REPEATS):
             if number and time.perf_counter() - begun > LIMIT_S:
                 break
-            cache = roomy_cache(len(parts(model).blocks), ids.shape[1] + new_tokens)  # as answers have it
-            logits = forward(model, ids, cache, pixels)
+            cache = RoomyCache(len(parts(model).blocks), ids.shape[1] + new_tokens)  # as answers have it
+            logits = forward(model, ids, cache, shown)
             wait()
             start = time.perf_counter()
             for _ in range(new_tokens):

@@ -17,8 +17,8 @@ from transformers import LlavaConfig
 from medprune.device import choose_device
 from medprune.models.assembled import base_card
 from medprune.models.families import current_name, hub_name
-from medprune.models.loading import check_loading, load, load_processor, skeleton, stored_tensors
-from medprune.models.sizes import named_config
+from medprune.models.loading import check_loading, load, load_processor, stored_tensors
+from medprune.models.sizes import named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.quantize import target_linears
 from medprune.store import read_json, run_root, write_folder, write_json, write_text

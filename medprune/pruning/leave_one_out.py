@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from medprune.answers.decoding import answer, chunks
-from medprune.answers.prompts import IGNORED, collator, encode_questions, image_pixels, padded
+from medprune.answers.prompts import IGNORED, collator, encode_questions, padded, see
 from medprune.device import rows_that_fit
 from medprune.models.families import parts
 from medprune.progress import progress
@@ -97,7 +97,8 @@ class TeacherBatch:
 def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> TeacherBatch:
     """Return one batch of rows {"id", "path", "question"} with given answers.
 
-    Neighbouring rows about one image share it: a sequence per image, in which the questions do not see one another.
+    Neighbouring rows about one image share it: a sequence per image, in which the questions do not see one another; for
+    a model that cannot keep them apart (`families.packs`) a sequence per row.
     """
     items, owners = [], []
     for path, numbers in _by_image(rows):
@@ -106,10 +107,11 @@ def teacher_batch(processor, rows: list[dict], answers: list[str], dtype) -> Tea
             asked, said = ({"type": "text", "text": text} for text in (rows[i]["question"], answers[i]))
             messages.append({"role": "user", "content": [{"type": "image"}, asked]})
             messages.append({"role": "assistant", "content": [said]})
-        item = encode_questions(processor, messages)
-        items.append(item | {"pixel_values": image_pixels(processor, path, dtype)})
-        owners.append(torch.tensor([SHARED, *numbers])[item["turns"]])
-    inputs = collator(processor.tokenizer.pad_token_id)(items)
+        seen = see(processor, path, dtype)
+        for item in encode_questions(processor, messages, seen):
+            owners.append(torch.tensor([SHARED, *numbers])[item["turns"]])
+            items.append({k: v for k, v in item.items() if processor.packs or k != "turns"} | {"seen": seen.inputs})
+    inputs = collator(processor.tokenizer.pad_token_id)([items])
     labels, kept = inputs.pop("labels"), inputs.pop("logits_to_keep")
     return TeacherBatch([row["id"] for row in rows], inputs, kept, labels, padded(owners, padding_value=-1))
 
@@ -151,7 +153,7 @@ def leave_one_out_logits(model, batch: TeacherBatch, blocks):
         for b, block in enumerate(inner.blocks):
             hooks.enter_context(block.register_forward_pre_hook(partial(remember, b), with_kwargs=True))
         # the head by itself: a model that is spread would take `kept` to a device where its states are not
-        logits = inner.head(model.model(**inputs, use_cache=False).last_hidden_state[:, kept])
+        logits = inner.head(model.base_model(**inputs, use_cache=False).last_hidden_state[:, kept])
     targets, rows = targets.to(logits.device), rows.to(logits.device)
     yield None, logits[chosen].float().log_softmax(-1), targets, rows
     for b in blocks:

@@ -5,13 +5,15 @@ Block numbers are always the ORIGINAL model's, counted from 0. No weight is copi
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from medprune.models.families import attention, block_number, n_blocks, parts, protected
+from medprune.models.families import block_number, deepstack, keep_layers, layered, n_blocks, parts, protected
+from medprune.models.sizes import skeleton
 from medprune.store import read_json, write_json
 
 
@@ -53,6 +55,7 @@ def make_plan(config, removed, base: str, protect=(0, 1, -1), criterion: str = "
     """Return the plan without the blocks `removed`; refuses blocks that are protected, repeated or out of range."""
     n = n_blocks(config)
     guarded = protected(config, tuple(protect))
+    check_fixed(config, removed)
     for b in removed:
         if not 0 <= b < n:
             raise ValueError(f"block {b} is out of range: this model's blocks are 0 to {n - 1}.")
@@ -61,6 +64,14 @@ def make_plan(config, removed, base: str, protect=(0, 1, -1), criterion: str = "
     if len(set(removed)) < len(removed):
         raise ValueError(f"blocks {sorted(removed)} name one block twice.")
     return Plan(base, n, tuple(b for b in range(n) if b not in set(removed)), criterion)
+
+
+def check_fixed(config, removed) -> None:
+    """Raise ValueError naming a block that cannot go, for visual features are added behind it by its place."""
+    for b in deepstack(config):
+        if b in removed:
+            why = "has visual features added behind it by its place (deepstack)"
+            raise ValueError(f"block {b} {why}: choose others to remove.")
 
 
 def plans_from_order(config, order: list[int], counts, base: str, protect, criterion: str) -> list[Plan]:
@@ -76,18 +87,34 @@ def apply_plan(model, plan: Plan):
     Returns the model. Raises ValueError, and leaves the model whole, where the plan is for another number of blocks, or
     the gate finds a tensor that is missing, new, or not bit for bit the one the model had.
     """
-    whole, kinds = blocks_of(model)
-    if len(whole) != plan.n_blocks:
-        raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(whole)}.")
+    whole = blocks_of(model)
+    if len(whole[0]) != plan.n_blocks:
+        raise ValueError(f"the plan is for {plan.n_blocks} blocks, the model has {len(whole[0])}.")
+    check_fixed(model.config, plan.removed)
     source = dict(model.state_dict())
     try:
-        kept = torch.nn.ModuleList([whole[b] for b in plan.kept])
-        set_blocks(model, kept, kinds and [kinds[b] for b in plan.kept])
+        set_blocks(
+            model, torch.nn.ModuleList([whole[0][b] for b in plan.kept]), *(_kept(c, plan.kept) for c in whole[1:])
+        )
         check_kept(model.state_dict(), source, plan)
+        check_rebuilt(model)
     except BaseException:
-        set_blocks(model, whole, kinds)
+        set_blocks(model, *whole)
         raise
     return model
+
+
+def _kept(config, kept):
+    config = deepcopy(config)
+    keep_layers(config, kept)
+    return config
+
+
+def check_prunable(config: dict) -> None:
+    """Raise ValueError for a model, by its configuration, whose parts cannot be found or whose blocks cannot go."""
+    model = skeleton(config)
+    first = len(deepstack(model.config)) or 1
+    apply_plan(model, make_plan(model.config, [first], "", protect=()))
 
 
 @contextmanager
@@ -96,30 +123,58 @@ def without(model, removed):
 
     removed: numbers in the model as it stands. Its blocks, numbering and configuration are put back at the end.
     """
-    whole, kinds = blocks_of(model)
+    whole = blocks_of(model)
     apply_plan(model, make_plan(model.config, removed, "", protect=()))
     try:
         yield model
     finally:
-        set_blocks(model, whole, kinds)
+        set_blocks(model, *whole)
 
 
-def blocks_of(model) -> tuple[torch.nn.ModuleList, list[str]]:
-    """Return a model's blocks, and the kind of attention of each where its configuration lists them."""
-    inner = parts(model)
-    return inner.blocks, list(getattr(inner.text_model.config, "layer_types", None) or [])
+def blocks_of(model) -> tuple:
+    """Return a model's blocks, and a copy of the configuration that describes them."""
+    found = parts(model)
+    return found.blocks, deepcopy(found.text_model.config)
 
 
-def set_blocks(model, blocks: torch.nn.ModuleList, kinds: list[str]) -> None:
-    """Give a model these blocks, as `blocks_of` returned them, numbered from 0; the configuration follows."""
+def set_blocks(model, blocks: torch.nn.ModuleList, described) -> None:
+    """Give a model these blocks, as `blocks_of` returned them, numbered from 0; its configuration follows."""
     text_model = parts(model).text_model
     text_model.layers = blocks
     for index, block in enumerate(blocks):
-        attention(block).layer_idx = index
-    for config in (text_model.config, model.config.text_config):
-        config.num_hidden_layers = len(blocks)
-        if kinds:
-            config.layer_types = list(kinds)
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+    follows = [*layered(described), "num_hidden_layers", "max_window_layers"]
+    for config in (text_model.config, model.config.get_text_config(decoder=True)):
+        for name in follows:
+            if hasattr(config, name):
+                setattr(config, name, getattr(described, name))
+
+
+def check_rebuilt(model) -> None:
+    """Raise ValueError where a text model built anew of the pruned configuration has other tensors or other blocks.
+
+    So are models refused whose blocks depend on their places in a way that no list of the configuration says.
+    """
+    text_model = parts(model).text_model
+    with torch.device("meta"):
+        anew = type(text_model)(deepcopy(text_model.config))
+    kind = type(model).__name__
+    ours, theirs = ({n: x.shape for n, x in m.named_parameters() if x.is_floating_point()} for m in (text_model, anew))
+    packed = {n for n, x in text_model.named_parameters() if not x.is_floating_point()}
+    if wrong := sorted(n for n in ours.keys() | theirs.keys() - packed if ours.get(n) != theirs.get(n)):
+        raise ValueError(
+            f"{kind} cannot be pruned: of {wrong[0]} its configuration without these blocks says otherwise."
+        )
+    for index, (block, other) in enumerate(zip(text_model.layers, anew.layers, strict=True)):
+        for (name, module), built in zip(block.named_modules(), other.modules(), strict=True):
+            shared = vars(module).keys() & vars(built).keys() - {"training", "gradient_checkpointing"}
+            for key in (k for k in shared if not k.startswith("_") and type(module) is type(built)):
+                a, b = vars(module)[key], vars(built)[key]
+                if isinstance(a, int | float | str | None) and isinstance(b, int | float | str | None) and a != b:
+                    where = f"{key} of block {index}'s {name or 'own'} is {a!r}"
+                    raise ValueError(f"{kind} cannot be pruned: {where}, built of its configuration it is {b!r}.")
 
 
 def check_kept(pruned: dict, source: dict, plan: Plan) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from medprune.answers.prompts import rows_of
 from medprune.models.families import attention, parts
 
 OUTLIER_SD = 6  # standard deviations beyond which an entry is an outlier, as in figure_activations
@@ -27,8 +28,8 @@ def _visit(model, batch: dict, numbers: Sequence[int], look: Callable[[int, Tens
         for number in numbers:
             hooks.enter_context(attention(blocks[number]).q_proj.register_forward_hook(partial(hook, number)))
         for start in range(0, len(batch["input_ids"]), ROWS_AT_ONCE):
-            rows = {k: v[start : start + ROWS_AT_ONCE].to(model.device) for k, v in batch.items()}
-            model(**rows, use_cache=False, logits_to_keep=1)
+            rows = rows_of(batch, start, start + ROWS_AT_ONCE)
+            model(**{k: v.to(model.device) for k, v in rows.items()}, use_cache=False, logits_to_keep=1)
 
 
 def q_proj_activations(model, batch: dict, block: int) -> np.ndarray:

@@ -4,15 +4,16 @@ What is searched, and by which arithmetic, is autoawq 0.2.9's, against which the
 comes out are `PackedLinear` layers. A block is searched on one device, in float32, or in float16 on a GPU.
 """
 
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from medprune.answers.prompts import rows_of
 from medprune.device import on_gpu
-from medprune.models.families import BLOCK_PARTS, SCALED, UNCLIPPED, attention, parts
+from medprune.models.families import BLOCK_PARTS, SCALED, UNCLIPPED, attention, names, parts
 from medprune.progress import progress
 from medprune.quantizing.packed import PackedLinear
 
@@ -28,48 +29,56 @@ def scale_groups(block) -> list[SimpleNamespace]:
 
     Of each group: `linears` {name in the block: Linear} that read the same input, `before`, the norm or Linear whose
     outputs are divided by the scales (None where it does not give that input channel by channel, as with grouped
-    queries), `inspected`, the module whose output is compared, `takes_kwargs`, whether it is called with the block's
-    keyword arguments, and `clipped`, the names of linears whose weights are clipped. Raises ValueError for a block of
+    queries), `offset`, what such a norm adds to its weight, `inspected`, the module whose output is compared,
+    `takes_kwargs`, whether it is called with the block's keyword arguments, and `clipped`, the names of linears whose
+    weights are clipped. Raises ValueError for a block of
     another structure.
     """
     kind, modules = type(block).__name__, dict(block.named_modules())
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    known = [name for names, _, _ in SCALED for name in names]
+    known = [name for several, _, _ in SCALED for name in several]
     if sorted(linears) != sorted(known):
         raise ValueError(f"AWQ knows no {kind} with the linear layers {', '.join(linears)}, but {', '.join(known)}.")
-    if other := {name for name, _ in block.named_children()} ^ BLOCK_PARTS:
-        raise ValueError(
-            f"AWQ knows no {kind} with or without {', '.join(sorted(other))}; what is scaled is not known."
-        )
+    inside = {name for name, _ in block.named_children()}
+    if inside not in BLOCK_PARTS:
+        other = ", ".join(sorted(inside ^ BLOCK_PARTS[0]))
+        raise ValueError(f"AWQ knows no {kind} with or without {other}; what is scaled is not known.")
     groups = []
-    for names, before_name, inspected in SCALED:
-        before, inputs = modules[before_name], modules[names[0]].in_features
+    for linear_names, before_names, inspected in SCALED:
+        before_name = next(name for name in before_names if name in modules)
+        before, inputs, offset = modules[before_name], modules[linear_names[0]].in_features, 0
         if isinstance(before, nn.Linear):
             before = before if before.out_features == inputs else None
-        elif not _multiplies(before, inputs):
+        elif (offset := _offset(before, inputs)) is None:
             norm = f"{before_name}, {type(before).__name__}"
-            raise ValueError(f"AWQ knows no norm like {norm}, which is no plain product with its weight.")
-        group = {"linears": {name: modules[name] for name in names}, "before": before, "inspected": modules[inspected]}
-        clipped = [name for name in names if name not in UNCLIPPED]
-        groups.append(SimpleNamespace(**group, takes_kwargs=modules[inspected] is attention(block), clipped=clipped))
+            raise ValueError(
+                f"AWQ knows no norm like {norm}, which is no product with its weight, or with 1 + its weight."
+            )
+        group = {
+            "linears": {name: modules[name] for name in linear_names},
+            "before": before,
+            "inspected": modules[inspected],
+        }
+        clipped = [name for name in linear_names if name not in UNCLIPPED]
+        own = {"takes_kwargs": modules[inspected] is attention(block), "clipped": clipped, "offset": offset}
+        groups.append(SimpleNamespace(**group, **own))
     return groups
 
 
-def _multiplies(norm, width: int) -> bool:
-    """Say whether twice the weight of a norm gives twice its output, as RMSNorm's does and Gemma's (1 + w) does not."""
+def _offset(norm, width: int) -> int | None:
+    """Return what a norm adds to its weight before it multiplies by it: 0, or 1 where that is kept from 1, or None."""
     if getattr(norm, "weight", None) is None:
-        return False
+        return None
     x, kept = torch.linspace(1, 2, width, device=norm.weight.device)[None], norm.weight.data
-    norm.weight.data = kept.float()  # doubling is exact there, and in float16 not of the smallest numbers
-    once = norm(x)
-    norm.weight.data = 2 * kept.float()
-    twice = norm(x)
+    weight = kept.float()  # doubling is exact there, and in float16 not of the smallest numbers
+    outputs = {}
+    for offset in (0, 1):
+        norm.weight.data = weight
+        once = norm(x)
+        norm.weight.data = 2 * (weight + offset) - offset
+        outputs[offset] = torch.allclose(norm(x), once * 2, rtol=1e-5 * offset, atol=1e-5 * offset)
     norm.weight.data = kept
-    return torch.equal(twice, once * 2)
-
-
-class _Captured(Exception):
-    pass
+    return next((offset for offset, fits in outputs.items() if fits), None)
 
 
 @contextmanager
@@ -117,35 +126,45 @@ def _search_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if on_gpu(device) and dtype == torch.float16 else torch.float32
 
 
-def _calls_of_first_block(model, batch: dict[str, Tensor]) -> list[tuple[Tensor, dict]]:
-    """Run a model on a batch up to its first block; return what that is called with, (hidden states, kwargs), by rows.
+def _calls_of_blocks(model, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[list[tuple]]]:
+    """Run a model on a batch with blocks that do nothing; return what enters the first, and what each is called with.
 
-    Hidden states: (some rows, tokens, width).
+    By some rows of the batch: hidden states (rows, tokens, width), and for each block (what the model adds to hidden
+    states before it, or None; keyword arguments).
     """
-    (rows, tokens), calls, blocks = batch["input_ids"].shape, [], parts(model).blocks
+    (rows, tokens), blocks = batch["input_ids"].shape, parts(model).blocks
     widest = max(max(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear))
     step = max(1, ENTRIES // (tokens * widest))
+    entered, calls, left = [], [[] for _ in blocks], {}
 
-    def catch(module, args, kwargs):
-        calls.append((args[0], kwargs))
-        raise _Captured
+    def catch(number, hidden, **kwargs):
+        if number == 0:
+            entered.append(hidden)
+        added = hidden - left["hidden"] if number and hidden is not left["hidden"] else None
+        calls[number].append((added, kwargs))
+        left["hidden"] = hidden
+        return hidden
 
-    with blocks[0].register_forward_pre_hook(catch, with_kwargs=True):
+    for number, block in enumerate(blocks):
+        block.forward = partial(catch, number)
+    try:
         for i in range(0, rows, step):
-            of_rows = {k: v[i * len(v) // rows : min(i + step, rows) * len(v) // rows] for k, v in batch.items()}
-            with suppress(_Captured):
-                model(**_placed(of_rows, model.device, model.dtype), use_cache=False)
-    return calls
+            some = _placed(rows_of(batch, i, i + step), model.device, model.dtype)
+            model(**some, use_cache=False, logits_to_keep=1)
+    finally:
+        for block in blocks:
+            del block.forward
+    return entered, calls
 
 
-def _inputs(block, groups, calls: list[tuple[Tensor, dict]]) -> list[list[Tensor]]:
-    """Run a block on its calls, which become the next block's; return each group's inputs, a tensor for a call."""
+def _inputs(block, groups, hidden: list[Tensor], calls: list[tuple]) -> list[list[Tensor]]:
+    """Run a block on hidden states, which become the next block's; return each group's inputs, a tensor for a call."""
     inputs, hooks = [[] for _ in groups], []
     for group, kept in zip(groups, inputs, strict=True):
         reader = next(iter(group.linears.values()))
         hooks.append(reader.register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0])))
-    for i, (hidden, kwargs) in enumerate(calls):
-        calls[i] = _first(block(hidden, **kwargs)), kwargs
+    for i, (added, kwargs) in enumerate(calls):
+        hidden[i] = _first(block(hidden[i] if added is None else hidden[i] + added, **kwargs))
     for hook in hooks:
         hook.remove()
     return inputs
@@ -245,7 +264,9 @@ def _best_scales(group, inputs: list[Tensor], kwargs: list[dict], group_size: in
 def _fold(group, scales: Tensor) -> None:
     """Multiply a group's weights by the scales (in,) and divide what comes before by them: equation 3."""
     before = group.before
-    before.weight.div_(scales[:, None] if isinstance(before, nn.Linear) else scales)
+    before.weight.add_(group.offset).div_(scales[:, None] if isinstance(before, nn.Linear) else scales).sub_(
+        group.offset
+    )
     if getattr(before, "bias", None) is not None:
         before.bias.div_(scales)
     for layer in group.linears.values():
@@ -282,10 +303,10 @@ def best_clips(w: Tensor, x: Tensor, group_size: int, bits: int = 4) -> Tensor:
     return best
 
 
-def _quantize_block(block, calls, group_size: int, bits: int, differences: bool) -> dict[str, list[float]]:
+def _quantize_block(block, hidden, calls, group_size: int, bits: int, differences: bool) -> dict[str, list[float]]:
     """Search, fold, clip and pack a block in place, if not 16 bits; return the losses by each group's first linear."""
     groups, losses, samples = scale_groups(block), {}, []
-    inputs = _inputs(block, groups, calls)
+    inputs = _inputs(block, groups, hidden, calls)
     if bits == 16:
         return losses
     kwargs = [also for _, also in calls]
@@ -321,21 +342,21 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda 
     kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
     blocks, losses = parts(model).blocks, {}
     widths = [bits] * len(blocks) if isinstance(bits, int) else bits
-    names = [name for name, module in model.named_modules() if module in set(blocks)]
     fetch(blocks[0])
     for block in (b for b in blocks if next(b.parameters()).device.type != "meta"):
         scale_groups(block)
-    dtype, calls = next(blocks.parameters()).dtype, _calls_of_first_block(model, batch)
+    dtype, (hidden, calls) = next(blocks.parameters()).dtype, _calls_of_blocks(model, batch)
     with progress(len(blocks), "AWQ", "block") as shown:
-        for block_name, block, width in zip(names, blocks, widths, strict=True):
+        for number, (block, width) in enumerate(zip(blocks, widths, strict=True)):
             if block is not blocks[0]:
                 fetch(block)
             here = next(block.parameters()).device
             searched = _search_dtype(here, dtype)
             block.to(searched)
-            calls = [_placed(call, here, searched) for call in calls]
-            found = _quantize_block(block, calls, group_size, width, not on_gpu(here) and dtype != torch.float32)
-            losses |= {f"{block_name}.{name}": curve for name, curve in found.items()}
+            hidden, own = ([_placed(x, here, searched) for x in some] for some in (hidden, calls[number]))
+            calls[number] = None
+            found = _quantize_block(block, hidden, own, group_size, width, not on_gpu(here) and dtype != torch.float32)
+            losses |= {f"{names(model).blocks}.{number}.{name}": curve for name, curve in found.items()}
             block.to(dtype)
             shown.update()
     curve = {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": losses}

@@ -1,19 +1,19 @@
-"""Save and load quantized LLaVAs: a folder in a standard format where there is one, with a model card."""
+"""Save and load quantized models: a folder in a standard format where there is one, with a model card."""
 
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from medprune.data.questions import load_conditions, load_questions
 from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
-from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready, skeleton, stored_tensors, weight_files
-from medprune.models.sizes import EYES, account, base_config
+from medprune.models.families import parts, renaming, unquantized
+from medprune.models.loading import check_loading, ready, stored_tensors, weight_files
+from medprune.models.sizes import EYES, account, base_config, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -22,7 +22,7 @@ from medprune.quantizing.quantize import is_quantized, target_linears
 from medprune.store import content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
-_PLAIN = "from transformers import LlavaForConditionalGeneration as Llava\nmodel = Llava.from_pretrained(folder)"
+_PLAIN = "from transformers import AutoModelForImageTextToText as Auto\nmodel = Auto.from_pretrained(folder)"
 _EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
@@ -54,8 +54,10 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
         finally:
             del model.config.quantization_config
         if processor is not None:
-            processor.save_pretrained(temporary)
+            loading.save_processor(processor, temporary)
         size = sum(file.stat().st_size for file in temporary.iterdir())
+        tower = parts(model).vision_tower.modules() if info["quantize_vision"] else ()
+        said["odd"] = sum(type(m) is nn.Linear for m in tower)  # of widths that groups do not divide
         said |= {"first": _EYES if model.config.vision_config.model_type == EYES else ""}
         write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
@@ -80,21 +82,22 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
         raise ValueError(f"{folder} holds no quantization_config; load it with medprune.models.loading.load.")
     if config["quant_method"] not in ("awq", "bitsandbytes", _FORMAT):
         raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
-    dtype, shape = getattr(torch, settings["dtype"]), LlavaConfig.from_dict(settings)
+    dtype, shape = getattr(torch, settings["dtype"]), AutoConfig.for_model(**settings)
     if config["quant_method"] == "bitsandbytes":
         _check_nf4_keys(shape, folder)
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": device})
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map={"": device})
     else:
         model = _load_packed(folder, shape, config, dtype, device)
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return ready(model, device)
 
 
-def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dtype, device: str):
-    tensors = {current_name(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
+def _load_packed(folder: Path, shape, config: dict, dtype: torch.dtype, device: str):
     model, hqq_layers = skeleton(shape), {}
+    name_of = renaming(model)
+    tensors = {name_of(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
     options = (config.get(option, False) for option in _OPTIONS)
-    for name, bits in target_linears(model, config["bits"], *options).items():
+    for name, bits in target_linears(model, config["bits"], *options, config["group_size"]).items():
         linear = model.get_submodule(name)
         if config.get("method") == "hqq":  # it answers load_state_dict in its own way, so it joins the model last
             hqq_layers[name] = _hqq_layer(name, tensors, dtype, device, folder)
@@ -125,13 +128,13 @@ def _fill(model, tensors: dict[str, Tensor], folder: Path) -> None:
     model.tie_weights()
 
 
-def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
+def _check_nf4_keys(config, folder: Path) -> None:
     """Compare names before transformers fills gaps with random weights, which it cannot do in 4 bits anyway."""
     model = skeleton(config)
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
-    parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
-    expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
-    found = stored_tensors(folder).keys()
+    also = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
+    expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in also}
+    found = stored_tensors(folder, model).keys()
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
 
 
@@ -149,13 +152,13 @@ def _quantization_config(model, info: dict) -> dict:
     """Return what config.json says of the quantization: transformers' own words where they can say it."""
     method, bits, group_size = info["method"], info["bits"], info["group_size"]
     if method == "bnb":
-        return loading.nf4_config(model.dtype).to_dict()
+        return loading.nf4_config(model.dtype, unquantized(model)).to_dict()
     options = {option: info[option] for option in _OPTIONS}
     four = bits == 4 or isinstance(bits, list | tuple) and set(bits) == {4}
     if method == "hqq" or not four or any(options.values()):
         return {"quant_method": _FORMAT, "method": method, "bits": bits, "group_size": group_size, **options}
     layout = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group_size, "zero_point": True}
-    return layout | {"modules_to_not_convert": SKIP_QUANTIZATION}
+    return layout | {"modules_to_not_convert": unquantized(model)}
 
 
 def _stored_state(model, config: dict) -> dict[str, Tensor] | None:
@@ -194,10 +197,12 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
     sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
     kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
+    if odd := said["odd"]:
+        kept.append(f"{odd} linears of the vision tower, whose widths groups of {info['group_size']} do not divide")
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."
     if needed := _NEEDED.get(config["quant_method"]):
         how = f"Plain transformers, with {needed}:\n\n```python\n{said['first']}{_PLAIN}\n```"
-    return f"""# A quantized LLaVA
+    return f"""# A quantized model of images and text
 
 Not for clinical use: a research artefact, evaluated on teaching images only.
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from medprune.answers import prompts
 from medprune.answers.timing import peak_memory
+from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
-from medprune.models.families import block_number, parts
+from medprune.models.families import block_number, names, parts
 from medprune.models.loading import weight_bytes
-from medprune.models.sizes import NO_LINEARS
+from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, packable
 from medprune.quantizing.packed import PackedLinear
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
@@ -57,10 +58,9 @@ def quantize(
 
             found = quantize_awq(model, calibration, group_size, fetched, bits)
         else:
-            names = {block: f"{name}." for name, module in model.named_modules() for block in blocks if module is block}
-            for block in blocks:
+            for number, block in enumerate(blocks):
                 fetched(block)
-                for name in [name for name in targets if name.startswith(names[block])]:
+                for name in [name for name in targets if name.startswith(f"{names(model).blocks}.{number}.")]:
                     pack(name, targets.pop(name))
         for name, width in targets.items():  # head and tower
             if block_number(name) is None:
@@ -76,20 +76,31 @@ def quantize(
 
 def _untie(model) -> None:
     """Let a quantized head be a copy: it has no weight to share with the embeddings."""
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = model.config.get_text_config(decoder=True).tie_word_embeddings = False
     weights = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k in weights}
 
 
-def target_linears(model, bits: int | list[int], quantize_head=False, quantize_vision=False) -> dict[str, int]:
-    """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out."""
+def target_linears(
+    model, bits: int | list[int], quantize_head=False, quantize_vision=False, group_size: int | None = None
+) -> dict[str, int]:
+    """Return {full name: bits} of the Linear layers that are quantized, blocks of 16 bits left out.
+
+    Those of the vision tower that groups of `group_size` do not divide stay in 16 bits: some towers have odd widths.
+    """
     found = parts(model)
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
     groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
     for part, option in ((found.head, quantize_head), (found.vision_tower, quantize_vision)):
         groups += [(part, min(block_bits) if option is True else option)] if option else []
-    names = {module: name for name, module in model.named_modules()}
-    return {names[m]: b for group, b in groups for m in group.modules() if isinstance(m, nn.Linear)}
+    linears = [(m, group, b) for group, b in groups for m in group.modules() if type(m) is nn.Linear]
+    called = {module: name for name, module in model.named_modules()}
+    odd = {
+        m
+        for m, group, _ in linears
+        if group is found.vision_tower and group_size and not packable(m.in_features, m.out_features, group_size)
+    }
+    return {called[m]: b for m, _, b in linears if m not in odd}
 
 
 def check_storage(method: str, bits, group_size: int, quantize_head=False, quantize_vision=False) -> None:
@@ -124,7 +135,9 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
     check_storage(method, bits, group_size, quantize_head, quantize_vision)
     if quantize_vision and not any(isinstance(m, nn.Linear) for m in parts(model).vision_tower.modules()):
         raise ValueError(NO_LINEARS)
-    targets = target_linears(model, bits, quantize_head, quantize_vision)
+    targets = target_linears(model, bits, quantize_head, quantize_vision, group_size)
+    if quantize_vision and not any(name.startswith(f"{names(model).vision_tower}.") for name in targets):
+        raise ValueError(ODD_LINEARS.format(group_size))
     for name in targets:
         linear = model.get_submodule(name)
         if linear.in_features % group_size:
@@ -227,13 +240,18 @@ def bits_by_importance(importance_scores: Sequence[float], target_mean_bits: flo
 
 
 def quantization_batch(processor, records, conditions, questions, dtype, seed: int, most: int = 1024) -> dict:
-    """Return input_ids and pixel_values of one conversation per record, cut to one length, for AWQ's calibration.
+    """Return the inputs of one conversation per record, cut to one length, for AWQ's calibration.
 
     most: tokens per row, the image's among them.
     """
     rng = random.Random(seed)
     said = [conversation(record, conditions, questions, rng) for record in records]
-    ids = [prompts.encode_conversation(processor, turns)["input_ids"] for turns in said]
-    shortest = min(most, *map(len, ids))
-    pixels = [prompts.image_pixels(processor, record.path, dtype) for record in records]
-    return {"input_ids": torch.stack([row[:shortest] for row in ids]), "pixel_values": torch.stack(pixels)}
+    pictures = [open_image(record.path) for record in records]
+    seen = [prompts.see(processor, picture, dtype) for picture in pictures]
+    if len({s.shape for s in seen}) > 1:  # a row each of one length: all take the first one's form
+        seen = [prompts.see(processor, picture.resize(pictures[0].size), dtype) for picture in pictures]
+    rows = [prompts.encode_conversation(processor, turns, s) for turns, s in zip(said, seen, strict=True)]
+    shortest = min(most, *(len(row["input_ids"]) for row in rows))
+    batch = {"input_ids": torch.stack([row["input_ids"][:shortest] for row in rows])}
+    batch |= {name: torch.stack([row["kinds"][name][:shortest] for row in rows]) for name in seen[0].kinds}
+    return batch | {name: torch.cat([s.inputs[name] for s in seen]) for name in seen[0].inputs}

@@ -14,7 +14,7 @@ import nbformat
 from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
-from medprune.models.sizes import account, base_config, shape_of
+from medprune.models.sizes import account, base_config, is_counted, shape_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
 from medprune.store import (
     Run,
@@ -40,10 +40,16 @@ def check_run(config) -> None:
     base = base_config(config.base)
     if base is None:
         return
-    n_blocks = shape_of(base).blocks
-    removable = n_blocks - len(protected_numbers(n_blocks, config.protected_blocks))
+    if not is_counted(base):
+        from medprune.pruning.plan import check_prunable  # which imports torch
+
+        check_prunable(base)
+    shape = shape_of(base)
+    removable = shape.blocks - len({*protected_numbers(shape.blocks, config.protected_blocks), *shape.fixed})
     if (most := max(config.blocks_removed)) > removable:
-        raise ValueError(f"blocks_removed has {most}, but only {removable} of the model's {n_blocks} blocks may go.")
+        raise ValueError(
+            f"blocks_removed has {most}, but only {removable} of the model's {shape.blocks} blocks may go."
+        )
     for method in config.methods:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
 

@@ -63,8 +63,9 @@ def space_of(config, context: int, protect: Sequence[int] = (0, 1, -1), group_si
     never dropped. widths: the bits below 16 that are tried; a site has those that groups of group_size fit and that
     make it smaller, which a head tied to the embedding table is not made by. Raises ValueError as `account` does.
     """
-    n = shape_of(config).blocks
-    guarded, how = protected_numbers(n, tuple(protect)), {"group_size": group_size, "context": context, "batch": batch}
+    shape = shape_of(config)
+    n, how = shape.blocks, {"group_size": group_size, "context": context, "batch": batch}
+    guarded = {*protected_numbers(n, tuple(protect)), *shape.fixed}
     whole = account(config, 0, FULL, **how)
     packed = {bits: account(config, 0, bits, method="awq", **how) for bits in sorted(widths)}
     cache = whole.kv_cache_bytes // n

@@ -192,13 +192,15 @@ def _calls(model, batch: TeacherBatch) -> tuple[torch.Tensor, list[dict]]:
     seen, blocks = [], parts(model).blocks
 
     def pass_by(hidden, **others):
+        if seen and hidden is not seen[-1][0]:
+            raise ValueError("the model adds to what its blocks pass on (deepstack), which the search does not follow.")
         seen.append((hidden, others))
         return hidden
 
     for block in blocks:
         block.forward = pass_by
     try:
-        model.model(**{k: v.to(choose_device()) for k, v in batch.inputs.items()}, use_cache=False)
+        model.base_model(**{k: v.to(choose_device()) for k, v in batch.inputs.items()}, use_cache=False)
     finally:
         for block in blocks:
             del block.forward

@@ -96,7 +96,7 @@ class Levels:
         if bits == FULL:
             return {}
         model, only = self.model, {TOWER: (False, bits), HEAD: (bits, False)}[site]
-        names = quantize.target_linears(model, FULL, *only)
+        names = quantize.target_linears(model, FULL, *only, self.group_size)
         return {n: PackedLinear.from_linear(model.get_submodule(n), bits, self.group_size) for n in names}
 
     def save(self, space: Space, plan: Plan, folder: Path, mark: str, **said) -> None:

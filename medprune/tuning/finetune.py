@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 from medprune.answers.prompts import IGNORED, Conversations, collator
 from medprune.device import cards, on_gpu, rows_that_fit
-from medprune.models.families import PROJECTOR, lora_targets, parts
+from medprune.models.families import lora_targets, names, parts
 from medprune.progress import progress
 from medprune.settings import TARGETS
 from medprune.store import read_json
@@ -47,7 +47,9 @@ def add_lora(model, r: int, alpha: int, targets=TARGETS) -> PeftModel:
     """
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer's to turn on
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=lora_targets(targets), modules_to_save=[PROJECTOR])
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=lora_targets(targets), modules_to_save=names(model).projector
+    )
     wrapped = Adapted(model, config, autocast_adapter_dtype=_on_gpu(model))
     if _on_gpu(model):
         for parameter in wrapped.parameters():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 
 from medprune.models import loading
-from medprune.models.families import block_number
+from medprune.models.families import block_number, keep_layers
 from medprune.models.loading import read_tensor, stored_tensors
 from medprune.progress import progress
 from medprune.pruning.plan import Plan
@@ -34,9 +34,7 @@ def merge_folder(source: str | Path, adapters: Path, plan: Plan | None, folder: 
     with write_folder(folder, **record) as temporary:
         config, shards = AutoConfig.from_pretrained(source), _Shards(temporary)
         if plan:
-            config.text_config.num_hidden_layers = len(plan.kept)
-            if kinds := getattr(config.text_config, "layer_types", None):
-                config.text_config.layer_types = [kinds[b] for b in plan.kept]
+            keep_layers(config.get_text_config(decoder=True), plan.kept)
         with progress(len(stored), "folding adapters into 16 bits", "tensor") as bar:
             for name, (file, key) in stored.items():
                 bar.update()
@@ -57,7 +55,7 @@ def merge_folder(source: str | Path, adapters: Path, plan: Plan | None, folder: 
             raise ValueError(f"the 16-bit model has no place for the adapter of {lost[0]}.")
         shards.close()
         config.save_pretrained(temporary)
-        loading.load_processor(source).save_pretrained(temporary)
+        loading.save_processor(loading.load_processor(source), temporary)
         GenerationConfig.from_pretrained(source).save_pretrained(temporary)
 
 

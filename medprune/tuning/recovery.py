@@ -90,7 +90,7 @@ def trainable(model, recipe: str, config):
         return finetune.add_lora(model, config.lora_r, config.lora_alpha, config.lora_targets)
     inner = parts(model)
     chosen = [inner.projector] if recipe == "projector" else [*inner.blocks[-LAST_BLOCKS:], inner.text_model.norm]
-    if recipe == "last_blocks" and not model.config.text_config.tie_word_embeddings:
+    if recipe == "last_blocks" and inner.head.weight is not inner.text_model.embed_tokens.weight:
         chosen.append(inner.head)
     model.requires_grad_(False)
     for module in chosen:
@@ -122,7 +122,7 @@ def distillation(student, whole: tuple):
         set_blocks(base, *whole)
         try:
             with torch.no_grad(), student.disable_adapter() if adapted else nullcontext():
-                return base.eval().model(**seen["inputs"], use_cache=False).last_hidden_state
+                return base.eval().base_model(**seen["inputs"], use_cache=False).last_hidden_state
         finally:
             set_blocks(base, *kept)
             base.train(training)
@@ -138,7 +138,7 @@ def distillation(student, whole: tuple):
 
     with (
         base.register_forward_pre_hook(remember_inputs, with_kwargs=True),
-        base.model.register_forward_hook(remember_hidden),
+        base.base_model.register_forward_hook(remember_hidden),
     ):
         yield loss
 
