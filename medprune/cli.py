@@ -230,6 +230,40 @@ def quantize(
 
 
 @app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="a LLaVA's 16-bit folder; without --out a shape such as llava-1.5-7b")],
+    card: Annotated[list[str], typer.Option(help="its memory, such as 4GiB; for a table may be repeated")],
+    out: Annotated[Path | None, typer.Option(help="folder to write the packed model to; else print a table")] = None,
+    images: Annotated[str | None, typer.Option(help="folder or table of photographs to measure plans on")] = None,
+    conditions: Annotated[Path | None, typer.Option(help="facts file of other conditions")] = None,
+    context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
+    reserve: Annotated[str, typer.Option(help="of the card, for the runtime: CUDA takes about 512MiB")] = "0MiB",
+    n_images: Annotated[int, typer.Option(help="images that plans are measured on; as many others choose")] = 8,
+    evaluations: Annotated[int, typer.Option(help="plans that each of four searchers may measure")] = 40,
+    group_size: Groups = 64,
+) -> None:
+    """Find the best plan (bits of each part, blocks dropped) that fits a card, and write its model; goes on if killed.
+
+    Without --out it prints what each card can hold if all weights matter alike, from the configuration alone.
+    """
+    from medprune.searching.budget import parse_size
+
+    kept = 0 if reserve.startswith("0") else parse_size(reserve)
+    budgets = [parse_size(size) - kept for size in card]
+    if out is None:
+        from medprune.results.page import readable
+        from medprune.searching.searchers import uniform_table
+
+        typer.echo(readable(uniform_table(model, budgets, context, group_size)).to_string(index=False))
+        return
+    if images is None or len(budgets) > 1:
+        raise ValueError("--out needs --images, which plans are measured on, and one --card.")
+    from medprune.searching.fitting import fit as search
+
+    search(model, out, budgets[0], images, conditions, context, n_images, evaluations, group_size, say=typer.echo)
+
+
+@app.command()
 def compare(
     a: Annotated[str, typer.Argument(help="RUN, or RUN:METHOD such as demo:awq-recovered-2")],
     b: Annotated[str, typer.Argument(help="another; of two runs, every method that both have is compared")],

@@ -113,3 +113,41 @@ def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, w
     assert why in said and len(said.splitlines()) == 1 and not (tmp_path / "q").exists()
     assert medprune(monkeypatch, "quantize", llava / "llava", llava, *words) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_fit_prints_what_cards_hold_from_the_configuration_alone(monkeypatch, capsys):
+    assert medprune(monkeypatch, "fit", "llava-1.5-7b", "--card", "4GiB", "--card", "6.5GiB", "--reserve", "512MiB") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.5", "6.0"]
+    assert [len(line.split()) for line in said[1:]] == [9 + 32] * 2
+
+
+@pytest.mark.parametrize("words,why", [
+    (("--card", "4"), "'4' is no size of memory"),
+    (("--card", "4GiB", "--out", "there"), "--out needs --images"),
+    (("--card", "4GiB", "--card", "5GiB", "--out", "there", "--images", "here"), "one --card"),
+])  # fmt: skip
+def test_fit_refuses_in_one_sentence(monkeypatch, capsys, words, why):
+    assert medprune(monkeypatch, "fit", "llava-1.5-7b", *words) == 2
+    said = capsys.readouterr()
+    assert why in said.err and len(said.err.splitlines()) == 1
+
+
+def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys):
+    for condition in ("rosacea", "psoriasis"):
+        for n in range(3):
+            path = tmp_path / "photos" / condition / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            synthetic.draw(condition, n, 64)[0].save(path)
+    words = ["--images", tmp_path / "photos", "--n-images", 1, "--evaluations", 5, "--group-size", 32, "--context", 64]
+    out = tmp_path / "fitted"
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "300KiB", *words) == 2
+    assert "MiB holds no plan: the least takes" in capsys.readouterr().err and not out.exists()
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 0
+    said = capsys.readouterr().out
+    assert "nats a token from the original on 3 answers that no plan was measured on" in said
+    model, table = load_quantized(out), pd.read_csv(tmp_path / "fitted.csv")
+    assert (table.total_bytes <= 500 * 2**10).all() and set(table.searcher) == {"random", "greedy", "exact", "evolution"}
+    assert len(parts(model).blocks) <= 6 and not (tmp_path / "fitted.search").exists()
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def short(settings: dict, root: Path) -> dict:
         "base": str(root / "llava"), "images": str(root / "dermnet"), "embedding": "minilm",
         "n_train": 8 * IMAGES, "n_test": -(-images // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
         "n_calibration": min(settings["n_calibration"], images), "awq_rows": settings["awq_rows"],
-        "blocks_removed": [0, *settings["recover"]],
+        "blocks_removed": [0, *settings["recover"]], "search_images": 2, "evaluations": 4,
         "protected_blocks": [b for b in range(BLOCKS) if not first <= b < first + most],
     }  # fmt: skip
     if settings.get("judge", "reference") != "reference":

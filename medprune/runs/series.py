@@ -164,8 +164,8 @@ def _kernel_of(root: Path):
 
 def closing_text(root: Path) -> str:
     """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
-    folder = root / "06_judge_eval"
-    return f"{pd.read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
+    summary = pd.read_csv(root / "06_judge_eval" / "summary.csv").round(2).to_string(index=False)
+    return f"{summary}\n\nreport: {root / STAGES[-1] / 'report.html'}"
 
 
 def publish(root: Path) -> None:
@@ -185,4 +185,4 @@ def publish(root: Path) -> None:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         write_text(NOTEBOOKS / f"{stage}.ipynb", nbformat.writes(notebook) + "\n")
     (REPO / "docs").mkdir(exist_ok=True)
-    shutil.copyfile(root / STAGES[-1] / "shown" / "Size against score.png", REPO / "docs" / "results.png")
+    shutil.copyfile(root / "06_judge_eval" / "shown" / "Size against score.png", REPO / "docs" / "results.png")

@@ -15,7 +15,7 @@ import pandas as pd
 from medprune.models.sizes import named_config
 from medprune.searching.budget import FULL, Plan, Space, check_budget, plan_rows, space_of, uniform_costs
 
-FEW = 0.34  # share of the rows that evolution's first round sees
+FEW = 0.375  # share of the rows that evolution's first round sees
 OFFSPRING = 8  # of a generation: half of these go on to all rows
 
 

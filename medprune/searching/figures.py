@@ -1,0 +1,56 @@
+"""Figures of the search: what was predicted against what was measured, best cost against evaluations, which choices."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from medprune.results.figures import GREY
+
+COST = "KL to the original (nats a token, lower is better)"
+
+
+def _drawn(size=(7, 4.2)):
+    fig = Figure(figsize=size, layout="constrained")
+    ax = fig.subplots()
+    sns.despine(fig=fig)
+    return fig, ax
+
+
+def figure_progress(measured: pd.DataFrame) -> Figure:
+    """Draw each searcher's best cost so far against evaluations; measured: `fitting.measured_plans`."""
+    fig, ax = _drawn()
+    for color, (name, rows) in zip(
+        sns.color_palette("colorblind"), measured.groupby("searcher", sort=False), strict=False
+    ):
+        ax.step(rows["evaluations"], rows["best"], where="post", color=color, label=name)
+        ax.plot(rows["evaluations"], rows["cost"], ".", color=color, alpha=0.4, markersize=4)
+    ax.set(xlabel="evaluations (plans on all calibration answers)", ylabel=COST, yscale="log")
+    ax.legend(frameon=False, title="best so far")
+    return fig
+
+
+def figure_additivity(measured: pd.DataFrame) -> Figure:
+    """Draw measured costs against the sum of single choices' costs, by how many blocks a plan drops."""
+    fig, ax = _drawn()
+    plans = measured.drop_duplicates("plan")
+    low, high = plans[["cost", "predicted"]].min().min(), plans[["cost", "predicted"]].max().max()
+    ax.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="additive")
+    drawn = ax.scatter(plans["predicted"], plans["cost"], c=plans["dropped"], cmap="viridis", s=18)
+    fig.colorbar(drawn, label="blocks dropped (count)")
+    ax.set(xlabel="sum of single choices' KL (nats a token)", ylabel=COST, xscale="log", yscale="log")
+    ax.legend(frameon=False)
+    return fig
+
+
+def figure_choices(shares: np.ndarray, sites: tuple[str, ...], choices: list[int]) -> Figure:
+    """Draw in what share of resampled calibration sets the exact plan makes each choice: `searchers.choice_shares`."""
+    fig, ax = _drawn((max(6, 0.32 * len(sites)), 2.8))
+    names = ["dropped" if choice == 0 else f"{choice} bits" for choice in choices]
+    labels = [site.removeprefix("block ") for site in sites]
+    style = {"vmin": 0, "vmax": 1, "cmap": "viridis", "cbar_kws": {"label": "share of resamples (0-1)"}}
+    sns.heatmap(shares.T, ax=ax, xticklabels=labels, yticklabels=names, **style)
+    ax.tick_params(axis="x", labelsize="x-small", rotation=90)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set(xlabel="block (0-based), and other parts", ylabel="choice")
+    return fig

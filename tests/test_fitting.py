@@ -1,0 +1,73 @@
+"""What is kept of a search: every plan in order, the few that are chosen among, plans for other budgets, figures of them."""
+
+import pandas as pd
+import pytest
+
+from medprune.data.record import Record
+from medprune.searching import fitting
+from medprune.searching.budget import DROP, FULL, Space
+from medprune.searching.figures import figure_additivity, figure_choices, figure_progress
+from medprune.searching.searchers import Problem, choice_shares
+
+SPACE = Space(("block 0", "block 1"), ({DROP: 0, 4: 10, FULL: 40},) * 2, 100)
+COSTS = [{DROP: 9.0, 4: 1.0, FULL: 0.0}, {DROP: 5.0, 4: 2.0, FULL: 0.0}]
+
+
+def coupled(plans, share):
+    """Return costs that add up, and 4 nats more where both blocks have 4 bits."""
+    return [COSTS[0][a] + COSTS[1][b] + 4 * (a == b == 4) for a, b in plans]
+
+
+@pytest.fixture
+def found():
+    problem = Problem(SPACE, 140, COSTS, coupled, [COSTS])
+    return problem, fitting.search_all(problem, 6, seed=0)
+
+
+def test_every_searcher_has_as_many_evaluations_and_its_plans_are_listed(found):
+    problem, searched = found
+    table = fitting.measured_plans(searched)
+    assert list(searched) == ["random", "greedy", "exact", "evolution"] and problem.found == [] and problem.spent == 0
+    assert table.groupby("searcher").evaluations.max().max() <= 6
+    assert (table.total_bytes <= 140).all()
+    for _, rows in table.groupby("searcher"):
+        assert rows.best.tolist() == rows.cost.cummin().tolist()
+    exact = table[table.searcher == "exact"].iloc[0]
+    assert (exact["plan"], exact.predicted, exact.cost, exact.dropped) == ("4 4", 3.0, 7.0, 0)
+    greedy = table[table.searcher == "greedy"]
+    assert greedy.cost.min() == 5.0 and greedy["plan"][greedy.cost.idxmin()] == "16 0", "a swap past what adds up"
+
+
+def test_the_best_few_of_every_searcher_are_chosen_among_each_once(found):
+    assert fitting.candidates(found[1], each=1) == [(FULL, DROP), (4, 4)]
+    assert fitting.candidates(found[1], each=3) == [(FULL, DROP), (4, 4), (DROP, FULL)]
+
+
+def test_other_budgets_have_their_plans(found):
+    table = fitting.budget_table(found[0])
+    assert len(table) == len(fitting.BUDGETS) and table.total_bytes.max() <= 2 * 140
+    row = table[table.budget_bytes == 140].iloc[0]
+    assert (row.blocks, row.predicted) == ("4 4", 3.0)
+    assert table.blocks.iloc[0] == "nothing fits" and pd.isna(table.predicted.iloc[0])
+    assert table.predicted.dropna().is_monotonic_decreasing
+
+
+def test_images_to_measure_on_and_to_choose_on_are_others():
+    records = [Record(str(i), f"{i}.png", "rosacea") for i in range(7)]
+    one, other = fitting.two_samples(records, 5, seed=0)
+    assert len(one) == len(other) == 3 and not {r.key for r in one} & {r.key for r in other}
+    with pytest.raises(ValueError, match="1 images cannot measure plans and choose"):
+        fitting.two_samples(records[:1], 5, seed=0)
+
+
+def test_figures_show_what_was_measured(found):
+    problem, searched = found
+    table = fitting.measured_plans(searched)
+    ax = figure_progress(table).axes[0]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(searched) and "evaluations" in ax.get_xlabel()
+    points = figure_additivity(table).axes[0].collections[0].get_offsets()
+    assert sorted(map(tuple, points)) == sorted(zip(*table.drop_duplicates("plan")[["predicted", "cost"]].to_numpy().T, strict=True))
+    shares = choice_shares(SPACE, [COSTS], 140)
+    mesh = figure_choices(shares, SPACE.sites, [DROP, 4, FULL]).axes[0]
+    assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert [t.get_text() for t in mesh.get_yticklabels()] == ["dropped", "4 bits", "16 bits"]
