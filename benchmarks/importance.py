@@ -32,8 +32,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from medprune.answers import decoding, prompts
 from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions, load_questions, test_questions
-from medprune.data.record import Record
-from medprune.data.records import sample_balanced
+from medprune.data.records import load_splits, sample_balanced
 from medprune.models.attention import GROUPED
 from medprune.models.families import parts, protected
 from medprune.models.loading import choose_dtype, load, load_embedder
@@ -41,7 +40,7 @@ from medprune.models.sizes import named_config, shape_of
 from medprune.pruning import leave_one_out
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.settings import REPO, resolve
-from medprune.store import Units, describe_machine, read_json, write_json
+from medprune.store import Run, Units, describe_machine, write_json
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 # Of importance_score (0-2). `generate` runs the prompt in one piece and torch's own attention, so that bf16 rounds
@@ -186,7 +185,7 @@ def run(folder: Path, profile: str, naive_blocks: int) -> dict:
     model, processor = load(folder, "cpu", choose_dtype("cpu"))
     guarded = protected(model, cfg.protected_blocks)
     blocks = [b for b in range(model.config.text_config.num_hidden_layers) if b not in guarded]
-    train = [Record(**r) for r in read_json(folder.parent / "splits.json")["train"]]
+    train = load_splits(Run(folder.absolute().parents[1], "02_layer_importance"))["train"]
     calibration = sample_balanced(train, cfg.n_calibration, cfg.seed)
     rows = test_questions(calibration, load_conditions(), load_questions())
     limit, embed = cfg.calibration_tokens, load_embedder(cfg.embedding)
@@ -277,7 +276,7 @@ def print_result(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=REPO / "runs" / "demo" / "01_finetune" / "model",
-                        help="folder of notebook 01's model, with splits.json beside it")  # fmt: skip
+                        help="folder of notebook 01's model, in its run")  # fmt: skip
     parser.add_argument("--profile", default="local")
     parser.add_argument("--naive-blocks", type=int, default=3, help="blocks on which (a) is timed")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 
 from medprune.answers import decoding, timing
 from medprune.data.questions import load_conditions, load_questions
-from medprune.data.record import Record
-from medprune.data.records import sample_balanced
+from medprune.data.records import load_splits, sample_balanced
 from medprune.models import loading
 from medprune.models.families import parts
 from medprune.models.sizes import account
@@ -33,7 +32,7 @@ from medprune.quantizing import packed
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.quantize import packed_bytes, quantization_batch, quantize
 from medprune.settings import METHODS, REPO
-from medprune.store import describe_machine, read_json, write_json
+from medprune.store import Run, describe_machine, read_json, write_json
 
 GROUP_SIZE = 64
 CALIBRATION_ROWS = 8
@@ -43,9 +42,14 @@ QUESTION = "What is the name of this skin condition?"
 RESULTS = Path(__file__).parent / "results"
 
 
+def splits(folder: Path) -> dict:
+    """Return the records of a run, of which `folder` is the first stage's."""
+    return load_splits(Run(folder.absolute().parent, "05_awq_vs_bnb"))
+
+
 def batches(folder: Path, processor, split: str, rows: int, seed: int) -> dict:
     """Return a processor batch of `rows` conversations about images of a run's split, of one length."""
-    records = [Record(**r) for r in read_json(folder / "splits.json")[split]]
+    records = splits(folder)[split]
     chosen = sample_balanced(records, min(rows, len(records)), seed)
     dtype = loading.choose_dtype(loading.choose_device())
     return quantization_batch(processor, chosen, load_conditions(), load_questions(), dtype, seed)
@@ -113,7 +117,7 @@ def run_case(case: str, folder: Path, rows: int, new_tokens: int, awq_folder: Pa
         result |= found
     if case == "rtn, without the kernel":  # what a processor without one does: unpack for every call
         packed.kernel_width = lambda: None
-    record = Record(**read_json(folder / "splits.json")["test"][0])
+    record = splits(folder)["test"][0]
     asked = {"path": record.path, "question": QUESTION}
     speed = timing.measure_decoding(llava, processor, asked, new_tokens)
     (said,) = decoding.answer(llava, processor, [asked], 40)
@@ -139,7 +143,7 @@ def beside_gptqmodel(python: Path, folder: Path, awq_folder: Path, scratch: Path
     ids = without_images(llava, batches(folder, processor, "train", CALIBRATION_ROWS, 0)["input_ids"])
     write_json(scratch / "texts.json", processor.tokenizer.batch_decode(ids))
     del llava
-    record = Record(**read_json(folder / "splits.json")["test"][0])
+    record = splits(folder)["test"][0]
     script, outputs = str(Path(__file__).with_name("gptqmodel_awq.py")), {}
     for name, words in (
         ("quantize", [folder / "model", scratch / "texts.json", scratch / "gptqmodel"]),

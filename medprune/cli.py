@@ -7,14 +7,15 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 import json
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+import medprune
 from medprune.runs import upkeep
-from medprune.settings import describe, resolve
+from medprune.settings import PROFILES, asked, build, describe, resolve
 from medprune.store import run_root, runs_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -23,18 +24,34 @@ Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; se
 Profile = Annotated[str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, or local")]
 Name = Annotated[str, typer.Argument(help="the run")]
 Groups = Annotated[int, typer.Option(help="32, 64 or 128")]
+Threads = Annotated[int, typer.Option(help="threads of the engine")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
 
 def main() -> None:
     debug = "--debug" in sys.argv
+    words = _join_parameters([word for word in sys.argv[1:] if word != "--debug"])
     try:
-        app(_join_parameters([word for word in sys.argv[1:] if word != "--debug"]))
-    except (ValueError, OSError, RuntimeError) as error:
+        status = app(words, standalone_mode=False) if words else app(["--help"], standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(1) from None
+    except (ValueError, OSError, RuntimeError, TyperException) as error:
         if debug:
             raise
-        typer.echo(f"medprune: {error}", err=True)
+        typer.echo(f"medprune: {_sentence(error)}", err=True)
         raise SystemExit(3 if isinstance(error, RuntimeError) else 2) from None
+    raise SystemExit(status or 0)
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error in one line that names the file, or the argument, that it is about."""
+    if isinstance(error, TyperException):
+        text = f"{error.format_message().rstrip('.')}; --help says what is right."
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename} cannot be used: {error.strerror}."
+    else:
+        text = str(error)
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().splitlines())  # a name may hold any bytes
 
 
 def _join_parameters(words: list[str]) -> list[str]:
@@ -67,7 +84,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     if show_version:
-        typer.echo(version("medprune"))
+        typer.echo(medprune.__version__)
 
 
 @app.command()
@@ -87,6 +104,45 @@ def run(
     root = run_series(name, profile, start, values, runs_dir, partial(typer.echo, err=not dry_run), dry_run)
     if not dry_run:
         typer.echo(closing_text(root))
+
+
+@app.command()
+def study(
+    grid: Annotated[Path, typer.Argument(help="YAML: settings by name, a list of values for what is crossed")],
+    out: Annotated[Path | None, typer.Option(help="the report's folder, or FILE.md; else beside the runs")] = None,
+    runs_dir: Runs = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
+    ray: Annotated[str | None, typer.Option(help="run on Ray: local, auto or HOST:PORT")] = None,
+    cpus: Annotated[float, typer.Option(help="of each run on Ray")] = 1,
+    gpus: Annotated[float, typer.Option(help="of each run on Ray")] = 0,
+    ram: Annotated[float, typer.Option(help="GiB of host memory of each run on Ray")] = 0,
+) -> None:
+    """Make a run for each combination of a grid's settings, and one report over all; status 3 if one failed."""
+    from medprune.runs import study as many
+
+    tasks = many.read_grid(grid, runs_dir)
+    plans = many.check(tasks)
+    if dry_run:
+        typer.echo("\n".join(f"{name}: {line}" for name, lines in plans.items() for line in lines))
+        return
+    board = many.Board(sys.stderr)
+    with board.bars():
+        if ray is None:
+            made = many.one_by_one(tasks, board.say)
+        else:
+            needs = {"num_cpus": cpus, "num_gpus": gpus} | ({"memory": ram * 2**30} if ram else {})
+            made = many.on_ray(tasks, board.say, address=ray, **needs)
+        failed = {}
+        for task, error in made:
+            board.say(task.name, f"failed: {error}" if error else "done")
+            failed |= {task.name: error} if error else {}
+    if done := [task.root for task in tasks if task.name not in failed]:
+        from medprune.runs.across import report_over
+
+        out = out or runs_home(runs_dir) / f"{grid.stem}-report"
+        typer.echo(f"report: {report_over(done, out, f'medprune: {grid.stem}')}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(tasks)} runs failed: {', '.join(failed)}; run it again to go on.")
 
 
 @app.command()
@@ -141,7 +197,7 @@ def plan(
     remove: Annotated[list[int] | None, typer.Option(help="blocks removed; may be repeated")] = None,
     bits: Annotated[str, typer.Option(help="of the blocks: 3, 4, 8, 16, or one for each kept block, as 8,3,4")] = "16",
     group_size: Groups = 64,
-    context: Annotated[int, typer.Option(help="tokens in the KV cache")] = 840,
+    context: Annotated[int, typer.Option(help="tokens in the KV cache", min=0, max=2**31)] = 840,
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower's linears too")] = False,
@@ -159,6 +215,8 @@ def plan(
         widths, default = widths[0], [0, 2, 4, 7, 8, 9, 10]
     else:
         default = [shape_of(named_config(model)).blocks - len(widths)]
+    if not 0 < bandwidth < 1e6:
+        raise ValueError(f"--bandwidth {bandwidth} must be above 0 and below a million, in GB/s.")
     storage = {"bits": widths, "group_size": group_size, "context": context}
     storage |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
     typer.echo((plan_json if as_json else plan_text)(model, remove or default, storage, bandwidth))
@@ -181,7 +239,8 @@ def rehearse(
     gpu: Annotated[float | None, typer.Option(help="GiB of each GPU, other than the machine's")] = None,
     gpus: Annotated[int | None, typer.Option(help="how many GPUs")] = None,
     ram: Annotated[float | None, typer.Option(help="GiB of host memory")] = None,
-    disk: Annotated[float | None, typer.Option(help="GB of disk, downloads and scratch included")] = None,
+    disk: Annotated[float | None, typer.Option(help="GB of disk where the run is")] = None,
+    scratch: Annotated[float | None, typer.Option(help="GB for weights, 0: they lie with the run")] = None,
     folder: Annotated[Path | None, typer.Option(help="an empty one to keep; else a temporary one")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="only these; may be repeated")] = None,
     parameter: Parameters = None,
@@ -191,17 +250,19 @@ def rehearse(
 
     from medprune.rehearsing import rehearsal
 
-    given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk}
+    given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk, "scratch_gb": scratch}
     chosen = rehearsal.machine(machine, **{k: v for k, v in given.items() if v is not None})
-    stages = rehearsal.stages(stage)
+    stages, values = rehearsal.stages(stage), _parameters(parameter)
+    build({"name": "t4", **PROFILES["t4"]}, asked(None, values))  # which says what cannot be
     with tempfile.TemporaryDirectory() as temporary:
-        found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, _parameters(parameter), _said)
+        found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, values, _said)
     raise SystemExit(0 if not found["misfit"].any() else 1)
 
 
 def _said(taken: dict) -> None:
     gpus = " + ".join(f"{b / 2**30:.2f}" for b in taken["card_bytes"])
-    used = f"GPU {gpus} GiB, host {taken['ram_bytes'] / 2**30:.1f} GiB, files {taken['disk_bytes'] / 1e9:.0f} GB"
+    files = f"{taken['disk_bytes'] / 1e9:.0f} + {taken['scratch_bytes'] / 1e9:.0f}"
+    used = f"GPU {gpus} GiB, host {taken['ram_bytes'] / 2**30:.1f} GiB, files {files} GB"
     typer.echo(f"{taken['stage']}: {used}, {taken['seconds']:.0f} s of rehearsal. {taken['misfit'] or 'fits'}")
 
 
@@ -227,6 +288,97 @@ def quantize(
     info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows, **also)
     peak = (info["peak_bytes"] or 0) / 2**20
     typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {peak:.0f} MiB")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN of 4 bits, or RUN:METHOD")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help="hub, vllm (the same files) or gguf (llama.cpp, Ollama)")],
+    runs_dir: Runs = None,
+) -> None:
+    """Write a model as others load it: with the names of LLaVA's checkpoints on the hub, or as GGUF."""
+    from medprune.exporting.folders import check_new, export_hub, find_model, open_source
+    from medprune.exporting.gguf import export_gguf
+
+    ways = {"hub": export_hub, "vllm": export_hub, "gguf": export_gguf}
+    if to not in ways:
+        raise ValueError(f"--to {to} is not known: give {', '.join(ways)}.")
+    check_new(out)
+    for line in ways[to](open_source(find_model(model, runs_dir)), out):
+        typer.echo(line)
+
+
+@app.command()
+def parity(
+    model: Annotated[str, typer.Argument(help="the folder that was exported, or RUN:METHOD")],
+    exported: Annotated[Path, typer.Argument(help="what `medprune export` wrote")],
+    images: Annotated[str | None, typer.Option(help="folder of pictures, or one; else some are drawn")] = None,
+    n: Annotated[int, typer.Option("--n", help="images, three questions each")] = 8,
+    url: Annotated[str | None, typer.Option(help="a server that has it already; else its engine is started")] = None,
+    threads: Threads = 1,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask an exported model in its real engine what we ask here; status 1 where they differ beyond the floor."""
+    import tempfile
+
+    from medprune.exporting import parity as check
+    from medprune.exporting.folders import find_model, open_source
+    from medprune.progress import quiet
+
+    quiet()
+    source = open_source(find_model(model, runs_dir))
+    with tempfile.TemporaryDirectory() as drawn:
+        rows = check.rows_of(images, n, Path(drawn), source.vision["image_size"])
+        found = check.parity(source.folder, exported, rows, url, threads)
+    lines = check.report(found)
+    check.add_parity(exported, lines)
+    typer.echo("\n".join(lines))
+    raise SystemExit(1 if found["faults"] else 0)
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="a folder, or RUN:METHOD such as demo:awq-recovered-2")],
+    image: Annotated[str, typer.Argument(help="a picture")],
+    question: Annotated[str, typer.Argument(help="in words")],
+    beside: Annotated[str | None, typer.Option(help="another model, to answer the same")] = None,
+    tokens: Annotated[int, typer.Option(help="of the answer, at most")] = 96,
+    timing: Annotated[bool, typer.Option("--timing", help="say what took how long")] = False,
+    runs_dir: Runs = None,
+) -> None:
+    """Ask a model, or two side by side, about a picture. Not for clinical use."""
+    import time
+    from unittest.mock import patch
+
+    begun = time.perf_counter()
+    # hqq takes a second to import, for quantized caches, of which there are none here
+    with patch("transformers.utils.is_hqq_available", return_value=False):
+        from medprune.exporting.asking import ask as put
+
+    started = time.perf_counter() - begun
+    for said in put([model] if beside is None else [model, beside], image, question, tokens, runs_dir):
+        typer.echo(said.text if beside is None else f"{said.name}: {said.text}")
+        if timing:
+            rate = f"{said.answer_s:.1f} s for {said.tokens} tokens"
+            typer.echo(
+                f"({started:.1f} s to start torch and transformers, {said.load_s:.1f} s to load, {rate})", err=True
+            )
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="what `medprune export` wrote, for llama.cpp or vLLM")],
+    host: Annotated[str, typer.Option(help="address; another than this machine's own lets others in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port")] = 8080,
+    threads: Threads = 1,
+) -> None:
+    """Start llama.cpp's or vLLM's OpenAI-compatible server for an exported folder, where it is installed."""
+    from medprune.exporting.engines import engine_of
+    from medprune.exporting.engines import serve as start
+
+    typer.echo(f"{engine_of(model)} at http://{host}:{port}/v1 (until interrupted)")
+    raise SystemExit(start(model, host, port, threads))
 
 
 @app.command()

@@ -8,6 +8,7 @@ notebooks read it: a notebook sees those alone, and is run again when one of the
 import json
 import math
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,12 +27,16 @@ METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
+BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
 RECIPES = ("lora", "projector", "last_blocks", "distill")
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")  # of transformers
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST = 2**31 - 1  # of what is counted: torch takes no more
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+JUDGES = ("reference", "cosine", "server")  # other names are chat models'
+_HUB_ID = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
 PATHS = ("images", "conditions", "base", "embedding", "judge")  # what may name a file or folder of the user's
 
 
@@ -57,7 +62,7 @@ class Settings(BaseModel):
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = _setting("smollm2", "157", '"tiny", "smollm2", or a hub id or folder in the LLaVA layout')
+    base: str = _setting("smollm2", "157", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
     base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
     held_bits: Literal[4, 16] = _setting(16, "1234567", "of 16-bit models while they answer; 4: as NF4, to fit a card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
@@ -66,7 +71,7 @@ class Settings(BaseModel):
     lora_r: Count = _setting(16, "14", "rank of the adapters")
     lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
     lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
-    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth")
+    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth", le=1)
     schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
     multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
     batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
@@ -74,6 +79,9 @@ class Settings(BaseModel):
         None, "14", "of these in memory at once; null: all. Halved where they do not fit"
     )
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
+    balance: Annotated[float, Field(ge=0, le=1)] = _setting(
+        0.0, "14", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
+    )
     epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
     save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
@@ -91,14 +99,15 @@ class Settings(BaseModel):
     # importance and pruning
     n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
     calibration_tokens: Count = _setting(32, "2", "length of the answers that are compared")
+    random_draws: Count = _setting(20, "2", "random orders of removal, among which notebook 03 places every criterion")
     protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "237", "never removed; the paper's 1, 2 and 32, from 0")
-    blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "2347", "counts that notebook 03 tries")
+    blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
     recover: tuple[Count, ...] = _setting((2, 4), "234567", "counts that notebook 04 recovers", min_length=1)
     # quantization
     methods: tuple[Literal[METHODS], ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
     kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
     group_size: Literal[GROUP_SIZES] = _setting(64, "57", f"weights that share a scale; NF4 always {NF4_GROUP}")
-    awq_rows: int = _setting(8, "57", "calibration conversations", ge=4)
+    awq_rows: int = _setting(8, "57", "calibration conversations", ge=4, le=MOST)
     awq_tokens: Count = _setting(1024, "57", "of each, at most")
     # search for the best model within a budget
     budget_mib: Positive | None = _setting(
@@ -108,6 +117,9 @@ class Settings(BaseModel):
     search_images: Count = _setting(6, "7", "training images that plans are measured on; as many others choose")
     evaluations: Count = _setting(40, "7", "plans that each searcher may measure")
     # judge
+    primary: tuple[str, str] = _setting(
+        ("awq-recovered", "awq-magnitude"), "6", "the one comparison named beforehand, a - b, each without its count"
+    )
     judge: str = _setting("reference", "134567", '"reference", "server", a chat model, or several with + between')
     judges_combined: Literal["median", "mean"] = _setting("median", "134567", "of several judges' scores")
     judge_model: str | None = _setting(None, "134567", "the model that a server is asked for")
@@ -119,7 +131,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self):
-        for rule in (_check_images, _check_training, _check_counts, _check_judges):
+        for rule in (_check_images, _check_training, _check_counts, _check_primary, _check_names, _check_judges):
             rule(self)
         return self
 
@@ -141,11 +153,17 @@ PROFILES = {
         "base_bits": 4, "held_bits": 4, "embedding": "sentence-transformers/all-MiniLM-L6-v2", "learning_rate": 5e-4,
         "multi_turn": True, "batch_size": 8, "micro_batch": 4, "sft_steps": 434, "recovery_steps": 217,
         "save_every": 50, "max_new_tokens": 200, "batch_rows": 18, "n_calibration": 27, "calibration_tokens": 64,
-        "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "awq_rows": 32, "recipes": ("lora", "distill"),
-        "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4, "context_tokens": 840, "search_images": 9,
+        "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "random_draws": 10, "awq_rows": 32,
+        "recipes": ("lora", "distill"), "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4,
+        "context_tokens": 840, "search_images": 9,
     },
 }  # fmt: skip
 TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs
+# What local changes for photographs: eyes that have seen some before, all of them, and rare conditions more often.
+PHOTOGRAPHS = {
+    "base": "smollm2-eyes", "n_train": None, "n_test": 96, "vision_steps": 360, "balance": 0.5,
+    "learning_rate": 3e-3,
+}  # fmt: skip
 
 
 class Config:
@@ -165,8 +183,8 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
     """Return the settings of `profile` with what is `asked` put in.
 
     "auto" is MEDPRUNE_PROFILE if set, else `t4` where there is CUDA, else `local`. Where `t4` finds several GPUs,
-    16-bit models are spread over them instead of held as NF4. Raises ValueError naming the choices for an unknown
-    profile or setting, and the reason for a value that cannot be.
+    16-bit models are spread over them instead of held as NF4; photographs change `local` as PHOTOGRAPHS says. Raises
+    ValueError naming the choices for an unknown profile or setting, and the reason for a value that cannot be.
     """
     if profile == "auto":
         profile = os.environ.get("MEDPRUNE_PROFILE") or profile
@@ -179,8 +197,11 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
         profile = "t4" if gpus else "local"
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is not known: choose one of {', '.join(PROFILES)} or auto.")
+    given = asked(settings, others)
     defaults = PROFILES[profile] | (TWO_CARDS if profile == "t4" and gpus > 1 else {})
-    return build({"name": profile, **defaults}, asked(settings, others))
+    if profile == "local" and given.get("images", "synthetic") != "synthetic":
+        defaults |= PHOTOGRAPHS
+    return build({"name": profile, **defaults}, given)
 
 
 def asked(settings: dict | None, others: dict) -> dict:
@@ -267,15 +288,22 @@ def _given(name: str, value):
             value = json.loads(value)
         except json.JSONDecodeError:
             return value  # a choice's name, or what pydantic refuses
-    if isinstance(value, bool) and kind is not bool:
+    if kind is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError(f"{name}={value!r} must be no truth value.")
+    if isinstance(value, str) and not (value.isprintable() and 0 < _longest(value) < 256):
+        raise ValueError(f"{name}={value!r} must be a text of printable characters, 1 to 255 bytes between two /.")
     return _absolute(value) if name in PATHS and isinstance(value, str) else value
+
+
+def _longest(text: str) -> int:
+    """Return the bytes of the longest name of a path, of which a file system takes 255."""
+    return max((len(part.encode()) for part in Path(text).parts), default=0)
 
 
 def _absolute(text: str) -> str:
     """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
     for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
-        if text not in ("", "tiny", "smollm2") and (folder / text).exists():
+        if text not in ("", *BASES) and (folder / text).exists():
             return str((folder / text).absolute())
     return text
 
@@ -330,11 +358,29 @@ def _check_counts(c: Settings) -> None:
         raise ValueError(f"blocks_removed={list(counts)} must be 0 and at least two more counts, rising, for a curve.")
     if not set(c.recover) <= set(counts):
         raise ValueError(f"recover={list(c.recover)} must hold counts above 0 among blocks_removed={list(counts)}.")
-    if "awq" not in c.methods:
-        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about.")
+    if "awq" not in c.methods or len(c.methods) < 2:
+        raise ValueError(f"methods={list(c.methods)} must hold awq, which tables 4 and 5 are about, and one beside it.")
+
+
+def _check_primary(c: Settings) -> None:
+    known = {"original", "pruned", "recovered", "magnitude", "awq-magnitude"}
+    known |= {f"{method}-{model}" for method in c.methods for model in ("original", "pruned", "recovered")}
+    if not set(c.primary) <= known or len(set(c.primary)) < 2:
+        raise ValueError(f"primary={list(c.primary)} must name two of {', '.join(sorted(known))}.")
+
+
+def _check_names(c: Settings) -> None:
+    """Refuse a misspelt judge or embedding here, and not once a model has been tuned."""
+    judges = [("judge", name) for name in judge_names(c.judge)] + [("card_judges", name) for name in c.card_judges]
+    for setting, name, known in [("embedding", c.embedding, ("minilm",)), *((*judge, JUDGES) for judge in judges)]:
+        if name and not (name in known or re.fullmatch(_HUB_ID, name) or Path(name).exists()):
+            choices = ", ".join(known)
+            raise ValueError(f"{setting} has {name!r}, which is not known: give {choices}, OWNER/NAME or a folder.")
 
 
 def _check_judges(c: Settings) -> None:
+    if not re.fullmatch(r"[A-Za-z_]\w*", c.judge_key_env):
+        raise ValueError("judge_key_env must name an environment variable, as OPENAI_API_KEY, and not be a key itself.")
     judges = judge_names(c.judge)
     if "" in judges or len(set(judges)) < len(judges):
         raise ValueError(f"judge={c.judge!r} must name one judge, or several different ones with + between.")

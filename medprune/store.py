@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import time
 from contextlib import closing, contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from medprune.settings import DATA, PATHS, REPO, STAGES, Config, asked, build, resolve, seen_by, values_of
+from medprune.settings import DATA, PATHS, PROFILES, REPO, STAGES, Config, asked, build, resolve, seen_by, values_of
 
 PACKAGE = Path(__file__).parent
 RECORD = "medprune.json"  # in a folder of weights: what it was made from
@@ -146,6 +147,8 @@ def write_text(path: Path, text: str) -> Path:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -163,8 +166,27 @@ def read_json(path: Path):
         raise ValueError(f"{path} is not JSON ({error}): remove it, and run its notebook again.") from None
 
 
+def read_parts(path: Path, **kinds: type) -> dict:
+    """Read a JSON file that must hold these names with values of these kinds; ValueError names the file otherwise."""
+    value = read_json(path)
+    wrong = [] if isinstance(value, dict) else ["object"]
+    wrong += [name for name, kind in kinds.items() if not wrong and not isinstance(value.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} holds no {wrong[0]} as it was written: remove it, and run its notebook again.")
+    return value
+
+
 def write_csv(path: Path, table: pd.DataFrame) -> Path:
     return write_text(path, table.to_csv(index=False))
+
+
+def read_csv(path: Path, **options) -> pd.DataFrame:
+    """Read a table as pandas does; ValueError names a file that holds none."""
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:  # of pandas, or of bytes that are no UTF-8
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is no table ({why}): remove it, and run its notebook again.") from None
 
 
 @contextmanager
@@ -179,7 +201,7 @@ def write_folder(path: Path, **record):
         temporary.mkdir(parents=True)
         yield temporary
         if record:
-            write_json(temporary / RECORD, record)
+            write_json(temporary / RECORD, record | {"content": content(temporary)})
         for file in temporary.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as f:
@@ -193,10 +215,20 @@ def write_folder(path: Path, **record):
 
 
 def made(folder: Path, context: str) -> dict | None:
-    """Return the record of a folder that was made in this very context, else None."""
-    file = Path(folder) / RECORD
-    record = read_json(file) if file.exists() else {}
-    return record if record.get("context") == context else None
+    """Return the record of a folder that was made in this very context and is as it was written, else None."""
+    try:
+        record = read_parts(Path(folder) / RECORD)
+    except (OSError, ValueError):  # there is none, or none that can be read
+        return None
+    whole = "content" not in record or record["content"] == content(folder)  # an older version did not write it
+    return record if whole and record.get("context") == context else None
+
+
+_CURES = {
+    "disk is full": "make room, and run again",
+    "not a database": "remove it, and what it held is done again",
+    "malformed": "remove it, and what it held is done again",
+}
 
 
 class Units:
@@ -216,7 +248,8 @@ class Units:
             with closing(sqlite3.connect(self.path, timeout=60)) as base, base:
                 return base.execute(words, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise OSError(f"{self.path} cannot be used: {error}.") from None
+            cure = next((cure for words, cure in _CURES.items() if words in str(error)), "see that it can be written")
+            raise OSError(f"{self.path} cannot be used: {error}; {cure}.") from None
 
     def _found(self, key: str):
         return self._ask("SELECT value FROM units WHERE context = ? AND key = ?", self.context, key)
@@ -227,13 +260,25 @@ class Units:
     def __getitem__(self, key: str):
         if not (rows := self._found(key)):
             raise KeyError(key)
-        return json.loads(rows[0][0])
+        try:
+            return json.loads(rows[0][0])
+        except ValueError:
+            raise ValueError(f"{self.path} is damaged at {key!r}: remove it, and what it held is done again.") from None
 
     def __len__(self) -> int:
         return self._ask("SELECT COUNT(*) FROM units WHERE context = ?", self.context)[0][0]
 
     def add(self, key: str, value) -> None:
         self._ask("INSERT OR REPLACE INTO units VALUES (?, ?, ?)", self.context, key, json.dumps(value))
+
+    def drop_others(self, used: set[str], remove: bool) -> int:
+        """Return how many units are of other contexts than those used; remove them if asked."""
+        where = f"FROM units WHERE context NOT IN ({', '.join('?' * len(used))})"
+        [[count]] = self._ask(f"SELECT COUNT(*) {where}", *sorted(used))
+        if remove:
+            self._ask(f"DELETE {where}", *sorted(used))
+            self._ask("VACUUM")
+        return count
 
 
 # ---- runs
@@ -246,13 +291,17 @@ def scratch() -> Path | None:
 
 def runs_home(runs_dir: str | None = None) -> Path:
     """Return where runs are kept: runs_dir, else MEDPRUNE_RUNS, else runs/ of the repository."""
-    return Path(runs_dir or os.environ.get("MEDPRUNE_RUNS") or REPO / "runs").absolute()
+    home = Path(runs_dir or os.environ.get("MEDPRUNE_RUNS") or REPO / "runs").absolute()
+    if not str(home).isprintable():
+        raise ValueError(f"runs_dir={str(home)!r} must be of printable characters, in UTF-8.")
+    return home
 
 
 def run_root(run_name, runs_dir: str | None = None) -> Path:
     """Return a run's folder; ValueError for a name that is no plain folder name."""
     name = str(run_name)
-    if not name or name != Path(name).name or name.startswith((".", "-")) or len(name.encode()) > 200:
+    plain = name.isprintable() and name == Path(name).name and not name.startswith((".", "-"))
+    if not (plain and 0 < len(name.encode()) <= 200):
         raise ValueError(f"run_name={run_name!r} must be a plain folder name, such as 'demo'.")
     return runs_home(runs_dir) / name
 
@@ -264,7 +313,7 @@ class Run:
         self.root, self.stage, self.dir = Path(root), stage, Path(root) / stage
         self.inputs: dict[str, str] = {}  # hashes by path, which is the run's folder's own or absolute
         self.contexts: set[str] = set()
-        self.begun = datetime.now()
+        self.begun = time.monotonic()
 
     def of(self, stage: str) -> Path:
         """Return an earlier stage's folder; ValueError says which notebook to run first if it is not finished."""
@@ -273,8 +322,15 @@ class Run:
         return self.root / stage
 
     def read(self, stage: str, name: str) -> Path:
-        """Return a file or folder of an earlier stage, an input of this one from now on."""
-        return self.reads(self.of(stage) / name)[0]
+        """Return a file or folder of an earlier stage, an input of this one from now on.
+
+        ValueError names a file that is not as that stage wrote it, where its manifest says how it did.
+        """
+        folder = self.of(stage)
+        for place, wrote in read_parts(folder / "manifest.json", outputs=dict)["outputs"].items():
+            if f"{place}/".startswith(f"{name}/") and content(folder / place) != wrote:
+                raise ValueError(f"{folder / place} is not as {stage} wrote it: run {stage} again.")
+        return self.reads(folder / name)[0]
 
     def reads(self, *paths: str | Path) -> list[Path]:
         """Take files or folders as inputs of this stage, and return them."""
@@ -328,7 +384,11 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
     """Return a run's settings as the stages before `stage` left them; ValueError where it has another profile."""
     if not (root / "run.json").exists():
         raise ValueError(f"run {root.name!r} has no run.json: run {STAGES[0]} first.")
-    values = read_json(root / "run.json")["settings"]
+    values = read_parts(root / "run.json", settings=dict)["settings"]
+    if values.get("name") not in PROFILES:
+        raise ValueError(f"{root / 'run.json'} names no profile: run {STAGES[0]} again.")
+    defaults = values_of(build({"name": values["name"], **PROFILES[values["name"]]}, {}))
+    values = defaults | values  # an older version wrote fewer
     if profile not in ("auto", values["name"]):
         raise ValueError(
             f"run {root.name!r} was made with profile {values['name']!r}, not {profile!r}: "
@@ -337,8 +397,14 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
     values = values_of(resolve(values["name"])) | values  # a run of an earlier version has no values for new settings
     for earlier in STAGES[1 : STAGES.index(stage)]:
         if (root / earlier / "manifest.json").exists():
-            values |= read_json(root / earlier / "manifest.json")["overrides"]
+            values |= read_manifest(root, earlier)["overrides"]
     return values
+
+
+_MANIFEST = {
+    "stage": str, "settings": dict, "overrides": dict, "inputs": dict, "code": str, "versions": dict, "outputs": dict,
+    "contexts": list, "seconds": float, "finished": str,
+}  # fmt: skip
 
 
 def finish(run: Run, metrics: dict) -> None:
@@ -353,23 +419,28 @@ def finish(run: Run, metrics: dict) -> None:
         "versions": versions(),
         "outputs": _outputs(run.dir),
         "contexts": sorted(run.contexts),
-        "seconds": round((datetime.now() - run.begun).total_seconds(), 1),
+        "seconds": round(time.monotonic() - run.begun, 1),
         "finished": datetime.now().isoformat(timespec="seconds"),
     }
     write_json(run.dir / "manifest.json", manifest)
     unlock(run.root)
 
 
-def _outputs(folder: Path) -> dict[str, int]:
-    """Return the sizes of a stage's results: not of the notebook itself, the manifest and checkpoints."""
+def _outputs(folder: Path) -> dict[str, str]:
+    """Return hashes of a stage's results: not of the notebook itself, the manifest and checkpoints."""
     passing = (".", "checkpoints-", f"{folder.name}.ipynb", "manifest.json")
     names = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file())
-    return {str(n): (folder / n).stat().st_size for n in names if not any(p.startswith(passing) for p in n.parts)}
+    return {str(n): content(folder / n) for n in names if not any(p.startswith(passing) for p in n.parts)}
+
+
+def read_manifest(root: Path, stage: str) -> dict:
+    """Read what a finished stage says of itself; ValueError names a file that says something else."""
+    return read_parts(root / stage / "manifest.json", **_MANIFEST)
 
 
 def differing(root: Path, stage: str, whole: dict) -> dict[str, tuple]:
     """Return {setting: (value that a finished stage was run with, value in `whole`)} where the two differ."""
-    was = read_json(root / stage / "manifest.json")["settings"]
+    was = read_manifest(root, stage)["settings"]
     return {k: (was.get(k), value) for k, value in seen_by(stage, whole).items() if was.get(k) != value}
 
 
@@ -378,12 +449,12 @@ def why_undone(root: Path, stage: str, whole: dict) -> list[str]:
     file = root / stage / "manifest.json"
     if not file.exists():
         return ["it has not been finished"]
-    was, sizes, now = read_json(file), _outputs(root / stage), versions()
+    was, results, now = read_manifest(root, stage), _outputs(root / stage), versions()
     other = differing(root, stage, whole)
     reasons = [f"{k} was {json.dumps(old)} and is {json.dumps(new)}" for k, (old, new) in other.items()]
     reasons += [f"{place} has changed" for place, known in was["inputs"].items() if content(root / place) != known]
-    cut = [name for name, size in was["outputs"].items() if sizes.get(name) != size]
-    reasons += [f"{name} of its own results is gone or cut short" for name in cut]
+    other = [name for name, known in was["outputs"].items() if results.get(name) != known]
+    reasons += [f"{name} of its own results is gone or not what it wrote" for name in other]
     reasons += ["its code has changed"] if was["code"] != stage_code(stage) else []
     return reasons + [f"{k} was {v} and is {now.get(k)}" for k, v in was["versions"].items() if now.get(k) != v]
 

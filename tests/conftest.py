@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exported import write_family
 from PIL import Image
 
 from medprune.data.questions import load_conditions
@@ -21,6 +22,12 @@ def base(tmp_path_factory):
 def tiny(base):
     """Return (model, processor) of the tiny base in float32, loaded anew."""
     return load(base, dtype=torch.float32)
+
+
+@pytest.fixture
+def family(tiny, tmp_path):
+    """Return make(kind, tied) -> the folder of the tiny base with a text model of this kind, its weights random."""
+    return lambda kind, tied: write_family(*tiny, tmp_path / f"{kind}-{tied}", kind, tied)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The numbers of a `smoke` run that a wrong number in the code would change: collected, written and compared.
 
 python tests/golden.py RUN_FOLDER writes them anew into tests/golden/smoke.json; look at the diff before committing it.
+python tests/golden.py --changed RUN_FOLDER only prints which of them changed.
 Times, memory and versions are left out, and ways back that are given as much time as another. With oneDNN and ATen held to
 AVX2, instead of AVX512 with bfloat16, 95 numbers differ, by half a percent at most: 2 are allowed. Scores, which one word
 can move, may differ by some points. Counts, parameters, bytes and orders by weights are exact.
@@ -78,4 +79,8 @@ def _near(column: str, other, value, scores: bool) -> bool:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--changed":
+        changed = differences(collect(Path(sys.argv[2])), json.loads(FILE.read_text()))
+        print("\n".join(changed) or "no golden metric changed")
+        sys.exit(0)
     FILE.write_text(json.dumps(collect(Path(sys.argv[1])), indent=1, sort_keys=True) + "\n")

@@ -1,9 +1,12 @@
-"""Bytes of plans: what the accounting says of every plan, and what a plan is in words."""
+"""Bytes of plans: what the accounting says of every plan, what a plan is in words, and `medprune fit`."""
+
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medprune import cli
 from medprune.models.sizes import ASSEMBLED, GIB, account, named_config
 from medprune.searching.budget import (
     DROP,
@@ -74,7 +77,8 @@ def test_what_cards_hold_by_the_accounting_alone():
     plans = budget_plans(space, costs, budgets)
     table = plan_rows(space, plans).set_index("budget_bytes")
     assert plans[GIB // 2] is None and table.blocks[GIB // 2] == "nothing fits"
-    assert (table.total_bytes.dropna() <= table.index[1:]).all() and table.total_bytes.is_monotonic_increasing
+    taken = table.total_bytes.dropna()
+    assert (taken <= table.index[1:]).all() and taken.is_monotonic_increasing
     assert table["dropped"].tolist()[1:] == [5, 0, 0, 0, 0]
     assert (table["3 bits"][4 * GIB], table["4 bits"][4 * GIB]) == (11, 21)
     assert set(plans[16 * GIB]) == {FULL}
@@ -84,3 +88,29 @@ def test_a_uniform_cost_is_the_share_of_the_weights_times_the_error():
     costs = uniform_costs(SPACES[1][1])
     assert costs[3][DROP] == 4**4 * costs[3][4] == 4**3 * costs[3][3] and costs[3][FULL] == 0
     assert costs[3][DROP] == pytest.approx(SPACES[1][1].prices[3][FULL] / sum(p[FULL] for p in SPACES[1][1].prices))
+
+
+def fit(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["medprune", "fit", "llava-1.5-7b", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+def test_fit_prints_what_cards_hold(monkeypatch, capsys):
+    assert fit(monkeypatch, "--card", "4GiB", "--card", "6.5GiB", "--reserve", "512MiB") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.5", "6.0"]
+    assert [len(line.split()) for line in said[1:]] == [9 + 32] * 2
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("--card", "4"), "'4' is no size of memory"),
+    (("--card", "4GiB", "--group-size", "48"), "group_size must be one of"),
+    (("--card", "4GiB", "--out", "there"), "--out needs --images"),
+    (("--card", "4GiB", "--card", "5GiB", "--out", "there", "--images", "here"), "one --card"),
+])  # fmt: skip
+def test_fit_refuses_in_one_sentence(monkeypatch, capsys, words, why):
+    assert fit(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert why in said.err and len(said.err.splitlines()) == 1

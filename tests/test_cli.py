@@ -115,24 +115,6 @@ def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, w
     assert "is there already" in capsys.readouterr().err
 
 
-def test_fit_prints_what_cards_hold_from_the_configuration_alone(monkeypatch, capsys):
-    assert medprune(monkeypatch, "fit", "llava-1.5-7b", "--card", "4GiB", "--card", "6.5GiB", "--reserve", "512MiB") == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.5", "6.0"]
-    assert [len(line.split()) for line in said[1:]] == [9 + 32] * 2
-
-
-@pytest.mark.parametrize("words,why", [
-    (("--card", "4"), "'4' is no size of memory"),
-    (("--card", "4GiB", "--out", "there"), "--out needs --images"),
-    (("--card", "4GiB", "--card", "5GiB", "--out", "there", "--images", "here"), "one --card"),
-])  # fmt: skip
-def test_fit_refuses_in_one_sentence(monkeypatch, capsys, words, why):
-    assert medprune(monkeypatch, "fit", "llava-1.5-7b", *words) == 2
-    said = capsys.readouterr()
-    assert why in said.err and len(said.err.splitlines()) == 1
-
-
 def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys):
     for condition in ("rosacea", "psoriasis"):
         for n in range(3):

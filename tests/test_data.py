@@ -16,7 +16,7 @@ from medprune.data.pictures import find_duplicates, open_image
 from medprune.data.published import classify_dermnet, dermnet_slug
 from medprune.data.questions import load_conditions
 from medprune.data.record import Record
-from medprune.data.records import class_counts, load_images, sample_balanced, split_records
+from medprune.data.records import USES, class_counts, load_images, sample_balanced, split_records
 from medprune.settings import DATA
 
 CONDITIONS = load_conditions()
@@ -659,3 +659,15 @@ def test_sample_balanced_is_level_seeded_and_nested():
     assert sample_balanced(records, 15, seed=5) != sample
     with pytest.raises(ValueError, match="Cannot draw 38 of 37"):
         sample_balanced(records, 38, seed=0)
+
+
+def test_each_use_has_pictures_of_its_own_while_there_are_enough():
+    records = records_of({"a": 30, "b": 12, "c": 9})
+    drawn = {use: sample_balanced(records, 9, 4, use) for use in USES}
+    assert len({r.key for some in drawn.values() for r in some}) == 27
+    for some in drawn.values():
+        assert Counter(r.condition for r in some) == {"a": 3, "b": 3, "c": 3}
+    assert sample_balanced(records[::-1], 5, 4, USES[1]) == drawn[USES[1]][:5]
+    few = records_of({"a": 4})
+    assert len(set(sample_balanced(few, 4, 0, USES[2]))) == 4, "a third that is too small is filled up"
+    assert sample_balanced(few, 1, 0, USES[2]) != sample_balanced(few, 1, 0, USES[0])

@@ -6,12 +6,14 @@ import types
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from medprune.answers import decoding, timing
 from medprune.answers.decoding import answer, answer_rows, answers_context
-from medprune.answers.prompts import prompt_text
+from medprune.answers.prompts import encode, prompt_text
+from medprune.data.pictures import open_image
 from medprune.models.attention import grouped_attention
 from medprune.pruning.plan import apply_plan, make_plan
 from medprune.settings import resolve
@@ -164,3 +166,32 @@ def test_peak_memory_is_the_weights_and_what_the_process_grows_by():
         time.sleep(0.02)
         del held
     assert 204e6 <= peak["bytes"] < 260e6
+
+
+def test_a_window_shorter_than_the_prompt_cuts_neither_prefix_nor_question(base, tiny, rows, monkeypatch):
+    config = transformers.LlavaConfig.from_pretrained(base)
+    kept = {k: v for k, v in config.text_config.to_dict().items() if k not in ("model_type", "architectures")}
+    config.text_config = transformers.MistralConfig(**kept, sliding_window=6)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # random weights so small that attention hardly matters would hide it
+        parameter.data *= 4
+    seen, plain_forward = [], decoding.forward
+
+    def forward(*args, **more):
+        seen.append(plain_forward(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(decoding, "forward", forward)
+    processor = tiny[1]
+    answer(model, processor, rows[:3], max_new_tokens=1)  # three questions of unlike lengths about one picture
+    found = torch.cat([logits for logits in seen[1:]])  # the first is the prefix's
+    batches = []
+    for row in rows[:3]:
+        inputs = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], model.dtype)
+        with torch.inference_mode():
+            logits = model(input_ids=inputs["input_ids"][0][None], pixel_values=inputs["pixel_values"]).logits
+        batches.append((len(inputs["input_ids"][0]), logits[0, -1]))
+    alone = torch.stack([logits for _, logits in sorted(batches, key=lambda x: x[0])])
+    assert (alone - alone.flip(0)).abs().max() > 1  # questions matter
+    torch.testing.assert_close(found, alone, atol=2e-3, rtol=0)

@@ -85,6 +85,10 @@ def refuse(monkeypatch, capsys, tmp_path):
     (["-p", "protected_blocks", "[0,9]"], "9", "0 to 5"),
     (["-p", "methods", '["awq","gptq"]'], "'gptq'", "'rtn', 'awq', 'bnb' or 'hqq'"),
     (["-p", "methods", '["rtn"]'], "['rtn']", "must hold awq"),
+    (["-p", "primary", '["awq-recovered-2","original"]'], "'awq-recovered-2'", "must name two of"),
+    (["-p", "primary", '["original","original"]'], "'original'", "must name two of"),
+    (["-p", "primary", '["hqq-recovered","original"]'], "'hqq-recovered'", "must name two of"),
+    (["-p", "methods", '["awq"]'], "['awq']", "and one beside it"),
     (["-p", "n_train", "20"], "n_train=20", "multiple of 8"),
     (["-p", "n_calibration", "25"], "n_calibration=25", "n_train=24"),
     (["-p", "base", "smolm2"], "'smolm2'", "tiny, smollm2"),
@@ -136,7 +140,9 @@ def half_a_run(tmp_path, **files):
     first = tmp_path / "broken" / "01_finetune"
     chosen = values_of(resolve("smoke"))
     write_json(tmp_path / "broken" / "run.json", {"settings": chosen})
-    write_json(first / "manifest.json", {"settings": seen_by(STAGES[0], chosen), "overrides": {}})
+    manifest = {"stage": STAGES[0], "settings": seen_by(STAGES[0], chosen), "inputs": {}, "outputs": {}, "overrides": {}}
+    manifest |= {"code": "", "versions": {}, "contexts": [], "seconds": 1.0, "finished": ""}
+    write_json(first / "manifest.json", manifest)
     for name, value in files.items():
         write_json(first / name.replace("_json", ".json"), value)
     words = ["run", "--profile", "smoke", "--runs-dir", str(tmp_path), "--name", "broken", "--from", STAGES[1]]
@@ -169,6 +175,41 @@ def test_a_crash_in_a_notebook_has_a_status_of_its_own(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 3 and "medprune: 01_finetune crashed" in capsys.readouterr().err
+
+
+FULL = papermill.PapermillExecutionError(3, 3, "", "SafetensorError", "I/O error: No space left on device (os error 28)", [])
+
+
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (FULL, 2, "01_finetune stopped: I/O error: No space left on device (os error 28). Make room for "),
+    (RuntimeError("Kernel died"), 3, "01_finetune was killed, for want of memory maybe: run again, and it goes on there."),
+    (OSError(28, "No space left on device"), 2, "01_finetune.ipynb cannot be used: No space left on device."),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_one_sentence(tmp_path, monkeypatch, capsys, error, status, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    monkeypatch.setattr(sys, "argv", ["medprune", "run", "--profile", "smoke", "--runs-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == status and words in said and said.endswith(".")
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: text.replace('"execution_count": 1', '"execution_count": null')])
+def test_a_notebook_that_a_kill_cut_short_is_not_published(tmp_path, spoil):
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": "1", "outputs": [], "execution_count": 1}
+    whole = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [cell]}
+    for stage in STAGES:
+        write_json(tmp_path / stage / "manifest.json", {})
+        write_json(tmp_path / stage / f"{stage}.ipynb", whole)
+    file = tmp_path / STAGES[4] / f"{STAGES[4]}.ipynb"
+    file.write_text(spoil(file.read_text()))
+    before = [(REPO / "notebooks" / f"{stage}.ipynb").read_bytes() for stage in STAGES]
+    with pytest.raises(ValueError, match=f"{STAGES[4]}.ipynb is no whole executed notebook: run the series again --from"):
+        series.publish(tmp_path)
+    assert before == [(REPO / "notebooks" / f"{stage}.ipynb").read_bytes() for stage in STAGES]
 
 
 @pytest.mark.parametrize(("given", "setting", "value"), [

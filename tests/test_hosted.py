@@ -32,18 +32,25 @@ def published(folder):
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
+    pinned = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (folder / "medprune" / "__init__.py").write_text("NAME = 'later'\n")
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "two"], check=True)
+    return pinned
 
 
-def run_cell(address, home):
+def run_cell(address, home, commit="0" * 40):
     source = first_cell().replace('ADDRESS = ""', f'ADDRESS = "{address}"').replace("/kaggle/working", str(home))
+    source = source.replace('COMMIT = ""', f'COMMIT = "{commit}"')
     script = f"{source}\nimport medprune\nprint(medprune.NAME)"
     return subprocess.run([PLAIN_PYTHON, "-I", "-c", script], capture_output=True, text=True)
 
 
 def test_the_first_cell_fetches_and_installs_where_the_package_is_missing(tmp_path):
-    published(tmp_path / "repository")
+    commit = published(tmp_path / "repository")
     (tmp_path / "kaggle").mkdir()
-    said = run_cell(tmp_path / "repository", tmp_path / "kaggle")
+    failed = run_cell(tmp_path / "repository", tmp_path / "kaggle")  # of a commit that is not there, so that nothing is
+    assert failed.returncode and not (tmp_path / "kaggle" / "medprune" / "medprune").exists()
+    said = run_cell(tmp_path / "repository", tmp_path / "kaggle", commit)
     assert said.stdout.strip() == "cloned", said.stderr
     assert (tmp_path / "kaggle" / "medprune" / "installed").exists()
     assert run_cell("nowhere", tmp_path / "kaggle").stdout.strip() == "cloned"  # a copy that is there is taken
@@ -51,7 +58,7 @@ def test_the_first_cell_fetches_and_installs_where_the_package_is_missing(tmp_pa
 
 def test_the_first_cell_says_what_it_lacks(tmp_path):
     said = run_cell("", tmp_path)
-    assert said.returncode and "ADDRESS is empty" in said.stderr.splitlines()[-1]
+    assert said.returncode and "ADDRESS or COMMIT is empty" in said.stderr.splitlines()[-1]
 
 
 def test_installing_keeps_what_is_there(tmp_path):
@@ -78,11 +85,14 @@ def test_the_address_goes_into_first_cells_and_badges(tmp_path):
     for path in NOTEBOOKS:
         shutil.copy(path, tmp_path / "notebooks")
     shutil.copy(REPO / "README.md", tmp_path)
+    published(tmp_path)
+    commit = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     for name in ("first/one", "some.one/med-prune"):  # the second takes the first's place
         changed = hosted.write_address(name, tmp_path)
     assert len(changed) == 1 + len(STAGES)
     for old, new in zip(NOTEBOOKS, changed[1:], strict=True):
         assert 'ADDRESS = "https://github.com/some.one/med-prune"' in first_cell(new)
+        assert f'COMMIT = "{commit}"' in first_cell(new) and len(commit) == 40
         before, after = (json.loads(p.read_text(encoding="utf-8"))["cells"] for p in (old, new))
         assert [c for c in before if c["id"] != "hosted"] == [c for c in after if c["id"] != "hosted"]
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -95,6 +105,9 @@ def test_the_address_goes_into_first_cells_and_badges(tmp_path):
 def test_an_address_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="OWNER/NAME"):
         hosted.write_address("https://github.com/a/b", tmp_path)
+    with pytest.raises(ValueError, match="is no git checkout with a commit"):
+        hosted.write_address("a/b", tmp_path)
+    published(tmp_path)
     (tmp_path / "README.md").write_text("# no marks\n")
     with pytest.raises(ValueError, match="has not the lines"):
         hosted.write_address("a/b", tmp_path)

@@ -441,7 +441,7 @@ def test_each_judge_s_own_code_counts():
 def test_another_embedder_is_another_judge(monkeypatch, name):
     monkeypatch.setattr(scores_module.loading, "load_embedder", lambda embedding: by_hash)
     monkeypatch.setattr(scores_module.loading, "embedder_identity", lambda embedding: f"hash of {embedding}")
-    one, same, other = (make_judges(resolve("smoke", embedding=e), CONDITIONS, (name,))[0].identity for e in "aab")
+    one, same, other = (make_judges(resolve("smoke", embedding=f"of/{e}"), CONDITIONS, (name,))[0].identity for e in "aab")
     assert one == same != other
 
 

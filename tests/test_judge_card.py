@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import cohen_kappa_score
 
 from medprune.data.questions import load_conditions
 from medprune.judging import card
@@ -209,6 +210,22 @@ def test_agreement_is_quadratic_weighted_kappa():
     assert agreement(table(a), table(a))["kappa"].tolist() == [1, 1, 1]
     assert agreement(table(a), table([5 - x for x in a]))["kappa"].max() < 0
     assert found["mean_difference"].tolist() == pytest.approx([np.mean(np.array(a) - b)] * 3)
+
+
+def test_agreement_draws_whole_images_and_looks_within_models():
+    rng = np.random.default_rng(2)
+    good, bad = rng.integers(4, 6, (2, 24)), rng.integers(0, 2, (2, 24))  # two judges, a good model and a bad one
+    a, b = (np.concatenate([good[side], bad[side]]) for side in (0, 1))
+    rows = [{"id": str(i), "key": str(i % 12), "method": "good" if i < 24 else "bad"} for i in range(48)]
+    tables = [table(side).assign(id=[row["id"] for row in rows]) for side in (a, b)]
+    found = agreement(*tables, rows).iloc[0]
+    assert found["kappa"] > 0.9 and abs(found["kappa_within"]) < 0.4  # the models are told apart, their answers are not
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(a, b, weights="quadratic", labels=range(6)))
+    assert found["kappa_low"] < found["kappa"] < found["kappa_high"] <= 1
+    same = agreement(*tables, [row | {"key": row["id"]} for row in rows]).iloc[0]
+    assert same["kappa_low"] != found["kappa_low"]  # answers as if each had an image of its own
+    few = agreement(*tables, [row | {"key": str(i % 7)} for i, row in enumerate(rows)]).iloc[0]
+    assert np.isnan(few["kappa_low"]) and np.isnan(agreement(*tables).iloc[0]["kappa_within"])
 
 
 def test_agreement_counts_what_it_leaves_out():

@@ -86,7 +86,8 @@ class Outline(HTMLParser):
 
 @pytest.fixture
 def written(tmp_path):
-    evil = '</td><script src="https://example.org/x.js"></script> {braces} & "quotes"'
+    evil = '</td><script src="https://example.org/x.js"></script><script>parent.ran = 1</script>'
+    evil += '<img src=x onerror="parent.ran = 1"> {braces} & "quotes"'
     scores = pd.DataFrame({"method": METHODS, "score": [80.0, 62.5, 74.25]})
     scores = scores.assign(low=scores["score"] - 4, high=scores["score"] + 4)
     fig = figures.figure_sweep(scores.assign(blocks_removed=[0, 2, 4]))
@@ -231,7 +232,7 @@ def test_a_browser_shows_the_report_at_a_phone_s_width_and_a_desk_s(written, tmp
           const images = [...d.images], plot = d.querySelector(".plot img");
           const widest = boxes => Math.max(...[...boxes].map(box => box.getBoundingClientRect().right));
           const broken = images.filter(i => !i.naturalWidth).length;
-          const seen = {{page: page.scrollWidth, images: images.length, broken, widest: widest(images),
+          const seen = {{ran: typeof ran, page: page.scrollWidth, images: images.length, broken, widest: widest(images),
                         plot: plot.clientWidth, table: widest(d.querySelectorAll(".scroll"))}};
           d.querySelector(".plot input").click();
           const then = {{enlarged: plot.clientWidth, page_then: page.scrollWidth}};
@@ -248,6 +249,7 @@ def test_a_browser_shows_the_report_at_a_phone_s_width_and_a_desk_s(written, tmp
     dom = subprocess.run([BROWSER, *options, frame], capture_output=True, text=True, timeout=120, check=True).stdout
     seen = json.loads(re.search(r"<body>(\{.*\})", dom)[1])
     assert seen["images"] == 3 and seen["broken"] == 0
+    assert seen["ran"] == "undefined", "an answer's script ran"
     # nothing makes the page scroll sideways
     assert max(seen["page"], seen["page_then"], seen["widest"], seen["table"]) <= width
     assert (seen["enlarged"] > width > seen["plot"]) if width == 360 else seen["enlarged"] == seen["plot"]

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -44,7 +45,7 @@ def test_a_model_is_let_go_before_the_next_is_loaded_and_before_a_judge():
                 assert not held, f"{stage} judges beside a model"
 
 
-TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9}
+TAKEN = {"error": None, "halved": {}, "ram_bytes": 5 * 2**30, "disk_bytes": 60e9, "scratch_bytes": 0}
 
 
 def test_what_does_not_fit_a_machine_is_said():
@@ -52,6 +53,8 @@ def test_what_does_not_fit_a_machine_is_said():
     assert rehearsal._misfits(TAKEN, colab) == []
     small = rehearsal.machine("colab", ram_gib=4, disk_gb=50)
     assert rehearsal._misfits(TAKEN, small) == ["5.0 of ram are needed, 4 are there", "60.0 of disk are needed, 50 are there"]
+    apart = rehearsal.machine("colab", scratch_gb=50)
+    assert rehearsal._misfits(TAKEN | {"scratch_bytes": 51e9}, apart) == ["51.0 of scratch are needed, 50 are there"]
     halved = TAKEN | {"halved": {"answers": 3}, "error": "OutOfMemoryError: CUDA out of memory."}
     assert len(rehearsal._misfits(halved, colab)) == 2
     with pytest.raises(ValueError, match="machine 'pc' is not known: choose kaggle or colab"):
@@ -59,6 +62,25 @@ def test_what_does_not_fit_a_machine_is_said():
     assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES
     with pytest.raises(ValueError, match="stage '09' is not known"):
         rehearsal.stages(["09"])
+
+
+def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path, monkeypatch):
+    for name in ("llava", "judge"):
+        (tmp_path / name).mkdir()
+    ran = []
+
+    def run(command, **_):
+        job = json.loads(Path(command[-1]).read_text())
+        ran.append(job["stage"])
+        small = len(ran) == 2 and {"answers": 9}
+        gib = [job["card_bytes"] / 2**30]
+        Path(job["out"]).write_text(json.dumps(TAKEN | {"stage": job["stage"], "halved": small or {}, "gib": gib}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(rehearsal.subprocess, "run", run)
+    found = rehearsal.rehearse(rehearsal.machine("colab", gpu_gib=11.8), tmp_path)
+    assert ran == list(STAGES[:2]) and found.misfit.tolist() == ["", "answers were halved to 9 at once"]
+    assert found.gib[0] == [pytest.approx(11.3)], "half a GiB is left to CUDA"
 
 
 @pytest.mark.parametrize("machine", rehearsal.MACHINES.values())
@@ -86,6 +108,6 @@ def test_the_command_says_what_fits_and_ends_in_1_where_not(tmp_path, monkeypatc
         cli.main()
     said = capsys.readouterr().out.splitlines()
     assert end.value.code == 1 and said[0] == (
-        "01_finetune: GPU 1.00 + 2.00 GiB, host 5.0 GiB, files 60 GB, 5 s of rehearsal. fits"
+        "01_finetune: GPU 1.00 + 2.00 GiB, host 5.0 GiB, files 60 + 0 GB, 5 s of rehearsal. fits"
     )
     assert said[1].endswith("answers were halved to 3 at once")

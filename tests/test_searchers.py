@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medprune.searching import searchers
 from medprune.searching.budget import DROP, FULL, Space
-from medprune.searching.searchers import SEARCHERS, Front, Problem, choice_shares, search
+from medprune.searching.searchers import SEARCHERS, Front, Problem, search
 
 CHOICES = (DROP, 3, 4, 8, FULL)
 
@@ -125,9 +125,7 @@ def test_a_budget_that_holds_no_plan_and_a_search_of_nothing_are_refused():
         problem.measure([(FULL,)])
 
 
-def test_shares_of_choices_over_resampled_costs():
+def test_a_plan_for_each_budget_or_none():
     space = Space(("block 0", "block 1"), ({4: 1, FULL: 4},) * 2, 0)
-    first, second = [{4: 1.0, FULL: 0.0}, {4: 2.0, FULL: 0.0}], [{4: 2.0, FULL: 0.0}, {4: 1.0, FULL: 0.0}]
-    shares = choice_shares(space, [first, first, first, second], 5)
-    assert shares.tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    first = [{4: 1.0, FULL: 0.0}, {4: 2.0, FULL: 0.0}]
     assert searchers.budget_plans(space, first, [1, 2, 5, 8]) == {1: None, 2: (4, 4), 5: (4, FULL), 8: (FULL, FULL)}

@@ -22,17 +22,22 @@ from medprune.settings import REPO, STAGES
 from medprune.store import finish, open_stage, read_json, write_json, write_text
 
 CLI = [sys.executable, "-m", "medprune"]
+GUARD = REPO / "tests" / "faults" / "guard"  # which lets children speak to this machine alone, and writes down what else
+KEY = "sk-this-is-a-secret-0123456789"
 MEASURED = ["ms_per_token", "peak_bytes"]
 
 
-def medprune(*words):
-    return subprocess.run([*CLI, *map(str, words)], cwd=REPO, capture_output=True, text=True, timeout=900)
+def medprune(*words, **environment):
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    return subprocess.run([*CLI, *map(str, words)], cwd=REPO, capture_output=True, text=True, timeout=900, env=environment)
 
 
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    return runs / "first", medprune("run", "--profile", "smoke", "--name", "first", "--runs-dir", runs)
+    path = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
+    guarded = {"PYTHONPATH": path, "MEDPRUNE_NETWORK_LOG": runs / "network.log", "OPENAI_API_KEY": KEY, "HF_TOKEN": KEY}
+    return runs / "first", medprune("run", "--profile", "smoke", "--name", "first", "--runs-dir", runs, **guarded)
 
 
 def test_series_runs_to_its_report(series):
@@ -53,6 +58,14 @@ def test_executed_notebooks_hold_no_error_and_every_cell_ran(series):
         cells = nbformat.read(root / stage / f"{stage}.ipynb", as_version=4).cells
         assert all(c.execution_count for c in cells if c.cell_type == "code")
         assert not any(o.output_type == "error" for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_no_socket_but_loopback_was_asked_for_and_no_key_was_kept(series):
+    root, done = series
+    log = root.parent / "network.log"
+    assert not log.exists(), log.read_text()
+    holding = [f for f in root.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
+    assert not holding and KEY not in done.stdout + done.stderr
 
 
 def test_second_run_finds_everything_done(series):

@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_base_is_refused_by_name(tmp_path, monkeypatch, fold
 
 def test_a_base_that_is_nowhere_is_refused_by_name(tmp_path):
     for base in ("smolm2", "./photos/model", "llava-1.5-7b"):
-        with pytest.raises(ValueError, match=f"base '{base}' is not known: give tiny, smollm2, a hub id or"):
+        with pytest.raises(ValueError, match=f"base '{base}' is not known: give tiny, smollm2, smollm2-eyes, a hub id or"):
             base_config(base)
     with pytest.raises(ValueError, match="gone holds no config.json"):
         base_config(tmp_path / "gone")

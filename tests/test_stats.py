@@ -439,3 +439,149 @@ def test_limits_of_a_standard_deviation_cover_it(draw):
     c = 6 / (6 - scipy_stats.norm.ppf(0.975))
     assert math.prod(stats.sd_limits(values)) == pytest.approx(c * np.var(values, ddof=1))
     assert np.isnan(stats.sd_limits([1, 2, 3, 4])).all() and np.isnan(stats.sd_limits([3.0] * 9)).all()
+
+
+# ---- several runs: seeds are drawn as images are
+def crossed(rng, runs, images, run_sd=8.0, image_sd=12.0):
+    """Scores of images in each run, (runs, images), all runs on the same images."""
+    apart = run_sd * rng.normal(size=(runs, 1)) + image_sd * rng.normal(size=images)
+    return np.clip(50 + apart + 6 * rng.normal(size=(runs, images)), 0, 100)
+
+
+def places(runs, images):
+    return np.tile(np.arange(images), runs), np.repeat(np.arange(runs), images)
+
+
+def test_runs_on_the_same_images_have_the_mean_squares_of_dorfman_berbaum_and_metz():
+    scores = crossed(np.random.default_rng(5), 4, 20)
+    images, runs = places(4, 20)
+    means, cells = stats.cells_of(scores.ravel(), images, runs)
+    of_run, of_image = scores.mean(1), scores.mean(0)
+    by_run, by_image = 20 * of_run.var(ddof=1), 4 * of_image.var(ddof=1)
+    left = ((scores - of_run[:, None] - of_image + scores.mean()) ** 2).sum() / (3 * 19)
+    between, shared = stats.covariance(means, means, cells)
+    assert between == pytest.approx(by_run / 80) and shared == pytest.approx((by_image - left) / 80)
+    found = stats.mean_score(scores.ravel(), images, runs)
+    assert found["n"] == 80 and found["n_images"] == 20 and found["n_runs"] == 4
+    assert found["mean"] == pytest.approx(scores.mean())
+
+
+def test_runs_on_images_of_their_own_are_compared_by_the_t_test_of_their_means():
+    rng = np.random.default_rng(6)
+    a, b = rng.uniform(40, 60, (2, 5, 30))
+    b += rng.normal(0, 4, (5, 1))
+    runs = np.repeat(np.arange(5), 30)
+    found = stats.paired_difference(a.ravel(), b.ravel(), np.arange(150), runs=runs)
+    test = scipy_stats.ttest_1samp((a - b).mean(1), 0)
+    assert found["p"] == pytest.approx(test.pvalue, rel=1e-6)
+    low, high = test.confidence_interval()
+    assert found["low"] <= low + 1e-9 and found["high"] >= high - 1e-9  # or the wider, of gains and losses
+    uneven = rng.permutation(150)[:100]  # runs of unlike size weigh the same
+    part = stats.mean_score(a.ravel()[uneven], np.arange(150)[uneven], runs[uneven])
+    assert part["mean"] == pytest.approx(np.mean([a[r][uneven[runs[uneven] == r] % 30].mean() for r in range(5)]))
+
+
+def test_one_run_among_runs_is_a_run_and_two_have_no_interval():
+    scores = crossed(np.random.default_rng(7), 3, 24)
+    images, runs = places(3, 24)
+    one = stats.mean_score(scores[0], images[:24], runs[:24])
+    assert one.pop("n_runs") == 1 and one == stats.mean_score(scores[0], images[:24])
+    two = stats.paired_difference(scores[:2].ravel(), 50 + 0 * scores[:2].ravel(), images[:48], runs=runs[:48])
+    assert all(math.isnan(two[key]) for key in ("low", "high", "p")) and two["diff"] == pytest.approx(scores[:2].mean() - 50)
+    assert math.isnan(stats.mean_score(scores[:2].ravel(), images[:48], runs[:48])["low"])
+    three = stats.mean_score(scores.ravel(), images, runs)
+    pooled = stats.mean_score(scores.ravel(), [f"{r} {i}" for r, i in zip(runs, images, strict=True)])
+    assert three["high"] - three["low"] > 1.5 * (pooled["high"] - pooled["low"])  # as if seeds did not differ
+
+
+@pytest.mark.parametrize("design", ["same images", "own images", "a fifth of a pool"])
+def test_intervals_over_runs_cover(coverage, design):
+    cells = [(design, 3, images, right, sd, lost, 80) for images in (24, 96)
+             for right, sd in ((0.5, 0.5), (0.92, 0.0)) for lost in (None, 0.1)]  # fmt: skip
+    found = [coverage.simulate_runs(*cell) for cell in cells]
+    assert min(cell["covered_frac"] for cell in found) > 0.88 and np.mean([c["covered_frac"] for c in found]) > 0.94
+    assert min(cell["given_frac"] for cell in found) > 0.5
+    # Clustered by image alone they would not, where runs differ.
+    rng, held = np.random.default_rng(1), []
+    for _ in range(200):
+        chosen = coverage.images_of(rng, design, 3, 96)
+        right = 100.0 * coverage.right_answers(rng, 0.5, 0.5, rng.normal(size=chosen.max() + 1), chosen)
+        blind = stats.mean_score(right.ravel(), chosen.ravel())
+        held.append(blind["low"] <= 50 <= blind["high"])
+    assert np.mean(held) < 0.85
+
+
+def test_strata_weigh_the_same_and_vary_within():
+    scores = np.array([100, 100, 0, 100, 0, 0, 100.0])
+    strata = ["a", "a", "a", "a", "b", "b", "b"]
+    found = stats.mean_score(scores, range(7), strata=strata)
+    assert found["mean"] == pytest.approx((75 + 100 / 3) / 2)
+    means, cells = stats.cells_of(scores, range(7), strata=strata)
+    by_hand = (scores[:4].var(ddof=1) / 4 + scores[4:].var(ddof=1) / 3) / 4
+    assert stats.variance(means, cells)[0] == pytest.approx(by_hand) and cells.degrees == 5
+    alone = stats.mean_score(np.append(scores, 0), range(8), strata=[*strata, "c"])
+    assert math.isnan(alone["low"]) and alone["mean"] == pytest.approx((75 + 100 / 3) / 3)
+
+
+def test_tables_of_several_runs_pair_within_a_run():
+    scores = crossed(np.random.default_rng(8), 4, 24)
+    rows = [{"run": r, "method": m, "id": f"{i}#q", "cluster": f"image {i}", "score_percent": max(0, scores[r, i] - drop)}
+            for r in range(4) for i in range(24) for m, drop in (("original", 0), ("pruned", 7 + r))]  # fmt: skip
+    table = pd.DataFrame(rows)
+    assert stats.score_table(table)["n_runs"].tolist() == [4, 4]
+    found = stats.compare(table, [("pruned", "original")]).iloc[0]
+    assert found["n"] == 96 and found["n_runs"] == 4 and found["n_images"] == 24 and found["unmatched"] == 0
+    assert found["diff"] == pytest.approx(-8.5, abs=0.5) and found["high"] < 0 and found["p"] < 0.01
+    twice = pd.concat([table, table.iloc[:1]])
+    with pytest.raises(ValueError, match="more than one score for id '0#q'"):
+        stats.score_table(twice)
+    with pytest.raises(ValueError, match="more than one score"):
+        stats.score_table(table.drop(columns="run"))
+
+
+def four_methods(values, clusters=range(8)):
+    rows = [
+        {"method": m, "id": f"{i}", "cluster": c, "condition": "x", "score_percent": float(v)}
+        for m, column in zip("abcd", values, strict=True)
+        for i, (c, v) in enumerate(zip(clusters, column, strict=True))
+    ]
+    return pd.DataFrame(rows)  # fmt: skip
+
+
+def test_an_interaction_in_log_odds_is_what_it_says():
+    a, b, c, d = [100] * 6 + [0, 50], [100] * 4 + [0] * 4, [100, 0] * 4, [100, 0, 0, 0] * 2
+    found = stats.log_odds_interaction(four_methods([a, b, c, d]), ("a", "b"), ("c", "d"))
+    assert found["diff"] == pytest.approx(math.log(13 / 3) - 0 - (0 - math.log(1 / 3)))
+    # Each image's pull on the four log-odds, (x - mean) / (mean (1 - mean)), written out.
+    x = np.array([a, b, c, d]).T / 100
+    pull = (x - x.mean(0)) / (x.mean(0) * (1 - x.mean(0))) @ [1, -1, -1, 1]
+    half = scipy_stats.t.ppf(0.975, 7) * pull.std(ddof=1) / math.sqrt(8)
+    assert (found["low"], found["high"]) == pytest.approx((found["diff"] - half, found["diff"] + half))
+    none = stats.log_odds_interaction(four_methods([[100] * 8, b, c, d]), ("a", "b"), ("c", "d"))
+    assert all(math.isnan(value) for value in none.values()), "nobody knows the odds of what never fails"
+
+
+def test_log_odds_cover_as_they_should(coverage):
+    cells = [coverage.simulate_log_odds(right, 24, 0.5, 300) for right in coverage.FOUR]
+    assert all(cell["covered_frac"] > 0.91 for cell in cells) and np.mean([c["covered_frac"] for c in cells]) < 0.985
+
+
+def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
+    rng, misled = np.random.default_rng(0), []
+    for _ in range(60):  # eight methods of one worth: whichever is ahead is so by luck
+        luck = rng.integers(0, 101, (8, 24))
+        rows = [{"method": f"m{m}", "id": f"{i}", "cluster": i, "condition": i % 3, "score_percent": luck[m, i]}
+                for m in range(8) for i in range(24)]  # fmt: skip
+        scores = pd.DataFrame(rows)
+        names = [f"m{m}" for m in range(8)]
+        best, apart = stats.tested_apart(scores, names, names)
+        assert len(apart) == 7 and set(apart.a) == {best} and (apart.n_images == 12).all()
+        misled.append(apart["diff"].mean())
+    assert abs(np.mean(misled)) < 4, "on the other half the chosen one is worth what all are"
+    both = [("m0", i, c, 100.0 * (i % 4 < 2)) for i, c in enumerate("aabbaabb")]
+    both += [("m1", i, c, 100.0 * (i % 4 >= 2)) for i, c in enumerate("aabbaabb")]
+    _, found = stats.tested_apart(
+        pd.DataFrame(both, columns=["method", "cluster", "condition", "score_percent"]).assign(id=lambda t: t.cluster),
+        ["m0", "m1"], ["m1", "m0"],
+    )  # fmt: skip
+    assert found.n_images[0] == 4 and found["diff"][0] == 0, "each half has as many of every condition"

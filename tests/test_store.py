@@ -181,7 +181,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_there_is(tmp_path, monkeypat
         return base
 
     monkeypatch.setattr(sqlite3, "connect", full)
-    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: database or disk is full"):
+    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: database or disk is full; make room"):
         units.add("two", "x" * 100_000)
     monkeypatch.undo()
     units.add("three", 3)
@@ -190,8 +190,16 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_there_is(tmp_path, monkeypat
 
 def test_a_broken_file_of_units_is_named(tmp_path):
     (tmp_path / "units.sqlite").write_bytes(b"no database at all" * 100)
-    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: file is not a database"):
+    with pytest.raises(OSError, match=r"units\.sqlite cannot be used: file is not a database; remove it"):
         Units(tmp_path / "units.sqlite", "c")
+
+
+def test_a_unit_whose_text_is_damaged_names_its_file(tmp_path):
+    units = Units(tmp_path / "units.sqlite", "c")
+    units.add("one", 1)
+    units._ask("UPDATE units SET value = ?", "{")
+    with pytest.raises(ValueError, match=r"units\.sqlite is damaged at 'one': remove it, and what it held is done again"):
+        units["one"]
 
 
 # ---- runs
@@ -256,7 +264,7 @@ def test_a_setting_that_a_stage_has_not_declared_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(("break_it", "stages", "words"), [
     (lambda root: (root / STAGES[0] / "out.json").write_text("{}"), STAGES, "out.json"),
     (lambda root: (root / STAGES[3] / "out.json").write_text('{"other": 1234567}'), STAGES[3:], "out.json"),
-    (lambda root: (root / STAGES[5] / "metrics.json").unlink(), STAGES[5:6], "gone or cut short"),
+    (lambda root: (root / STAGES[5] / "metrics.json").unlink(), STAGES[5:6], "gone or not what it wrote"),
     (lambda root: (root / STAGES[2] / "manifest.json").unlink(), STAGES[2:3], "not been finished"),
 ])  # fmt: skip
 def test_a_changed_result_undoes_its_stage_and_those_that_read_it(played, break_it, stages, words):
@@ -372,3 +380,66 @@ def test_weights_go_to_scratch_and_are_found_by_their_link(tmp_path, monkeypatch
     (run.dir / "kept").mkdir()
     monkeypatch.setenv("MEDPRUNE_SCRATCH", str(tmp_path / "scratch"))
     assert run.weights("kept") == run.dir / "kept", "what lies in the run already stays there"
+
+
+# ---- what a disk or a hand may do to a run
+def test_a_result_edited_by_hand_is_noticed_by_its_own_stage_and_by_the_next(played):
+    file = played / STAGES[4] / "out.json"
+    file.write_text(file.read_text().replace("0", "1", 1))  # as long as before
+    assert why_undone(played, STAGES[4], settings_of(played)) == ["out.json of its own results is gone or not what it wrote"]
+    run, _ = open_stage(STAGES[5], played.name, str(played.parent))
+    with pytest.raises(ValueError, match=f"{STAGES[4]}/out.json is not as {STAGES[4]} wrote it: run {STAGES[4]} again"):
+        run.read(STAGES[4], "out.json")
+    unlock(run.root)
+
+
+def test_weights_that_are_not_as_they_were_written_are_not_taken(tmp_path):
+    with write_folder(tmp_path / "model", context="c") as folder:
+        (folder / "weights").write_bytes(b"1234")
+    assert made(tmp_path / "model", "c")
+    (tmp_path / "model" / "weights").write_bytes(b"1235")
+    assert made(tmp_path / "model", "c") is None
+    (tmp_path / "model" / "weights").write_bytes(b"1234")
+    assert made(tmp_path / "model", "c")
+    (tmp_path / "model" / store.RECORD).write_text("{")
+    assert made(tmp_path / "model", "c") is None
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"settings": 3}', "null"])
+def test_a_manifest_that_is_none_is_named(played, text):
+    (played / STAGES[1] / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{STAGES[1]}/manifest.json holds no .*: remove it, and run its notebook again"):
+        why_undone(played, STAGES[1], settings_of(played))
+    (played / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json (holds no|names no)"):
+        store.settings_before(played, STAGES[1])
+
+
+def test_settings_that_an_older_version_did_not_write_are_the_profile_s(played):
+    was = settings_of(played)
+    write_json(played / "run.json", {"settings": {k: v for k, v in was.items() if k != "group_size"}})
+    assert store.settings_before(played, STAGES[5]) == was
+
+
+def test_a_clock_that_jumps_back_leaves_a_stage_s_time_above_0(tmp_path, monkeypatch):
+    from datetime import datetime, timedelta
+
+    class Back(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(days=400)
+
+    run, _ = open_stage(STAGES[0], "demo", str(tmp_path), "smoke")
+    monkeypatch.setattr(store, "datetime", Back)
+    finish(run, {})
+    assert 0 <= store.read_manifest(run.root, STAGES[0])["seconds"] < 60
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/table\.csv'"):
+        write_text(tmp_path / "table.csv", "1")
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """Tests for medprune.data.synthetic: seeds, skin tones, files, and signs that can be told apart."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,7 +59,7 @@ def test_conditions_have_streams_of_their_own(monkeypatch):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_every_tone_is_drawn_and_shows_the_signs(condition):
     for seed, tone in enumerate(SKIN_TONES):
-        image, label = draw(condition, seed, 48)
+        image, label = draw(condition, (seed - CONDITIONS.index(condition)) % 6, 48)
         assert (label, image.mode, image.size) == (tone, "RGB", (48, 48))
         skin = bare_skin(np.random.default_rng(seed), 128, seed)
         healthy = skin.colour.copy()
@@ -68,7 +70,9 @@ def test_every_tone_is_drawn_and_shows_the_signs(condition):
 
 def test_tone_darkens_the_picture():
     luminance = [
-        np.mean([pixels(c, seed) @ (0.299, 0.587, 0.114) for c in CONDITIONS for seed in (tone, tone + 6)])
+        np.mean(
+            [pixels(c, 12 + tone - i + k) @ (0.299, 0.587, 0.114) for i, c in enumerate(CONDITIONS) for k in (0, 6)]
+        )
         for tone in range(6)
     ]
     assert (np.diff(luminance) < -5).all()
@@ -100,6 +104,13 @@ def test_write_images_lays_out_files_and_records(tmp_path):
         again, tone = draw(records[8].condition, seed, 32)
         assert image.info["Comment"].startswith("synthetic") and tone == records[8].skin_tone
         assert np.array_equal(np.asarray(image), np.asarray(again))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_three_pictures_of_each_condition_show_every_tone(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(synthetic, "_PAINTERS", dict.fromkeys(CONDITIONS, lambda skin: None))
+    records = write_images(tmp_path, 3, 32, 0, split)
+    assert all(3 <= Counter(r.skin_tone for r in records)[tone] <= 5 for tone in SKIN_TONES)
 
 
 def test_splits_and_seeds_share_no_image(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from test_ranking import rows_table
 from typer.testing import CliRunner
 
 from medprune.cli import app
+from medprune.data.questions import load_conditions
 from medprune.models.sizes import account, base_config, named_config
-from medprune.results import stats, tables
+from medprune.results import figures, stats, tables
 from medprune.results.tables import plan_json, plan_notes, plan_table, plan_text
 
 SEVEN = named_config("llava-1.5-7b")
@@ -129,6 +130,22 @@ def test_sweep_means_leave_the_unpruned_out_and_feed_compare():
     assert found["diff"] == pytest.approx(50 + 1.5 - (20 + 1.5) / 2) and found.n_images == 4
 
 
+def test_a_criterion_is_placed_among_random_draws_of_as_many_blocks():
+    scores = {"a": {2: 50, 4: 0}, "b": {2: 10, 4: 90}} | {f"random-{k}": {2: 10 * k, 4: k} for k in range(4)}
+    answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c.split("-")[0], "blocks_removed": n, "id": f"{i}",
+                             "score_percent": s + i} for c, found in scores.items() for n, s in (found | {0: 99}).items()
+                            for i in (-1, 1)])  # fmt: skip
+    placed = tables.among_random(answers).set_index(["criterion", "blocks_removed"])
+    assert placed.loc[("a", 2), ["score", "random", "draws", "beaten", "p"]].tolist() == [50, 15, 4, 4, 0.2]
+    assert placed.loc[("a", 4), ["beaten", "p"]].tolist() == [0, 1], "a draw with the same score is not beaten"
+    assert placed.loc[("b", 2), ["beaten", "p"]].tolist() == [1, 0.8]
+    assert placed.loc[("b", 4), ["low", "high"]].tolist() == pytest.approx([0.075, 2.925])
+    assert len(placed) == 4
+    none = tables.among_random(answers[answers.criterion != "random"])
+    assert none.draws.eq(0).all() and none.random.isna().all() and none.p.eq(1).all()
+    assert len(figures.figure_among_random(placed.reset_index()).axes) == 2
+
+
 def test_sweep_means_keep_the_judges_apart_and_what_was_asked():
     answers = pd.DataFrame([{"method": f"{c}-{n}", "criterion": c, "blocks_removed": n, "id": f"{i}", "cluster": i,
                              "score_percent": 50.0 + i, "judge": "j", "judged_by": "j1", "asked": f"q{i}"}
@@ -179,3 +196,20 @@ def test_plan_takes_a_width_for_each_block():
     assert str(error) == "--bits 4,x must be a number, or one for each kept block with commas between."
     error = CliRunner().invoke(app, ["plan", "--bits", "4,3", "--remove", "7"]).exception
     assert "bits lists 2 blocks; 25 are kept" in str(error)
+
+
+def test_naming_is_counted_apart_by_the_form_of_the_question():
+    conditions = load_conditions()
+    said = ["This is melanoma.", "This is melanoma or rosacea.", "This is rosacea.", "nothing"]
+    answers = pd.DataFrame({"kind": "name", "condition": "melanoma", "answer": said, "cluster": list("abcd")})
+    answers = pd.concat([answers, answers.assign(kind="features")]).assign(method="pruned-2")
+    choice = answers[:4].assign(kind="choice", score_percent=[100.0, 100.0, 100.0, 100.0])
+    twice = pd.concat([answers[:4].assign(kind="yes or no", score_percent=s) for s in (100.0, [0.0, 0.0, 0.0, 100.0])])
+    found = tables.naming_forms(answers, pd.concat([choice, twice]), conditions).set_index("asked")
+    assert list(found.score) == [25, 100, 62.5] and list(found.n) == [4, 4, 8]
+    assert found.chance["choice"] == 12.5 and found.chance["yes or no"] == 50
+    # Clopper and Pearson: of 1 in 4, and of 4 in 4, whose lower limit is 0.025 ** (1 / 4)
+    assert (found.low["open"], found.high["open"]) == pytest.approx((0.6309, 80.588), abs=1e-3)
+    assert (found.low["choice"], found.high["choice"]) == pytest.approx((100 * 0.025**0.25, 100))
+    yes = stats.mean_score(twice.score_percent, twice.cluster)
+    assert found.loc["yes or no", ["low", "high"]].tolist() == pytest.approx([yes["low"], yes["high"]], nan_ok=True)

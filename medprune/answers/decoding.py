@@ -2,9 +2,9 @@
 
 Prompts of one image share everything up to its last image token: that prefix is run once and its cache copied to
 each question. Questions differ in length, so padding that nothing attends to lies between the prefix and a shorter
-question, and all rows decode together. A row's answer does not depend on its neighbours, but for what a matrix product
-of another number of rows rounds otherwise. `RowSkip` lets each row go past a block of its own: the leave-one-out batch
-of notebook 02.
+question, and all rows decode together (questions of one length only, where a window would count the padding). A row's
+answer does not depend on its neighbours, but for what a matrix product of another number of rows rounds otherwise.
+`RowSkip` lets each row go past a block of its own: the leave-one-out batch of notebook 02.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from transformers import DynamicCache
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from medprune.answers.prompts import encode, prompt_text
 from medprune.data.pictures import open_image
 from medprune.device import rows_that_fit
-from medprune.models.families import parts
+from medprune.models.families import parts, window
 from medprune.progress import progress
 from medprune.store import context
 
@@ -78,8 +79,8 @@ def _answer_chunk(model, processor, rows, chunk, skip, max_new_tokens: int, batc
     first = [group[0] for group in chunk]
     prefix, cached = _run_prefixes(model, processor, [rows[i] for i in first], skip[first])
     asked, said = _questions(processor, rows, chunk, prefix), []
-    n_batches = math.ceil(len(asked) / batch_rows)
-    for batch in chunks(asked, math.ceil(len(asked) / n_batches)):
+    most = len(prefix) + max(len(ids) for *_, ids in asked) + max_new_tokens
+    for batch in _batches(asked, batch_rows, padded=most <= window(model.config)):
         numbers, which, ids = map(list, zip(*batch, strict=True))
         with RowSkip(model, skip[numbers]) as skipping:
             own = _select(cached, which, max(map(len, ids)) + max_new_tokens)
@@ -107,6 +108,13 @@ def chunks(items: list, size: int):
         yield items[start : start + size]
 
 
+def _batches(asked: list[tuple], batch_rows: int, padded: bool):
+    """Yield like numbers of questions, at most batch_rows; of one length where a window would count padding."""
+    together = [asked] if padded else [list(alike) for _, alike in groupby(asked, key=lambda x: len(x[2]))]
+    for questions in together:
+        yield from chunks(questions, math.ceil(len(questions) / math.ceil(len(questions) / batch_rows)))
+
+
 def _run_prefixes(model, processor, rows: list[dict], skip: torch.Tensor):
     """Run each row's prompt up to its last image token without the block that the row skips.
 
@@ -123,7 +131,7 @@ def _run_prefixes(model, processor, rows: list[dict], skip: torch.Tensor):
     heads = [ids[: int((ids == image_token).nonzero()[-1]) + 1] for ids in batch["input_ids"]]
     if len({len(h) for h in heads}) > 1:
         raise ValueError("prompts differ in length before the question: give one chat template and one image size.")
-    cache = DynamicCache(config=model.config.text_config)
+    cache = DynamicCache()  # without a configuration, whose windows would cut the prefix for all that follows it
     places = [torch.tensor([list(by_image).index(row["path"]) for row in rows])]  # in the batch that enters a block
     with ExitStack() as hooks:
         for b, block in enumerate(parts(model).blocks):

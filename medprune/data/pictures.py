@@ -5,11 +5,8 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-import imagehash
 import numpy as np
 from PIL import Image, ImageOps
-from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import radius_neighbors_graph
 
 from medprune.data.record import Record
 from medprune.store import content
@@ -67,6 +64,10 @@ def find_duplicates(records: list[Record]) -> tuple[list[list[str]], list[list[s
     The same picture: equal bytes, or 64-bit hashes of imagehash.phash that differ in at most NEAR bits, which
     re-encoding and scaling stay within, over any number of steps. Raises ValueError naming a file that cannot be read.
     """
+    import imagehash
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import radius_neighbors_graph  # here, for an answer to one picture should not wait for it
+
     exact, near = defaultdict(list), defaultdict(list)
     for record in records:
         exact[content(record.path)].append(record)

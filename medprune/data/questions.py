@@ -79,7 +79,8 @@ def load_conditions(path: str | Path | None = None) -> dict[str, dict]:
         why = said.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "must"))
         raise ValueError(f"{path}: {' '.join(map(repr, first['loc'])) or 'the whole'} {why}.") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} is not a readable JSON file: {why}.") from error
     name_index(conditions)
     return conditions
 

@@ -14,7 +14,6 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
-from sklearn.model_selection import StratifiedGroupKFold
 
 from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
@@ -23,6 +22,7 @@ from medprune.data.questions import name_index, plain
 from medprune.data.record import MODALITIES, OWN, SIDES, TABLE_SUFFIXES, Record, columns_of, known, read_rows, skin_type
 from medprune.store import read_json, write_json
 
+USES = ("held out", "importance", "quantizing")  # of training pictures, which are drawn apart from each other
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
 LAYOUTS = (
     "a published data set as downloaded (`medprune data` says which), DIR/{train,test}/<DermNet directory>/*.jpg, "
@@ -253,11 +253,32 @@ def _deal(records: list[Record], rng: random.Random | None = None) -> list[Recor
     return [record for deal in zip_longest(*piles) for record in deal if record]
 
 
-def sample_balanced(records: list[Record], n: int, seed: int) -> list[Record]:
-    """Draw n records, conditions as equal as they allow; a smaller n with the same seed gives a prefix."""
+def sample_balanced(records: list[Record], n: int, seed: int, use: str | None = None) -> list[Record]:
+    """Draw n records, conditions as equal as they allow; a smaller n with the same seed gives a prefix.
+
+    use: one of USES, which draw from a third of each condition's records each, so that no two share a picture; where
+    its third is too small, a use takes of the others' too.
+    """
     if not 1 <= n <= len(records):
         raise ValueError(f"Cannot draw {n} of {len(records)} records; n must be between 1 and their number.")
-    return _deal(sorted(records, key=lambda r: r.key), random.Random(seed))[:n]
+    dealt = _deal(sorted(records, key=lambda r: r.key), random.Random(seed))
+    if use is not None:
+        seen, turns = Counter(), {}
+        for record in dealt:
+            turns[record.key] = seen[record.condition] % len(USES)
+            seen[record.condition] += 1
+        dealt.sort(key=lambda record: turns[record.key] != USES.index(use))
+    return dealt[:n]
+
+
+def repeat_rare(records: list[Record], balance: float) -> list[Record]:
+    """Return the records, those of a condition (most / n) ** balance times, rounded, that n of them show.
+
+    0 repeats none, 0.5 evens out half of what conditions differ by, 1 lets all come about equally often.
+    """
+    counts = Counter(r.condition for r in records)
+    most = max(counts.values(), default=0)
+    return [r for r in records for _ in range(round((most / counts[r.condition]) ** balance))]
 
 
 def _group(by_key: dict[str, Record], same: list[list[str]], dropped) -> list[list[Record]]:
@@ -285,6 +306,8 @@ def _draw_sides(groups: list[list[Record]], n_test: int | None, seed: int) -> di
     n_folds = min(2 if n_test else 3, len(groups), max(Counter(labels).values(), default=0))
     if n_folds < 2:
         return {"train": [r for group in groups for r in group], "test": []}
+    from sklearn.model_selection import StratifiedGroupKFold  # here, as in data.pictures
+
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels, numbers)
     fits = []
     with warnings.catch_warnings(action="ignore"):  # that a condition has fewer images than there are folds

@@ -215,11 +215,13 @@ CONDITIONS: tuple[str, ...] = tuple(_PAINTERS)
 def draw(condition: str, seed: int, size: int = 112) -> tuple[Image.Image, str]:
     """Draw one synthetic image, the same for the same condition, seed and size; signs need 32 pixels to be seen.
 
-    Consecutive seeds go through the six skin tones in turn, alike for every condition, so that the tone tells nothing
-    about the condition. Returns the RGB image (size x size pixels) and its tone, "I" (light) to "VI" (very dark).
+    Consecutive seeds go through the six skin tones in turn, each condition from the next tone on, so that in whole
+    turns the tone tells nothing about the condition, and three pictures of each show every tone. Returns the RGB
+    image (size x size pixels) and its tone, "I" (light) to "VI" (very dark).
     """
-    tone = seed % len(SKIN_TONES)
-    skin = bare_skin(np.random.default_rng([CONDITIONS.index(condition), seed]), 2 * size, tone)
+    number = CONDITIONS.index(condition)
+    tone = (seed + number) % len(SKIN_TONES)
+    skin = bare_skin(np.random.default_rng([number, seed]), 2 * size, tone)
     _PAINTERS[condition](skin)
     return render(skin, size), SKIN_TONES[tone]
 

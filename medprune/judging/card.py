@@ -9,7 +9,6 @@ from math import nan
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score
 
 from medprune.data.questions import load_questions
 from medprune.judging.judge import ASPECTS, Judge, Judgement, judge_in_run
@@ -43,6 +42,7 @@ MAX_FAILURES = 0.02  # share of replies that may be unreadable
 MAX_WORTHLESS = 5.0  # percent points that an answer worth nothing may get above silence, and silence above 0
 MIN_NAMING = 0.95  # share of naming answers on which judge and labels must agree
 PASS_MARK = 50.0  # percent score from which the judge is taken to call a name right
+KAPPA_DRAWS, LEAST_KAPPA_IMAGES = 1000, 8  # of images, for kappa's limits, and how many there must be
 NAMED = ("right", "wrong disease", "denied", "abstained", "silent")  # levels whose name is right or not, beyond doubt
 NAMING = f"naming: share that agrees with labels by hand (right from {PASS_MARK:g} %)"
 
@@ -170,35 +170,68 @@ def _closed(text: str) -> str:
     return text if not text or text[-1] in ".!?" else text + "."
 
 
-def agreement(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+def agreement(a: pd.DataFrame, b: pd.DataFrame, rows: list[dict] | None = None) -> pd.DataFrame:
     """Return how far two judges' tables agree on the ids both hold: quadratic-weighted kappa (Cohen 1968) per aspect.
 
     Scores are rounded to whole numbers 0-5 first; 1 is full agreement, 0 what chance gives, NaN where neither judge
-    ever varies. Columns aspect, kappa, mean_difference (a - b, of 5), n and n_unparsed (rows left out). Raises
-    ValueError when no id is in both.
+    ever varies. Columns aspect, kappa, kappa_low and kappa_high, kappa_within, mean_difference (a - b, of 5), n and
+    n_unparsed (rows left out). rows say by id which image (key) and model (method) an answer is about: kappa's limits
+    are the central 95% of KAPPA_DRAWS draws of whole images, NaN for fewer than LEAST_KAPPA_IMAGES; within is the mean
+    of the models' own kappas, for models that differ in worth make judges agree without telling answers apart. Without
+    rows these are NaN. Raises ValueError when no id is in both.
     """
     both = a.merge(b, on="id", suffixes=("_a", "_b"))
     if both.empty:
         raise ValueError("the two tables have no id in common, so their agreement cannot be told.")
     read = both[both["parsed_a"].astype(bool) & both["parsed_b"].astype(bool)]
+    about = {row["id"]: row for row in rows or []}
+    images, models = ([about.get(i, {}).get(key) for i in read["id"]] for key in ("key", "method"))
     found = []
     for aspect in ASPECTS:
         x, y = read[f"{aspect}_a"].astype(float), read[f"{aspect}_b"].astype(float)
         # halves go up: numpy's rounding to even would call 2.5 and 3.5 two apart
         p, q = np.floor(x + 0.5).astype(int), np.floor(y + 0.5).astype(int)
-        varies = len(set(p) | set(q)) > 1
-        kappa = cohen_kappa_score(p, q, weights="quadratic", labels=range(6)) if varies else nan
-        found.append((aspect, kappa, (x - y).mean(), len(read), len(both) - len(read)))
-    return pd.DataFrame(found, columns=["aspect", "kappa", "mean_difference", "n", "n_unparsed"])
+        row = {"aspect": aspect, "kappa": float(_kappa(_counts(p, q).sum(0)))}
+        row |= {"kappa_low": nan, "kappa_high": nan, "kappa_within": nan}
+        of_images = _counts(p, q, images)
+        if about and len(of_images) >= LEAST_KAPPA_IMAGES:
+            even = np.full(len(of_images), 1 / len(of_images))
+            picks = np.random.default_rng(0).multinomial(len(of_images), even, KAPPA_DRAWS)
+            drawn = _kappa(np.tensordot(picks, of_images, 1))  # (draws, 6, 6) -> (draws,)
+            if np.isfinite(drawn).any():
+                row["kappa_low"], row["kappa_high"] = np.nanquantile(drawn, [0.025, 0.975])
+        if about and len(read):
+            of_models = _kappa(_counts(p, q, models))
+            row["kappa_within"] = float(np.nanmean(of_models)) if np.isfinite(of_models).any() else nan
+        found.append(row | {"mean_difference": (x - y).mean(), "n": len(read), "n_unparsed": len(both) - len(read)})
+    return pd.DataFrame(found)
+
+
+def _counts(p, q, groups=None) -> np.ndarray:
+    """Count answers that one judge gives p and the other q, 0 to 5 (n,), in each group (n,): (groups, 6, 6)."""
+    group = np.zeros(len(p), int)
+    if groups is not None:
+        group = pd.factorize(np.array(groups, object), use_na_sentinel=False)[0]
+    counts = np.zeros((group.max(initial=0) + 1, 6, 6))
+    np.add.at(counts, (group, np.asarray(p), np.asarray(q)), 1)
+    return counts
+
+
+def _kappa(counts: np.ndarray) -> np.ndarray:
+    """Return quadratic-weighted kappa of tables of counts (..., 6, 6); NaN where both judges always say one thing."""
+    weights = np.subtract.outer(np.arange(6), np.arange(6)) ** 2
+    apart = (weights * counts).sum((-2, -1)) * counts.sum((-2, -1))
+    by_chance = (weights * counts.sum(-1)[..., None] * counts.sum(-2)[..., None, :]).sum((-2, -1))
+    return 1 - np.divide(apart, by_chance, out=np.full(np.shape(apart), nan), where=by_chance > 0)
 
 
 def agreements(rows: list[dict], judges: list[Judge], run) -> pd.DataFrame:
     """Return `agreement` of every two judges on the same rows, with their names; empty for one judge.
 
-    What stands among the run's units is not asked again.
+    What stands among the run's units is not asked again. rows may hold key, the image, and method, the model.
     """
     tables = {judge.name: judge_in_run(rows, judge, run) for judge in judges}
-    found = [agreement(tables[a], tables[b]).assign(judges=f"{a} - {b}") for a, b in combinations(tables, 2)]
+    found = [agreement(tables[a], tables[b], rows).assign(judges=f"{a} - {b}") for a, b in combinations(tables, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 

@@ -213,6 +213,7 @@ def _load_chat(name: str, pin: str, quantize_4bit: bool):
         name,
         revision=revision,
         dtype=dtype,
+        use_safetensors=True,
         quantization_config=nf4 if quantize_4bit else None,
         device_map={"": device} if cards() < 2 else "auto",
     )

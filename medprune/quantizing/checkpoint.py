@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -13,8 +12,8 @@ from medprune.data.records import load_images, sample_balanced
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import SKIP_QUANTIZATION, current_name
-from medprune.models.loading import check_loading, ready, skeleton
-from medprune.models.sizes import account, base_config
+from medprune.models.loading import check_loading, ready, skeleton, stored_tensors, weight_files
+from medprune.models.sizes import EYES, account, base_config
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -24,6 +23,7 @@ from medprune.store import content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
 _PLAIN = "from transformers import LlavaForConditionalGeneration as Llava\nmodel = Llava.from_pretrained(folder)"
+_EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
     "bitsandbytes": "bitsandbytes installed",
@@ -56,6 +56,7 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
         if processor is not None:
             processor.save_pretrained(temporary)
         size = sum(file.stat().st_size for file in temporary.iterdir())
+        said |= {"first": _EYES if model.config.vision_config.model_type == EYES else ""}
         write_text(temporary / "README.md", _card(info, config, size, **said))
     return Path(folder)
 
@@ -90,7 +91,7 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 
 def _load_packed(folder: Path, shape: LlavaConfig, config: dict, dtype: torch.dtype, device: str):
-    tensors = {current_name(k): v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    tensors = {current_name(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
     model, hqq_layers = skeleton(shape), {}
     options = (config.get(option, False) for option in _OPTIONS)
     for name, bits in target_linears(model, config["bits"], *options).items():
@@ -130,10 +131,7 @@ def _check_nf4_keys(config: LlavaConfig, folder: Path) -> None:
     expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     parts = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")
     expected |= {f"{name}.weight.{part}" for name in target_linears(model, 4) for part in parts}
-    found = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            found |= {current_name(key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
+    found = stored_tensors(folder).keys()
     check_loading({"missing_keys": expected - found, "unexpected_keys": found - expected}, folder)
 
 
@@ -198,7 +196,7 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."
     if needed := _NEEDED.get(config["quant_method"]):
-        how = f"Plain transformers, with {needed}:\n\n```python\n{_PLAIN}\n```"
+        how = f"Plain transformers, with {needed}:\n\n```python\n{said['first']}{_PLAIN}\n```"
     return f"""# A quantized LLaVA
 
 Not for clinical use: a research artefact, evaluated on teaching images only.

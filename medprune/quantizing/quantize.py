@@ -13,6 +13,7 @@ from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
 from medprune.models.families import block_number, parts
 from medprune.models.loading import weight_bytes
+from medprune.models.sizes import NO_LINEARS
 from medprune.quantizing.packed import PackedLinear
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
@@ -121,6 +122,8 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
     if isinstance(bits, list | tuple) and len(bits) != n:
         raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
     check_storage(method, bits, group_size, quantize_head, quantize_vision)
+    if quantize_vision and not any(isinstance(m, nn.Linear) for m in parts(model).vision_tower.modules()):
+        raise ValueError(NO_LINEARS)
     targets = target_linears(model, bits, quantize_head, quantize_vision)
     for name in targets:
         linear = model.get_submodule(name)

@@ -32,7 +32,15 @@ _LIBRARIES = []  # kept alive: a registration ends with its Library
 
 
 class Token:
-    """Alive as long as a storage is."""
+    """Alive as long as a storage is, whose bytes it gives back."""
+
+    def __init__(self, size: int, card: int):
+        ledger.add(size, card)
+        self.size, self.card = size, card
+
+    def __del__(self):
+        if hasattr(self, "size"):  # it fitted
+            ledger.add(-self.size, self.card)
 
 
 class Ledger:
@@ -40,19 +48,19 @@ class Ledger:
 
     def __init__(self, cards: int, limit: int | None):
         self.limit, self.lock = limit, threading.RLock()  # a finalizer may run while its own thread counts
+        self.devices = [torch.device(NAME, card) for card in range(cards)]
         self.now, self.peak, self.begun = [0] * cards, [0] * cards, [0] * cards
         self.held = weakref.WeakValueDictionary()  # address of a storage -> its token
 
     def token(self, elem: torch.Tensor, card: int):
         """Return what keeps a storage counted: every tensor that uses it holds the same one."""
         storage = elem.untyped_storage()
+        address = storage._cdata
         with self.lock:
-            token = self.held.get(storage._cdata)
+            token = self.held.get(address)
             if token is None:
-                token, size = Token(), -(-storage.nbytes() // 512) * 512  # the allocator's smallest step
-                self.add(size, card)
-                self.held[storage._cdata] = token
-                weakref.finalize(token, self.add, -size, card)
+                # rounded to the allocator's smallest step
+                token = self.held[address] = Token(-(-storage.nbytes() // 512) * 512, card)
         return token
 
     def add(self, n: int, card: int) -> None:
@@ -89,12 +97,13 @@ class Storage:
 class Pretend(torch.Tensor):
     """A tensor on a pretend card: `elem` is its meta tensor, `truth` its values where they are known."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @staticmethod
-    def __new__(cls, elem: torch.Tensor, card: int = 0, real: torch.Tensor | None = None, requires_grad=False):
+    def __new__(cls, elem: torch.Tensor, card: int = 0, real: torch.Tensor | None = None, token=None):
         form = {"strides": elem.stride(), "storage_offset": elem.storage_offset(), "dtype": elem.dtype}
-        device = torch.device(NAME, card)
-        made = cls._make_wrapper_subclass(cls, elem.size(), **form, device=device, requires_grad=requires_grad)
-        made.elem, made.truth, made.card, made.token = elem, real, card, ledger.token(elem, card)
+        made = cls._make_wrapper_subclass(cls, elem.shape, **form, device=ledger.devices[card])
+        made.elem, made.truth, made.card, made.token = elem, real, card, token or ledger.token(elem, card)
         return made
 
     @classmethod
@@ -159,28 +168,30 @@ def _keeps(tensor) -> bool:
 
 def run(func, args, kwargs):
     """Run one operation on meta tensors, and on the values as well where all of them are known."""
-    flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    ours = [x for x in flat if isinstance(x, Pretend)]
-    if func is aten._to_copy.default:
-        return _move(args[0], kwargs)
-    if func is aten.copy_.default:
-        return _copy(*args[:2])
-    if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
-        return value(args[0]).item()
-    if func is aten.equal.default:
-        return bool(torch.equal(*map(value, args[:2]))) if all(map(_known, args[:2])) else True
+    if special := SPECIAL.get(func):
+        return special(func, args, kwargs)
     device = kwargs.get("device")
-    card = ours[0].card if ours else _number(device)
-    _check_devices(func, flat, ours)
     if device is not None and not is_card(device) and torch.device(device).type != "meta":
         return _on_host(func, args, kwargs)
-    if func is aten.nonzero.default or func is aten.masked_select.default or func is aten._unique2.default:
-        return _data_dependent(func, args, kwargs, card)
-    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+    if (func.is_view or func is aten._unsafe_view.default) and isinstance(args[0], Pretend):
+        return _view(func, args, kwargs)
+    if func in BY_INDEX:
         args = (args[0], [number for index in args[1] for number in _as_numbers(index)], *args[2:])
+    key, flat = _form(func, args, kwargs)
+    ours = [x for x in flat if isinstance(x, Pretend)]
+    known = torch.Tag.nondeterministic_seeded not in func.tags and all(x.truth is not None for x in ours)
+    if key in _FORMS and not (known and flat):
+        return _again(_FORMS[key], ours, ours[0].card if ours else _number(device))
+    _check_devices(func, flat, ours)
+    return _first(func, args, kwargs, key, ours, known)
+
+
+def _first(func, args, kwargs, key, ours, known: bool):
+    """Run an operation on tensors of forms that were not seen before, or whose values are known."""
+    device = kwargs.get("device")
+    card = ours[0].card if ours else _number(device)
     meta_kwargs = kwargs | ({"device": torch.device("meta")} if "device" in kwargs else {})
-    known = all(map(_known, flat)) and torch.Tag.nondeterministic_seeded not in func.tags
-    keeps_flag = func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default  # found no infinity
+    keeps_flag = func is aten._amp_foreach_non_finite_check_and_unscale_.default  # found no infinity
     real = _real(func, args, kwargs) if known else None
     try:
         out = func(*pytree.tree_map(_meta, args), **pytree.tree_map(_meta, meta_kwargs))
@@ -189,8 +200,90 @@ def run(func, args, kwargs):
             raise
         out = pytree.tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, real)
     outs, spec = pytree.tree_flatten(out)
+    if key is not None and real is None and not keeps_flag and "out" not in kwargs:
+        _remember(key, outs, spec, ours)
     reals = pytree.tree_leaves(real) if real is not None else [None] * len(outs)
     return pytree.tree_unflatten([_wrap(o, r, ours, card, keeps_flag) for o, r in zip(outs, reals, strict=True)], spec)
+
+
+def _form(func, args, kwargs) -> tuple:
+    """Return what decides the form of an operation's results, or None where that cannot be said, and its tensors."""
+    form, flat = [func], []
+    _add_form((args, tuple(kwargs.items())), form, flat)
+    try:
+        hash(form := tuple(form))
+    except TypeError:
+        form = None
+    return form, flat
+
+
+def _add_form(x, form: list, flat: list) -> None:
+    if isinstance(x, list | tuple):
+        form.append(len(x))
+        for each in x:
+            _add_form(each, form, flat)
+    elif isinstance(x, torch.Tensor):
+        flat.append(x)
+        held, place = (x.elem, x.card) if isinstance(x, Pretend) else (x, x.device)
+        form += (held.shape, held.stride(), held.dtype, place)
+    else:
+        form += (type(x), x)
+
+
+_FORMS = {}  # of an operation: the forms of its results, in place of which number of its pretended tensors they are
+
+
+def _remember(key, outs: list, spec, ours: list) -> None:
+    """Keep the forms of results that are new tensors, or tensors that were given."""
+    given, storages, forms = [id(x.elem) for x in ours], {x.elem.untyped_storage()._cdata for x in ours}, []
+    for out in outs:
+        if id(out) in given:
+            forms.append(given.index(id(out)))
+        elif isinstance(out, torch.Tensor):
+            form, storage = (out.shape, out.stride(), out.dtype), out.untyped_storage()
+            if storage._cdata in storages or storage.nbytes() != _anew(form).untyped_storage().nbytes():
+                return
+            storages.add(storage._cdata)
+            forms.append(form)
+        elif out is None:
+            forms.append(None)
+        else:
+            return
+    if torch.Tag.inplace_view not in key[0].tags:
+        _FORMS[key] = forms, spec
+
+
+def _anew(form) -> torch.Tensor:
+    shape, stride, dtype = form
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _again(known, ours: list, card: int):
+    """Return results of forms that are known."""
+    forms, spec = known
+    outs = [_result(form, ours, card) for form in forms]
+    return outs[0] if spec.is_leaf() else pytree.tree_unflatten(outs, spec)
+
+
+def _result(form, ours: list, card: int):
+    if isinstance(form, int):
+        ours[form].truth = None
+        return ours[form]
+    return None if form is None else Pretend(_anew(form), card)
+
+
+def _view(func, args, kwargs):
+    """Return views of one tensor, of its values too."""
+    source, rest = args[0], args[1:]
+    out = func(source.elem, *rest, **kwargs)
+    real = None if source.truth is None else func(source.truth, *rest, **kwargs)
+    if isinstance(out, torch.Tensor):
+        return _viewed(source, out, real)
+    return [_viewed(source, o, r) for o, r in zip(out, real or [None] * len(out), strict=True)]
+
+
+def _viewed(source, out: torch.Tensor, real: torch.Tensor | None):
+    return Pretend(out, source.card, real if real is not None and _keeps(real) else None, source.token)
 
 
 def _wrap(out, real, ours, card: int, keeps_flag: bool):
@@ -251,11 +344,20 @@ def _check_devices(func, flat, ours) -> None:
 
 
 def _on_host(func, args, kwargs):
-    return func(*pytree.tree_map(lambda x: value(x) if isinstance(x, Pretend) else x, args), **kwargs)
+    return func(*pytree.tree_map(value, args), **kwargs)
 
 
-def _move(source, kwargs):
-    device, kwargs = kwargs.get("device"), {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+def _number_of(func, args, kwargs):
+    return value(args[0]).item()
+
+
+def _equal(func, args, kwargs) -> bool:
+    return bool(torch.equal(*map(value, args[:2]))) if all(map(_known, args[:2])) else True
+
+
+def _move(func, args, kwargs):
+    source, device = args[0], kwargs.get("device")
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     here = source.device if device is None else torch.device(device)
     if here.type == "meta":
         return aten._to_copy.default(_meta(source), device=here, **kwargs)
@@ -268,7 +370,8 @@ def _move(source, kwargs):
     return Pretend(aten._to_copy.default(_meta(source), device=torch.device("meta"), **kwargs), card, real)
 
 
-def _copy(target, source):
+def _copy(func, args, kwargs):
+    target, source = args[:2]
     if not isinstance(target, Pretend):
         return target.copy_(value(source))
     known = source.truth if isinstance(source, Pretend) else source
@@ -279,10 +382,13 @@ def _copy(target, source):
     return target
 
 
-def _data_dependent(func, args, kwargs, card):
+def _data_dependent(func, args, kwargs):
     """Return what depends on values; where they are not known, as if every entry were chosen."""
-    found = func(*pytree.tree_map(lambda x: value(x) if isinstance(x, Pretend) else x, args), **kwargs)
-    return pytree.tree_map(lambda x: Pretend(x.to("meta"), card, x if _keeps(x) else None), found)
+    flat = [x for x in args if isinstance(x, torch.Tensor)]
+    ours = [x for x in flat if isinstance(x, Pretend)]
+    _check_devices(func, flat, ours)
+    found = func(*pytree.tree_map(value, args), **kwargs)
+    return pytree.tree_map(lambda x: Pretend(x.to("meta"), ours[0].card, x if _keeps(x) else None), found)
 
 
 def _as_numbers(index) -> tuple:
@@ -290,6 +396,44 @@ def _as_numbers(index) -> tuple:
     if not isinstance(index, torch.Tensor) or index.dtype not in (torch.bool, torch.uint8):
         return (index,)
     return value(index).nonzero(as_tuple=True)
+
+
+BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+SPECIAL = {aten._to_copy.default: _move, aten.copy_.default: _copy, aten.equal.default: _equal}
+SPECIAL |= dict.fromkeys((aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default), _number_of)
+SPECIAL |= dict.fromkeys((aten.nonzero.default, aten.masked_select.default, aten._unique2.default), _data_dependent)
+
+
+def remembered(function, form):
+    """Return a function that runs once for each form of its arguments, as `form` gives it from them.
+
+    Later calls take the memory that the first one took on top of what was held, and give tensors of the same forms. For
+    what computes tensors from tensors, changes nothing and keeps nothing, such as a layer that unpacks its weight.
+    """
+    seen = {}
+
+    @functools.wraps(function)
+    def found(*args):
+        if not any(isinstance(x, Pretend) for x in args):
+            return function(*args)
+        key = form(*args)
+        if key not in seen:
+            before, peak = list(ledger.now), ledger.peak
+            ledger.peak = list(before)
+            try:
+                out = function(*args)
+            finally:
+                rise = [high - low for high, low in zip(ledger.peak, before, strict=True)]
+                ledger.peak = [max(pair) for pair in zip(ledger.peak, peak, strict=True)]
+            seen[key] = rise, (out.shape, out.stride(), out.dtype), out.card
+            return out
+        rise, made, card = seen[key]
+        for number, most in enumerate(rise):
+            ledger.add(most, number)
+            ledger.add(-most, number)
+        return Pretend(_anew(made), card)
+
+    return found
 
 
 class _Cards(_DummyBackendModule):
@@ -353,9 +497,9 @@ def start(cards: int = 1, limit: int | None = None) -> Ledger:
     global ledger
     if ledger is not None:
         raise RuntimeError("there are pretended cards in this process already.")
-    ledger = Ledger(cards, limit)
     torch.inference_mode = no_grad
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Cards())
+    ledger = Ledger(cards, limit)
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: run(op, args, kwargs), "PrivateUse1")
     _LIBRARIES.append(library)

@@ -32,22 +32,26 @@ CONTEXT_BYTES = int(0.5 * GIB)  # of a card: CUDA's context, cuBLAS's workspaces
 
 @dataclass(frozen=True)
 class Machine:
-    """What a stage may use: cards of gpu_gib each, host memory, and disk in the run's folder and in scratch."""
+    """What a stage may use: cards of gpu_gib each, host memory, disk where the run is, and scratch apart from it."""
 
     name: str
     cards: int
     gpu_gib: float = 14.7
     ram_gib: float = 12.7
     disk_gb: float = 70.0
+    scratch_gb: float = 0.0
 
 
-MACHINES = {"kaggle": Machine("kaggle", 2, ram_gib=29.0, disk_gb=70.0), "colab": Machine("colab", 1)}
+MACHINES = {"kaggle": Machine("kaggle", 2, ram_gib=29.0, disk_gb=20.0, scratch_gb=50.0), "colab": Machine("colab", 1)}
 
 
 def machine(name: str, **changes) -> Machine:
     """Return a machine by name with other sizes put in; ValueError names those that there are."""
     if name not in MACHINES:
         raise ValueError(f"machine {name!r} is not known: choose {' or '.join(MACHINES)}.")
+    for what, size in changes.items():
+        if not 0 < size < 2**20:
+            raise ValueError(f"{what}={size} must be above 0 and below {2**20}.")
     return replace(MACHINES[name], **changes)
 
 
@@ -149,7 +153,8 @@ def short(settings: dict, root: Path) -> dict:
         "base": str(root / "llava"), "images": str(root / "dermnet"), "embedding": "minilm",
         "n_train": 8 * IMAGES, "n_test": -(-images // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
         "n_calibration": min(settings["n_calibration"], images), "awq_rows": settings["awq_rows"],
-        "blocks_removed": [0, *settings["recover"]], "search_images": 2, "evaluations": 4,
+        "random_draws": 2, "search_images": 2, "evaluations": 4,
+        "blocks_removed": [0, *settings["recover"]],
         "protected_blocks": [b for b in range(BLOCKS) if not first <= b < first + most],
     }  # fmt: skip
     if settings.get("judge", "reference") != "reference":
@@ -189,8 +194,8 @@ def _stage(stage: str, machine: Machine, root: Path, asked: dict) -> dict:
         parameters["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in asked.items()}
     job = {"stage": stage, "cards": machine.cards, "card_bytes": int(machine.gpu_gib * GIB) - CONTEXT_BYTES}
     job |= {"root": str(root), "out": str(out), "parameters": parameters}
-    own = {"MEDPRUNE_SCRATCH": str(root / "scratch"), "MEDPRUNE_CACHE": str(root / "cache"), "MPLBACKEND": "agg"}
-    own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"MEDPRUNE_SCRATCH": str(root / "scratch") if machine.scratch_gb else "", "MPLBACKEND": "agg"}
+    own |= {"MEDPRUNE_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "medprune.rehearsing.stage", str(write_json(root / f"{stage}.job.json", job))]
     with open(root / f"{stage}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, env=os.environ | own, cwd=REPO, stdout=log, stderr=subprocess.STDOUT)
@@ -204,7 +209,8 @@ def _misfits(taken: dict, machine: Machine) -> list[str]:
     """Return what of a stage did not fit a machine, in sentences."""
     found = [taken["error"]] if taken["error"] else []
     found += [f"{what} were halved to {rows} at once" for what, rows in taken["halved"].items()]
-    for name, unit, limit in (("ram", GIB, machine.ram_gib), ("disk", 1e9, machine.disk_gb)):
+    sizes = (("ram", GIB, machine.ram_gib), ("disk", 1e9, machine.disk_gb), ("scratch", 1e9, machine.scratch_gb))
+    for name, unit, limit in sizes:
         if taken[f"{name}_bytes"] > limit * unit:
             found.append(f"{taken[f'{name}_bytes'] / unit:.1f} of {name} are needed, {limit} are there")
     return found

@@ -3,6 +3,8 @@
 python -m medprune.rehearsing.stage JOB.json
 """
 
+import gc
+import itertools
 import json
 import os
 import sys
@@ -14,18 +16,21 @@ from pathlib import Path
 import psutil
 
 from medprune import device, store
+from medprune.models.families import block_number
 from medprune.rehearsing import card
 from medprune.settings import REPO
 from medprune.store import read_json, write_json
 
-EVERY_S = 0.02  # between two looks at the process's memory
+EVERY_S = 0.05  # between two looks at the process's memory
+UNPACKED_LAYERS = 32 * 7  # of packed models on the host, the first one's: later ones hold as many bytes
+MERGED_BLOCKS = 8  # of those whose weights are really converted on the host, two files' worth
 
 
 def main(path: str) -> None:
     """Do a job {stage, cards, card_bytes, parameters, root, out}; write what it took to `out`.
 
-    `out` holds the peaks of each card by cell, that of the host's memory, the most bytes of files under `root`,
-    seconds, rows that had to be halved, and the error that ended it, if one did.
+    `out` holds the peaks of each card by cell, that of the host's memory, the most bytes of files under `root` and
+    in its `scratch`, seconds, rows that had to be halved, and the error that ended it, if one did.
     """
     job = read_json(Path(path))
     ledger = card.start(job["cards"], job["card_bytes"])
@@ -35,6 +40,7 @@ def main(path: str) -> None:
     store._digest = _named
     _cut_short()
     Host()
+    gc.freeze()  # what was imported stays, and is not walked through each time that a model is let go
     taken = {"stage": job["stage"], "cells": [], "error": None}
     started = time.perf_counter()
     try:
@@ -45,7 +51,7 @@ def main(path: str) -> None:
     Disk.look(Path(job["root"]))
     taken |= {"ram_bytes": Host.peak, "seconds": time.perf_counter() - started}
     taken |= {"card_bytes": [max(c["peak"][i] for c in taken["cells"]) for i in range(job["cards"])]}
-    taken |= {"disk_bytes": Disk.peak, "halved": device.HALVED}
+    taken |= {"disk_bytes": Disk.peak, "scratch_bytes": Disk.scratch, "halved": device.HALVED}
     write_json(Path(job["out"]), taken)
 
 
@@ -69,10 +75,44 @@ def _cut_short() -> None:
     """Cut loops whose rounds are all alike in memory, and host products whose numbers nobody looks at."""
     import torch
 
-    from medprune.quantizing import awq
+    from medprune.answers import timing
+    from medprune.pruning import criteria
+    from medprune.quantizing import awq, checkpoint
+    from medprune.quantizing.packed import PackedLinear
+    from medprune.tuning import merging
 
-    awq.N_GRID, awq.CLIPS = 2, 2
+    awq.N_GRID, awq.CLIPS, timing.REPEATS = 2, 2, 2
+    PackedLinear._product = card.remembered(PackedLinear._product, _packed_form)
     torch.addmm = lambda whole, left, right, alpha=1: whole  # of merging: what it holds is made before it is called
+    whole = merging.read_tensor
+    merging.read_tensor = lambda *where: whole(*where) if _early(where[1]) else whole(*where).to("meta")
+    criteria.read_tensor = lambda *where: whole(*where) if _early(where[1]) else torch.zeros(1)
+    checkpoint.from_awq = _repacked(checkpoint.from_awq)
+
+
+def _early(name: str) -> bool:
+    """Say whether a tensor is among those that host memory is measured on: as many as fill two files."""
+    return (block_number(name) or 0) < MERGED_BLOCKS
+
+
+def _packed_form(layer, x) -> tuple:
+    return layer.in_features, layer.out_features, layer.bits, layer.group_size, x.shape, x.stride(), x.dtype, x.device
+
+
+def _repacked(whole):
+    """Return `packed.from_awq` that unpacks one model's layers, and of later ones gives buffers of the same bytes."""
+    import torch
+
+    layers = itertools.count()
+
+    def repacked(qweight, qzeros, scales) -> dict:
+        if next(layers) < UNPACKED_LAYERS:
+            return whole(qweight, qzeros, scales)
+        (inputs, words), groups = qweight.shape, len(qzeros)
+        codes = torch.ones(words * 8, inputs // 2, dtype=torch.uint8)
+        return {"qweight": codes, "zero_point": torch.ones(groups, words * 4, dtype=torch.uint8), "scale": scales}
+
+    return repacked
 
 
 def _named(path: Path, stamp: tuple) -> str:
@@ -98,14 +138,17 @@ class Host:
 
 
 class Disk:
-    """The most bytes that files had under a folder, whatever of them are holes, but for the base's."""
+    """The most bytes that files had under a folder but for the base's, holes or not, and in `scratch` there."""
 
-    peak = 0
+    peak = scratch = 0
 
     @classmethod
     def look(cls, root: Path) -> None:
-        found = (f for f in root.rglob("*") if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents)
-        cls.peak = max(cls.peak, sum(f.stat().st_size for f in found))
+        sizes = {False: 0, True: 0}  # in scratch or not
+        for f in root.rglob("*"):
+            if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents:
+                sizes[root / "scratch" in f.parents] += f.stat().st_size
+        cls.peak, cls.scratch = max(cls.peak, sizes[False]), max(cls.scratch, sizes[True])
 
 
 def _write_holes(root: Path) -> None:

@@ -129,8 +129,8 @@ def figure_stability(ranks: pd.DataFrame, overlaps: pd.DataFrame) -> Figure:
     return fig
 
 
-def figure_sweep(sweep: pd.DataFrame) -> Figure:
-    """Draw judge score by blocks removed with 95% intervals by image: a line per criterion, and the paper's, if there.
+def figure_sweep(sweep: pd.DataFrame, what: str = SCORE) -> Figure:
+    """Draw `what`, a score, by blocks removed with its intervals: a line per criterion, and the paper's, if there.
 
     sweep: blocks_removed, score, low, high, and perhaps criterion and paper_score; several draws of `random` share the
     criterion's name and are averaged, their intervals too, if all have one. Controls are grey and broken.
@@ -150,7 +150,7 @@ def figure_sweep(sweep: pd.DataFrame) -> Figure:
         paper = sweep.dropna(subset="paper_score").drop_duplicates("blocks_removed").sort_values("blocks_removed")
         ax.plot("blocks_removed", "paper_score", "s--", data=paper, color=GREY, label="paper (LLaVA-1.5-7B)")
     ax.locator_params(axis="x", integer=True)
-    ax.set(xlabel=REMOVED, ylabel=SCORE, ylim=(-2, 102))
+    ax.set(xlabel=REMOVED, ylabel=what, ylim=(-2, 102))
     ax.legend(**PLAIN)
     return fig
 
@@ -204,6 +204,36 @@ def figure_forest(differences: pd.DataFrame, what: str | None = None) -> Figure:
         ax.annotate(text, (1.02, i), xycoords=ax.get_yaxis_transform(), va="center", fontsize="small")
     ax.set_yticks(rows.index, names)
     ax.set(xlabel=f"judge score, {what or 'a - b'} (percentage points)", ylabel=sides, ylim=(len(rows) - 0.5, -0.5))
+    fig.legend(**ABOVE)
+    return fig
+
+
+def figure_among_random(placed: pd.DataFrame) -> Figure:
+    """Draw `tables.among_random`: each criterion's score, and the central 95% of the random draws' as a band."""
+    counts = sorted(placed["blocks_removed"].unique())
+    tall = 1.5 + 0.3 * placed["criterion"].nunique()
+    fig, axes = _axes(1, len(counts), (4 + 3 * len(counts), tall), sharey=True, squeeze=False)
+    for ax, (count, rows) in zip(axes[0], placed.groupby("blocks_removed"), strict=True):
+        rows = rows.reset_index(drop=True)
+        ax.axvspan(rows["low"][0], rows["high"][0], color=GREY, alpha=0.25, linewidth=0, label="95% of random draws")
+        ax.axvline(rows["random"][0], color=GREY, linestyle="--", label="their mean")
+        ax.plot(rows["score"], rows.index, "o", color=BLUE)
+        ax.set_yticks(rows.index, [name.replace("_", " ") for name in rows["criterion"]])
+        ax.set(xlabel=SCORE, xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
+        ax.set_title(f"{count} blocks removed, {rows['draws'][0]} draws", fontsize="small")
+    axes[0][0].set_ylabel("criterion")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), **ABOVE)
+    return fig
+
+
+def figure_shares(named: pd.DataFrame) -> Figure:
+    """Draw `groups.naming_table`: the share of images named right with its interval, and the worst group's beside."""
+    rows = named.reset_index(drop=True)
+    fig, ax = _axes(size=(8, 1.5 + 0.3 * len(rows)))
+    ax.errorbar(rows["right"], rows.index, xerr=_arms(rows, "right"), fmt="o", color=BLUE, label="all images", **BARS)
+    ax.plot(rows["worst"], rows.index, "|", color=RED, markersize=10, label="worst group")
+    ax.set_yticks(rows.index, rows["method"])
+    ax.set(xlabel="names given right (% of images)", ylabel="method", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
     fig.legend(**ABOVE)
     return fig
 

@@ -14,7 +14,17 @@ from medprune.store import write_text
 
 _KEYS = ("chapter", "heading", "text", "table", "figure", "image")  # of a section
 
-_CONSTANT = ("a", "b", "n", "n images", "unmatched", "unparsed", "n unparsed")  # columns that often say one thing
+_CONSTANT = (
+    "a",
+    "b",
+    "n",
+    "n images",
+    "unmatched",
+    "unparsed",
+    "n unparsed",
+    "n runs",
+    "by",
+)  # columns that often say one thing
 
 _ONE_DECIMAL = ("_bytes", "diff", "score_percent", "paper_score")  # how the names of such columns end
 
@@ -39,35 +49,60 @@ def html_report(path: Path, title: str, sections: list[dict]) -> Path:
     return write_text(Path(path), text)
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
+def with_interval(mean: float, low: float, high: float, digits: int = 1) -> str:
     """Return "80.1 [76.0, 84.2]", "80.1 [no interval]" where the bounds are NaN, "" where the mean is."""
     if pd.isna(mean):
         return ""
-    return f"{mean:z.1f} {limits(low, high)}"
+    return f"{mean:z.{digits}f} {limits(low, high, digits)}"
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text for people: units in the headings, scores with one decimal, blanks for NaN.
 
-    score (or diff) with low and high becomes one column, low_all and high_all another; _bytes become MiB or GiB; p
-    below 0.001 says so.
+    score (diff, right) with low and high becomes one column, any other X with X_low and X_high too, low_all and
+    high_all another; _bytes become MiB or GiB; p below 0.001 says so.
     """
-    out, merged = {}, next((c for c in ("score", "diff") if {c, "low", "high"} <= set(table)), None)
+    out, limits_of = {}, _limits_of(table)
+    bounds = {name for pair in limits_of.values() for name in pair}
     for name, column in table.items():
         heading = str(name).replace("_", " ")
-        if name == merged:
-            rows = zip(column, table["low"], table["high"], strict=True)
-            out[f"{heading} [95% interval]"] = [with_interval(*row) for row in rows]
+        if name in limits_of:
+            low, high = limits_of[name]
+            rows = zip(column, table[low], table[high], strict=True)
+            digits = 2 if name == "kappa" else 1
+            out[f"{heading} [95% interval]"] = [with_interval(*row, digits) for row in rows]
         elif name == "low_all" and "high_all" in table:
             found = zip(column, table["high_all"], strict=True)
             out["[95% for all rows]"] = [limits(low, high) for low, high in found]
-        elif not (merged and name in ("low", "high") or name == "high_all" and "low_all" in table):
+        elif not (name in bounds or name == "high_all" and "low_all" in table):
             if str(name).endswith("_bytes"):
                 unit, size = byte_unit(column)
                 column, heading = column / size, f"{heading.removesuffix(' bytes')} ({unit})"
             numbers = pd.to_numeric(column, errors="coerce").dropna()
             out[heading] = [_cell(value, str(name), numbers) for value in column]
     return pd.DataFrame(out, index=table.index)
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """Return what the page shows of a table as markdown."""
+    cells = _cells_of(table)
+    rows = [
+        [name for name, _ in cells["columns"]],
+        ["---:" if kind == "num" else "---" for _, kind in cells["columns"]],
+    ]
+    lines = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in [*rows, *cells["rows"]]]
+    return "\n".join(lines) + (f"\n\nThroughout: {cells['same']}." if cells["same"] else "")
+
+
+def _plain(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")
+
+
+def _limits_of(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Return the columns that have limits, and which columns those are."""
+    found = {c: (f"{c}_low", f"{c}_high") for c in table if {f"{c}_low", f"{c}_high"} <= set(table)}
+    first = next((c for c in ("score", "diff", "right") if {c, "low", "high"} <= set(table)), None)
+    return found | ({first: ("low", "high")} if first else {})
 
 
 def byte_unit(column: pd.Series) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from medprune.results.page import readable
 from medprune.settings import STAGES, values_of
-from medprune.store import Run, describe_machine, read_json, write_csv, write_json
+from medprune.store import Run, describe_machine, read_csv, read_json, write_csv, write_json
 
 CHAPTERS = {
     "06_judge_eval": "What it cost (notebook 06)",
@@ -64,7 +64,7 @@ def report_sections(root: Path, last: str = "06_judge_eval") -> list[dict]:
 
 def _read(file: Path):
     if file.suffix == ".csv":
-        return pd.read_csv(file, keep_default_na=False, na_values=[""])  # an answer may be the text "NA"
+        return read_csv(file, keep_default_na=False, na_values=[""])  # an answer may be the text "NA"
     return Image.open(file)
 
 

@@ -1,13 +1,17 @@
-"""Intervals and paired comparisons that know three questions share an image.
+"""Intervals and paired comparisons that know three questions share an image, and all answers of a run its training.
 
 Scores travel as a table with one row per answer: method, id (one image and one question), cluster (the image) and
 score_percent (0-100, higher is better, NaN where the judge's reply could not be parsed). Where it also says by which
 judge (judged_by; its name in judge) and what was asked (asked), scores of two judges, or of two questions, are
 refused. Estimators refuse NaN; tables leave unparsed answers out of the mean and print how many, so a failure is never
 dropped in silence.
-Variance of a mean: that of the clusters, weighed by their answers, with the factor G/(G-1) for G clusters (Liang and
-Zeger 1986). Intervals are 95%. NaN limits mean "no interval": the data cannot carry one. How often the others cover is
-simulated in benchmarks/coverage.py.
+The population: images like those tested, of these conditions, each asked these questions. A table of one run is about
+the model of that run; where column run tells several apart (seeds), about a model trained and pruned anew, so that
+intervals cover seeds and images (`results.cells`). The conditions are those there are; images count as drawn from
+their mixture, which makes intervals wider than with the conditions' shares fixed, not narrower.
+Intervals are 95%. NaN limits mean "no interval": the data cannot carry one. How often the others cover is simulated in
+benchmarks/coverage.py. Where a table makes several comparisons, p is adjusted by Holm, and low_all and high_all hold
+for all of them together.
 """
 
 import math
@@ -21,8 +25,8 @@ from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-# A standard error below this share of the largest value is what rounding leaves of a variance of zero.
-ROUNDING = 1e-12
+from medprune.results.cells import ROUNDING, Cells, cells_of, covariance, p_of, student, variance
+
 ALPHA, POWER = 0.05, 0.8  # of the tests that are planned
 SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
 
@@ -41,50 +45,55 @@ def clustered_mean(values, clusters) -> dict:
     there is one cluster, or all clusters have the very same mean. Raises ValueError for no values, NaN or infinite
     values, or unequal lengths.
     """
-    means, weights, found = _by_image(values, clusters)
-    low, high = _t_limits(means, weights, ALPHA)
+    means, cells, found = _by_image(values, clusters)
+    low, high = _t_limits(means, cells, ALPHA)
     return found | {"low": low, "high": high}
 
 
-def mean_score(scores, clusters) -> dict:
+def mean_score(scores, clusters, runs=None, strata=None, alpha: float = ALPHA) -> dict:
     """Return mean, low, high, n and n_images of scores (n,) of 0 to 100, of which those of one cluster are dependent.
 
+    runs (n,): where there are several, they are drawn as the images are (`results.cells`), weigh the same, and n_runs
+    says how many. strata (n,), such as conditions: each weighs the same, and images vary about their stratum's mean.
     The limits are Jeffreys's for a share (Brown, Cai and DasGupta 2001) at the effective number of images, the number
     of 0/1 scores that would have the variance found, adjusted for degrees of freedom (Korn and Graubard 1998). They
     lie within 0 to 100. A few images near an end may hide a rare failure, so the variance found is averaged with that
     of a 0/1 score, which weighs UNSEEN x the squared skewness of the mean of as many 0/1 scores (after Cochran 1977,
     section 2.15: normal limits need many times the squared skewness).
     NaN limits where all images have the very same mean, or the mean is less than LEAST_FROM_END images' worth from 0
-    or 100 (8 images: below 19 or above 81; 24: 6 and 94; 96: 1.6 and 98.4). Raises ValueError as `clustered_mean`
-    does, and for scores outside 0 to 100.
+    or 100 (8 images: below 19 or above 81; 24: 6 and 94; 96: 1.6 and 98.4), where there are two runs, or a stratum
+    has one image. Raises ValueError as `clustered_mean` does, and for scores outside 0 to 100.
     """
-    means, weights, found = _by_image(scores, clusters)
+    means, cells, found = _by_image(scores, clusters, runs, strata)
     if not 0 <= np.min(scores) <= np.max(scores) <= 100:
         raise ValueError(f"scores run from {np.min(scores):g} to {np.max(scores):g}: they must lie within 0 to 100.")
     low = high = math.nan
-    from_end = means.size * min(found["mean"], 100 - found["mean"]) / 100
-    if from_end >= LEAST_FROM_END and _error(means, weights):
-        low, high = 100 * np.array(_share_limits(means / 100, weights, ALPHA, UNSEEN))
+    from_end = cells.images * min(found["mean"], 100 - found["mean"]) / 100
+    if from_end >= LEAST_FROM_END and variance(means, cells)[0] > 0:
+        low, high = 100 * np.array(_share_limits(means / 100, cells, alpha, UNSEEN))
     return found | {"low": float(low), "high": float(high)}
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Summarise answers as one row per method: method, score, low, high, n, n_images, unparsed.
+    """Summarise answers as one row per method: method, score, low, high, n, n_images, unparsed; of runs n_runs too.
 
     score, low and high are percent, of the n parsed answers on n_images images; unparsed answers are left out
-    of all of these and counted. low and high are those of `mean_score`, NaN for no interval. A method with no parsed
-    answer gets NaN. Raises ValueError for an unusable table, such as one where two judges scored the same method.
+    of all of these and counted. Where scores has a run, every run weighs the same. low and high are those of
+    `mean_score`, NaN for no interval. A method with no parsed answer gets NaN. Raises ValueError for an unusable
+    table, such as one where two judges scored the same method.
     """
     rows = []
     for method, answers in _checked(scores).groupby("method", sort=False):
         parsed = answers.dropna(subset="score_percent")
-        found = mean_score(parsed["score_percent"], parsed["cluster"]) if len(parsed) else {"n": 0, "n_images": 0}
+        found = {"n": 0, "n_images": 0}
+        if len(parsed):
+            found = mean_score(parsed["score_percent"], parsed["cluster"], parsed.get("run"))
         rows.append({"method": method, "unparsed": len(answers) - len(parsed)} | found)
-    columns = ["method", "score", "low", "high", "n", "n_images", "unparsed"]
+    columns = ["method", "score", "low", "high", "n", "n_images", *["n_runs"] * ("run" in scores), "unparsed"]
     return pd.DataFrame(rows).rename(columns={"mean": "score"}).reindex(columns=columns)
 
 
-def paired_difference(a, b, clusters, alpha: float = ALPHA) -> dict:
+def paired_difference(a, b, clusters, alpha: float = ALPHA, runs=None) -> dict:
     """Return diff = mean(a - b), low, high, p of no difference, n and n_images; a, b and clusters are (n,).
 
     a and b are scores of 0 to 100, or differences of such; diff is in points, positive where a is higher, and low and
@@ -94,25 +103,27 @@ def paired_difference(a, b, clusters, alpha: float = ALPHA) -> dict:
     is right for differences either way, and of those that gains and losses give, each with `mean_score`'s limits,
     put together by Zou and Donner's MOVER (2008; Newcombe 1998 for shares), which is right where few images differ,
     and much. They hold 0 where p is at least alpha.
-    NaN limits where fewer than LEAST_DIFFERENT images differ or all differ by the same; one cluster has no p either.
+    runs (n,), as `mean_score` has them: of several, p is the t test that their limits are of.
+    NaN limits where fewer than LEAST_DIFFERENT images differ or all differ by the same; one cluster, or two runs, have
+    no p either.
     A loss on so few images that none was drawn is in no interval. Raises ValueError as `clustered_mean` does, and
     for values beyond 100: take unparsed answers out of both sides first, as `compare` does.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"a holds {a.size} scores and b {b.size}: pairs must be complete.")
-    means, weights, found = _by_image(a - b, clusters)
+    means, cells, found = _by_image(a - b, clusters, runs)
     sides = np.concatenate([a, b])
     if np.abs(sides).max() > 100:
         raise ValueError(f"a score of {sides[np.abs(sides).argmax()]:g} is none of 0 to 100, nor a difference of two.")
     means[np.abs(means) <= ROUNDING * np.abs(sides).max()] = 0  # what rounding leaves of equal scores
-    found = {"diff": float(weights @ means), "low": math.nan, "high": math.nan, "p": math.nan} | found
+    found = {"diff": float(cells.shares @ means), "low": math.nan, "high": math.nan, "p": math.nan} | found
     del found["mean"]
-    if means.size > 1:
-        found["p"] = _p_of_no_difference(means, weights)
-    if np.count_nonzero(means) >= LEAST_DIFFERENT and _error(means, weights):
+    if cells.images > 1:
+        found["p"] = _p_of_no_difference(means, cells)
+    if np.unique(cells.image[means != 0]).size >= LEAST_DIFFERENT and variance(means, cells)[0] > 0:
         scale = 100 if sides.min() >= 0 else 200
-        limits = np.array([_t_limits(means, weights, alpha), scale * _gain_limits(means / scale, weights, alpha)])
+        limits = np.array([_t_limits(means, cells, alpha), scale * _gain_limits(means / scale, cells, alpha)])
         hold = [0.0] if found["p"] >= alpha else []
         found["low"] = float(max(-scale, min([*limits[:, 0], *hold])))
         found["high"] = float(min(scale, max([*limits[:, 1], *hold])))
@@ -123,7 +134,8 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     """Compare pairs of methods on the answers both have: one row per pair, diff = a - b in percentage points.
 
     Columns: a, b, diff, low, high, low_all and high_all (Bonferroni's limits, which hold for all rows together), p,
-    p_holm (adjusted for the number of rows with a p; Holm 1979), n answers on n_images, unmatched (ids that only one
+    p_holm (adjusted for the number of rows with a p; Holm 1979), n answers on n_images in n_runs, if scores has a run
+    (answers are paired within it), unmatched (ids that only one
     of the two has) and unparsed (shared ids left out because either score is NaN). Raises ValueError if a method is
     unknown, a pair shares no scored id or was scored by different judges, or an id changes its image or what was
     asked.
@@ -133,18 +145,53 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     for a, b in pairs:
         both, unmatched = _paired(scores, a, b)
         parsed = both.dropna(subset=SIDES)
-        values = [parsed[column] for column in (*SIDES, "cluster")]
-        found, wide = paired_difference(*values), paired_difference(*values, ALPHA / len(pairs))
+        values, within = [parsed[column] for column in (*SIDES, "cluster")], parsed.get("run")
+        found, wide = (paired_difference(*values, alpha, within) for alpha in (ALPHA, ALPHA / len(pairs)))
         found |= {"low_all": wide["low"], "high_all": wide["high"]}
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
     columns = ["a", "b", "diff", "low", "high", "low_all", "high_all", "p", "p_holm", "n", "n_images", "unmatched"]
-    columns += ["unparsed"]
+    columns += [*["n_runs"] * ("run" in scores), "unparsed"]
     table = pd.DataFrame(rows, columns=columns)
     tested = table["p"].notna()
     table["p_holm"] = math.nan
     if tested.any():
         table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
     return table
+
+
+def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> dict:
+    """Return diff, low and high of how much more the first pair's a - b is than the second's, in log-odds of the mean.
+
+    The same question as a difference of differences in points, on the scale on which a loss near 0 or 100 counts as
+    much as one in the middle: the two may answer it differently, and then neither is the answer. first, second: (a, b)
+    methods, all four scored on the same answers. The error is by the delta method over images, with Student's t:
+    in benchmarks/coverage.py it covers 94 to 98%. NaN where a mean is less than
+    LEAST_FROM_END images' worth from 0 or 100.
+    """
+    wide = _checked(scores).pivot(index=["cluster", "id"], columns="method", values="score_percent")
+    means = wide[[*first, *second]].dropna().groupby(level="cluster").mean().to_numpy() / 100  # (images, 4)
+    share, signs = means.mean(0), np.array([1, -1, -1, 1])
+    found = {"diff": math.nan, "low": math.nan, "high": math.nan}
+    if len(means) * min(share.min(), 1 - share.max()) < LEAST_FROM_END:
+        return found
+    found["diff"] = float(signs @ special.logit(share))
+    parts = (means - share) / (share * (1 - share)) @ signs
+    half = -special.stdtrit(len(means) - 1, ALPHA / 2) * parts.std(ddof=1) / math.sqrt(len(means))
+    return found | {"low": found["diff"] - half, "high": found["diff"] + half}
+
+
+def tested_apart(scores: pd.DataFrame, methods: list[str], rivals: list[str]) -> tuple[str, pd.DataFrame]:
+    """Choose the best method on half of the images, and compare it with each rival on the other half.
+
+    Images, condition by condition, go to either half in turn; what chance did for the chosen one in the first half does
+    nothing for it in the second. Returns (the method with the highest mean, `compare`'s rows: the chosen method less
+    each other rival). scores: with a condition.
+    """
+    images = scores.drop_duplicates("cluster").sort_values(["condition", "cluster"])
+    apart = scores["cluster"].isin(set(images["cluster"].iloc[1::2]))
+    means = scores[~apart & scores["method"].isin(methods)].groupby("method", sort=False)["score_percent"].mean()
+    best = str(means.idxmax())
+    return best, compare(scores[apart], [(best, rival) for rival in rivals if rival != best])
 
 
 def cluster_differences(scores: pd.DataFrame, a: str, b: str) -> pd.Series:
@@ -241,74 +288,66 @@ def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000) -> str:
     )
 
 
-def _by_image(values, clusters) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Return the clusters' means (clusters,), their shares of all values, and mean, n and n_images."""
-    values, groups = np.asarray(values, float), pd.factorize(np.asarray(clusters))[0]
-    if values.ndim != 1 or values.shape != groups.shape or values.size == 0:
-        raise ValueError(f"values {values.shape} and clusters {groups.shape} must be equally long lists, not empty.")
-    bad, gone = (~np.isfinite(values)).sum(), (groups < 0).sum()
-    if bad or gone:
-        raise ValueError(f"{bad} values are not finite and {gone} clusters are missing: leave those out, and say so.")
-    counts = np.bincount(groups)
-    found = {"mean": float(values.mean()), "n": values.size, "n_images": counts.size}
-    return np.bincount(groups, values) / counts, counts / values.size, found
+def _by_image(values, clusters, runs=None, strata=None) -> tuple[np.ndarray, Cells, dict]:
+    """Return the means of images, in each run, (cells,), the cells, and mean, n, n_images, and n_runs if there are."""
+    means, cells = cells_of(values, clusters, runs, strata)
+    mean = np.mean(values) if runs is None and strata is None else cells.shares @ means
+    found = {"mean": float(mean), "n": np.size(values), "n_images": cells.images}
+    return means, cells, found | ({} if runs is None else {"n_runs": cells.runs})
 
 
-def _covariance(x, y, weights) -> float:
-    """Return the covariance of the weighted means of two quantities of each image, (images,) each."""
-    apart = weights**2 * (x - weights @ x) * (y - weights @ y)
-    return float(apart.sum() * weights.size / (weights.size - 1))
+def _error(means, cells: Cells) -> float:
+    """Return the standard error of the mean; 0 where only rounding makes cells differ."""
+    return math.sqrt(variance(means, cells)[0])
 
 
-def _error(means, weights) -> float:
-    """Return the standard error of the weighted mean; 0 for one image, and where only rounding makes them differ."""
-    error = math.sqrt(_covariance(means, means, weights)) if means.size > 1 else 0.0
-    return error if error > ROUNDING * np.abs(means).max() else 0.0
-
-
-def _t_limits(means, weights, alpha: float) -> tuple[float, float]:
-    mean, error = float(weights @ means), _error(means, weights)
-    half = special.stdtrit(means.size - 1, 1 - alpha / 2) * error if error else math.nan
+def _t_limits(means, cells: Cells, alpha: float) -> tuple[float, float]:
+    mean, (spread, between) = float(cells.shares @ means), variance(means, cells)
+    half = student(alpha, between, cells) * math.sqrt(spread) if spread else math.nan
     return mean - half, mean + half
 
 
-def _share_limits(shares, weights, alpha: float, unseen: float) -> tuple[float, float]:
-    """Return Jeffreys's limits of the mean of images' shares (images,) of 0 to 1; the mean, where none varies."""
-    mean, error, images = float(weights @ shares), _error(shares, weights), shares.size
-    if not error:
+def _share_limits(shares, cells: Cells, alpha: float, unseen: float) -> tuple[float, float]:
+    """Return Jeffreys's limits of the mean of cells' shares (cells,) of 0 to 1; the mean, where none varies."""
+    mean, (spread, between) = float(cells.shares @ shares), variance(shares, cells)
+    if not spread:
         return mean, mean
     two_point = mean * (1 - mean)
-    weight = unseen * (1 - 2 * mean) ** 2 / (images * two_point)  # unseen x the squared skewness
-    variance = (error**2 + weight * two_point / images) / (1 + weight)
-    normal, student = special.ndtri(1 - alpha / 2), special.stdtrit(images - 1, 1 - alpha / 2)
-    effective = two_point / variance * (normal / student) ** 2
+    weight = unseen * (1 - 2 * mean) ** 2 / (cells.images * two_point)  # unseen x the squared skewness
+    spread = (spread + weight * two_point / cells.images) / (1 + weight)
+    effective = two_point / spread * (special.ndtri(1 - alpha / 2) / student(alpha, between, cells)) ** 2
     right, wrong = effective * mean + 0.5, effective * (1 - mean) + 0.5
     low, high = special.betaincinv(right, wrong, [alpha / 2, 1 - alpha / 2])
     return min(float(low), mean), max(float(high), mean)
 
 
-def _gain_limits(means, weights, alpha: float) -> np.ndarray:
-    """Return the limits (2,) of the mean difference from those of gains and losses; means (images,) of -1 to 1."""
+def _gain_limits(means, cells: Cells, alpha: float) -> np.ndarray:
+    """Return the limits (2,) of the mean difference from those of gains and losses; means (cells,) of -1 to 1."""
     gains, losses = np.maximum(means, 0), np.maximum(-means, 0)
-    errors = _error(gains, weights) * _error(losses, weights)
-    r = _covariance(gains, losses, weights) / errors if errors else 0.0
+    errors = _error(gains, cells) * _error(losses, cells)
+    r = np.clip(sum(covariance(gains, losses, cells)) / errors, -1, 1) if errors else 0.0
 
     def arm(gain_limit: float, loss_limit: float) -> float:
-        x, y = gain_limit - weights @ gains, loss_limit - weights @ losses  # of opposite signs
+        x, y = gain_limit - cells.shares @ gains, loss_limit - cells.shares @ losses  # of opposite signs
         return math.sqrt(max(0, x**2 + 2 * r * x * y + y**2))
 
-    least_gain, most_gain = _share_limits(gains, weights, alpha, 0)
-    least_loss, most_loss = _share_limits(losses, weights, alpha, 0)
-    return weights @ means + np.array([-arm(least_gain, most_loss), arm(most_gain, least_loss)])
+    least_gain, most_gain = _share_limits(gains, cells, alpha, 0)
+    least_loss, most_loss = _share_limits(losses, cells, alpha, 0)
+    return cells.shares @ means + np.array([-arm(least_gain, most_loss), arm(most_gain, least_loss)])
 
 
-def _p_of_no_difference(means, weights) -> float:
-    """Return the two-sided p of the sign-flip test of images' differences; of the t test where too many differ."""
-    parts = (weights * means)[means != 0]
+def _p_of_no_difference(means, cells: Cells) -> float:
+    """Return the two-sided p of the sign-flip test of images' differences; of the t test where too many differ.
+
+    Several runs have the t test: an image's signs in two of them cannot be flipped apart, nor a run's.
+    """
+    if cells.runs > 1:
+        return _p_of_t(means, cells)
+    parts = (cells.shares * means)[means != 0]
     if (parts > 0).all() or (parts < 0).all():
         return 2.0 ** (1 - parts.size) if parts.size else 1.0
     if parts.size > MOST_FLIPPED:
-        return float(2 * stats.t.sf(abs(weights @ means) / _error(means, weights), means.size - 1))
+        return _p_of_t(means, cells)
     halves = [np.zeros(1), np.zeros(1)]  # the sums of half the images with every choice of signs
     for number, part in enumerate(parts):
         sums = halves[number % 2]
@@ -316,6 +355,14 @@ def _p_of_no_difference(means, weights) -> float:
     least = abs(parts.sum()) - ROUNDING * np.abs(parts).sum()
     as_far = 2 * (halves[1].size - np.searchsorted(np.sort(halves[1]), least - halves[0])).sum()
     return min(1.0, float(as_far / 2**parts.size))
+
+
+def _p_of_t(means, cells: Cells) -> float:
+    """Return the two-sided p of Student's t test; 1 where no cell differs, NaN where all differ alike."""
+    spread, between = variance(means, cells)
+    if not spread > 0:
+        return math.nan if means.any() or math.isnan(spread) else 1.0
+    return p_of(cells.shares @ means / math.sqrt(spread), between, cells)
 
 
 def _power(size: float, n_images: float) -> float:
@@ -330,7 +377,7 @@ def _checked(scores: pd.DataFrame) -> pd.DataFrame:
     scores = scores.assign(score_percent=pd.to_numeric(scores["score_percent"]).astype(float))
     for method in scores["method"].unique():
         _one_judge(scores, method)
-    twice = scores[scores.duplicated(["method", "id"])]
+    twice = scores[scores.duplicated(["method", *_answer(scores)])]
     if len(twice):
         first = twice.iloc[0]
         raise ValueError(f"method {first['method']!r} has more than one score for id {first['id']!r}.")
@@ -353,15 +400,20 @@ def _paired(scores: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, int]:
         if method not in set(scores["method"]):
             raise ValueError(f"there is no method {method!r} among {list(scores['method'].unique())}.")
     _one_judge(scores, a, b)
-    columns = [c for c in ("id", "cluster", "score_percent", "asked") if c in scores]
+    columns = [c for c in ("run", "id", "cluster", "score_percent", "asked") if c in scores]
     left, right = (scores.loc[scores["method"] == method, columns] for method in (a, b))
-    both = left.merge(right, on="id", suffixes=("_a", "_b"))
+    both = left.merge(right, on=_answer(scores), suffixes=("_a", "_b"))
     if both.dropna(subset=SIDES).empty:
         raise ValueError(f"{a!r} and {b!r} share no id that both have a score for, so they cannot be paired.")
     _same(both, "cluster", f"belongs to different images in {a!r} and {b!r}")
     if "asked" in scores:
         _same(both, "asked", f"was asked differently in {a!r} and {b!r}: question, reference or picture is another")
     return both.rename(columns={"cluster_a": "cluster"}), len(left) + len(right) - 2 * len(both)
+
+
+def _answer(scores: pd.DataFrame) -> list[str]:
+    """Return the columns that say which answer a method's score is of."""
+    return ["run", "id"] if "run" in scores else ["id"]
 
 
 def _same(both: pd.DataFrame, column: str, otherwise: str) -> None:

@@ -11,7 +11,7 @@ from pandas.api.types import is_numeric_dtype
 from medprune.data.questions import named_conditions
 from medprune.models.sizes import GIB, account, named_config, shape_of
 from medprune.pruning.ranking import knee
-from medprune.results import stats
+from medprune.results import groups, stats
 from medprune.settings import DATA
 
 PAPER_TABLES = DATA / "paper_tables.json"
@@ -134,9 +134,32 @@ def sweep_means(answers: pd.DataFrame) -> pd.DataFrame:
     """
     pruned = answers[answers["blocks_removed"] > 0].drop(columns="method", errors="ignore")
     pruned = pruned.rename(columns={"criterion": "method"})
-    of_one_question = [c for c in ("method", "id", "cluster", "judge", "judged_by", "asked") if c in pruned]
+    kept = ("run", "method", "id", "cluster", "condition", "judge", "judged_by", "asked")
+    of_one_question = [c for c in kept if c in pruned]
     means = pruned.groupby(of_one_question, as_index=False, sort=False, dropna=False)
     return means["score_percent"].mean()
+
+
+def among_random(answers: pd.DataFrame) -> pd.DataFrame:
+    """Return where each criterion lies among random draws, as many blocks removed, on the same images.
+
+    answers: as `sweep_means` takes them, with the draws' own methods, such as random-3-2. One row per criterion and
+    blocks_removed: score, the draws' mean, low and high (their central 95%) and number, beaten (draws with a lower
+    score) and p, of a random order doing at least as well: (1 + draws that do) / (1 + draws), one-sided (Davison and
+    Hinkley 1997, 4.11). It is about orders, on these images and this model.
+    """
+    pruned = answers[answers["blocks_removed"] > 0]
+    means = pruned.groupby(["criterion", "blocks_removed", "method"], sort=False)["score_percent"].mean().reset_index()
+    rows = []
+    for removed, part in means.groupby("blocks_removed"):
+        drawn = part.loc[part["criterion"] == "random", "score_percent"].to_numpy()
+        for row in part[part["criterion"] != "random"].itertuples():
+            low, high = np.quantile(drawn, [0.025, 0.975]) if drawn.size else (math.nan, math.nan)
+            found = {"criterion": row.criterion, "blocks_removed": removed, "score": row.score_percent}
+            found |= {"random": drawn.mean() if drawn.size else math.nan, "low": low, "high": high, "draws": drawn.size}
+            beaten = int((drawn < row.score_percent).sum())
+            rows.append(found | {"beaten": beaten, "p": (1 + drawn.size - beaten) / (1 + drawn.size)})
+    return pd.DataFrame(rows)
 
 
 def paper_table(n: int | str) -> pd.DataFrame:
@@ -180,6 +203,23 @@ def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.nda
         one = len(named) == 1 and named[0] in labels
         counts[labels.index(row.condition), labels.index(named[0]) if one else len(labels)] += 1
     return counts
+
+
+def naming_forms(answers: pd.DataFrame, closed: pd.DataFrame, conditions: dict) -> pd.DataFrame:
+    """Return how often each method is right about what a picture shows, by the form of the question.
+
+    answers: open answers (kind, condition, method, cluster, answer), of which those to the question for a name count,
+    right as `groups.naming` has it; closed: rows of `answers.closed.choose_rows`. One row per form and method: asked,
+    method, score (percent right) with `groups.share_right`'s limits, n, and chance, percent that guessing has right.
+    """
+    forms = {"open": groups.naming(answers, conditions)} | dict(list(closed.groupby("kind", sort=False)))
+    chance, rows = {"choice": 100 / len(conditions), "yes or no": 50.0}, []
+    for form, asked in forms.items():
+        for method, scores in asked.groupby("method", sort=False):
+            found = groups.share_right(scores)
+            row = {"asked": form, "method": method, "score": found["mean"], "low": found["low"], "high": found["high"]}
+            rows.append(row | {"n": found["n"], "chance": chance.get(form, math.nan)})
+    return pd.DataFrame(rows)
 
 
 def _paper_params_b(config) -> dict[int, float]:

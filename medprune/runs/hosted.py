@@ -5,6 +5,7 @@ The first cell of every notebook installs the package there by `install_hosted.s
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from medprune.settings import REPO, STAGES
@@ -12,7 +13,7 @@ from medprune.store import run_root, write_folder, write_text
 
 BADGES = ("<!-- badges -->", "<!-- end of badges -->")
 COLAB, KAGGLE = "https://colab.research.google.com/github", "https://kaggle.com/kernels/welcome?src=https://github.com"
-ADDRESS = re.compile(r'ADDRESS = \\".*?\\"')  # in the JSON of a notebook
+PINNED = r'{} = \\".*?\\"'  # in the JSON of a notebook
 
 
 def bring_run(folder: str | Path, run_name: str = "demo", runs_dir: str | None = None) -> Path:
@@ -38,10 +39,15 @@ def bring_run(folder: str | Path, run_name: str = "demo", runs_dir: str | None =
 def write_address(repository: str, root: Path = REPO) -> list[Path]:
     """Write where this repository is published on GitHub into the first cells and the README; return the files changed.
 
-    repository: "owner/name". Raises ValueError for anything else, or a README without the marks of `BADGES`.
+    The cells fetch the commit that is checked out now, which must have been pushed. repository: "owner/name". Raises
+    ValueError for anything else, without a commit, or for a README without the marks of `BADGES`.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise ValueError(f"repository {repository!r} must be OWNER/NAME, as in https://github.com/OWNER/NAME.")
+    said = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if said.returncode:
+        raise ValueError(f"{root} is no git checkout with a commit, which the notebooks' first cells would fetch.")
+    pins = {"ADDRESS": f"https://github.com/{repository}", "COMMIT": said.stdout.strip()}
     rows = ["| notebook | Colab | Kaggle |", "|---|---|---|"]
     for stage in STAGES:
         page = f"{repository}/blob/main/notebooks/{stage}.ipynb"
@@ -54,6 +60,7 @@ def write_address(repository: str, root: Path = REPO) -> list[Path]:
         raise ValueError(f"{readme} has not the lines {BADGES[0]} and {BADGES[1]}, between which badges go.")
     changed = {readme: text}
     for path in (root / "notebooks" / f"{stage}.ipynb" for stage in STAGES):
-        said = rf'ADDRESS = \\"https://github.com/{repository}\\"'
-        changed[path] = ADDRESS.sub(said, path.read_text(encoding="utf-8"), count=1)
+        changed[path] = path.read_text(encoding="utf-8")
+        for name, value in pins.items():
+            changed[path] = re.sub(PINNED.format(name), rf'{name} = \\"{value}\\"', changed[path], count=1)
     return [write_text(path, text) for path, text in changed.items()]

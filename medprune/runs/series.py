@@ -10,16 +10,27 @@ from pathlib import Path
 from threading import Event, Thread
 
 import nbformat
-import pandas as pd
 
 from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
 from medprune.models.sizes import account, base_config, shape_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
-from medprune.store import Run, differing, lock, read_json, run_root, settings_before, unlock, why_undone, write_text
+from medprune.store import (
+    Run,
+    differing,
+    lock,
+    read_csv,
+    read_manifest,
+    run_root,
+    settings_before,
+    unlock,
+    why_undone,
+    write_text,
+)
 
 NOTEBOOKS = REPO / "notebooks"
+_FULL = ("No space left on device", "disk is full", "failed writing file")  # of Python and safetensors, SQLite, torch
 
 
 def check_run(config) -> None:
@@ -120,7 +131,7 @@ def _execute(stage: str, root: Path, values: dict, say, reasons: list[str]) -> N
     import papermill
 
     manifest = root / stage / "manifest.json"
-    last = f", {read_json(manifest)['seconds']:.0f} s the last time" if manifest.exists() else ""
+    last = f", {read_manifest(root, stage)['seconds']:.0f} s the last time" if manifest.exists() else ""
     say(f"{stage}: running, as {reasons[0]}" + (f" and {len(reasons) - 1} more" if reasons[1:] else "") + last)
     target = root / stage / f"{stage}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +143,15 @@ def _execute(stage: str, root: Path, values: dict, say, reasons: list[str]) -> N
             papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", target, values, progress_bar=False, **kernel)
     except papermill.PapermillExecutionError as error:
         said = " ".join(str(error.evalue).split()).rstrip(".")
-        if error.ename == "ValueError":
+        if any(words in said for words in _FULL):
+            raise ValueError(f"{stage} stopped: {said}. Make room for {root}, and run again.") from error
+        if error.ename in ("ValueError", "OSError", "PermissionError"):
             raise ValueError(f"{stage} stopped: {said} (its cells: {target}).") from error
         raise RuntimeError(f"{stage} crashed: {error.ename}: {said} (its cells: {target}).") from error
+    except RuntimeError as error:  # of a kernel that died
+        raise RuntimeError(f"{stage} was killed, for want of memory maybe: run again, and it goes on there.") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(target)) from error
     say(f"{stage}: {time.monotonic() - started:.0f} s")
 
 
@@ -164,8 +181,20 @@ def _kernel_of(root: Path):
 
 def closing_text(root: Path) -> str:
     """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
-    summary = pd.read_csv(root / "06_judge_eval" / "summary.csv").round(2).to_string(index=False)
-    return f"{summary}\n\nreport: {root / STAGES[-1] / 'report.html'}"
+    folder = root / "06_judge_eval"
+    return f"{read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
+
+
+def _executed(file: Path):
+    """Read a notebook whose every cell has run; ValueError names one that a kill has cut short."""
+    try:
+        notebook = nbformat.read(file, as_version=4)
+        whole = all(c.execution_count for c in notebook.cells if c.cell_type == "code")
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{file} is no whole executed notebook: run the series again --from {file.stem}.")
+    return notebook
 
 
 def publish(root: Path) -> None:
@@ -174,9 +203,9 @@ def publish(root: Path) -> None:
     Injected parameters and what libraries wrote to stderr are left out. The README's figure goes along.
     """
     for stage in STAGES:
-        Run(root, STAGES[-1]).of(stage)
+        _executed(Run(root, STAGES[-1]).of(stage) / f"{stage}.ipynb")
     for stage in STAGES:
-        notebook = nbformat.read(root / stage / f"{stage}.ipynb", as_version=4)
+        notebook = _executed(root / stage / f"{stage}.ipynb")
         notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
         notebook.metadata = {k: notebook.metadata[k] for k in ("kernelspec", "language_info")}
         for cell in notebook.cells:

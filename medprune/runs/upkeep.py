@@ -1,22 +1,20 @@
 """What runs there are, and what of them nobody needs any more."""
 
 import shutil
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
 
 from medprune.settings import STAGES
-from medprune.store import lock, read_json, unlock
+from medprune.store import Units, lock, read_csv, read_manifest, settings_before, unlock
 
 
 def list_runs(home: Path) -> pd.DataFrame:
     """Return a row for each run in a folder: run, profile, stages, finished, score (of the last step), size_bytes."""
     rows = []
     for root in sorted(f.parent for f in Path(home).glob("*/run.json")):
-        manifests = [read_json(f) for stage in STAGES if (f := root / stage / "manifest.json").exists()]
-        profile = read_json(root / "run.json")["settings"]["name"]
+        manifests = [read_manifest(root, s) for s in STAGES if (root / s / "manifest.json").exists()]
+        profile = settings_before(root, STAGES[0])["name"]
         stages = " ".join(m["stage"][:2] for m in manifests) or "none"
         finished = max((m["finished"] for m in manifests), default="")
         rows.append([root.name, profile, stages, finished, _last_score(root), size_of(root)])
@@ -28,9 +26,9 @@ def _last_score(root: Path) -> float | None:
     for stage in reversed(STAGES):
         file = root / stage / "summary.csv"
         if file.exists():
-            return float(pd.read_csv(file)["score"].dropna().iloc[-1])
+            return float(read_csv(file)["score"].dropna().iloc[-1])
         if (root / stage / "scores.csv").exists():
-            table = pd.read_csv(root / stage / "scores.csv")
+            table = read_csv(root / stage / "scores.csv")
             return float(table[table["method"] == table["method"].iloc[-1]]["score_percent"].mean())
     return None
 
@@ -60,18 +58,10 @@ def stale_units(root: Path, remove: bool = False) -> int:
 
     Only where every stage is finished: what an unfinished one is about to use cannot be told.
     """
-    manifests, file = [root / stage / "manifest.json" for stage in STAGES], root / "units.sqlite"
-    if not file.exists() or not all(m.exists() for m in manifests):
+    file = root / "units.sqlite"
+    if not file.exists() or not all((root / stage / "manifest.json").exists() for stage in STAGES):
         return 0
-    used = {context for m in manifests for context in read_json(m)["contexts"]}
-    where = f"FROM units WHERE context NOT IN ({', '.join('?' * len(used))})"
-    with closing(sqlite3.connect(file, timeout=60)) as base:
-        (count,) = base.execute(f"SELECT COUNT(*) {where}", sorted(used)).fetchone()
-        if remove:
-            with base:
-                base.execute(f"DELETE {where}", sorted(used))
-            base.execute("VACUUM")
-    return count
+    return Units(file, "").drop_others({c for stage in STAGES for c in read_manifest(root, stage)["contexts"]}, remove)
 
 
 def clean(root: Path) -> int:

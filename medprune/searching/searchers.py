@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from medprune.models.sizes import named_config
-from medprune.searching.budget import FULL, Plan, Space, check_budget, plan_rows, space_of, uniform_costs
+from medprune.searching.budget import Plan, Space, check_budget, plan_rows, space_of, uniform_costs
 
 FEW = 0.375  # share of the rows that evolution's first round sees
 OFFSPRING = 8  # of a generation: half of these go on to all rows
@@ -238,17 +238,6 @@ def budget_plans(space: Space, costs: list[dict[int, float]], budgets: list[int]
     """Return the additive optimum for each budget in bytes, None where nothing fits."""
     front = Front(space, costs, max(budgets))
     return {budget: front.plan(budget) for budget in budgets}
-
-
-def choice_shares(space: Space, tables: list[list[dict[int, float]]], budget: int) -> np.ndarray:
-    """Return in what share of cost tables the additive optimum makes each choice: (sites, choices 0, 3, 4, 8, 16)."""
-    every = sorted({choice for price in space.prices for choice in price} | {FULL})
-    shares = np.zeros((len(space.sites), len(every)))
-    for costs in tables:
-        plan = Front(space, costs, budget).plan(budget)
-        for site, choice in enumerate(plan):
-            shares[site, every.index(choice)] += 1 / len(tables)
-    return shares
 
 
 def uniform_table(model, budgets: list[int], context: int, group_size: int = 64) -> pd.DataFrame:

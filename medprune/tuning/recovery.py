@@ -19,7 +19,7 @@ from accelerate import PartialState
 from medprune.answers.prompts import IGNORED, Conversations, collator
 from medprune.answers.timing import peak_memory
 from medprune.data.questions import conversation
-from medprune.data.records import sample_balanced
+from medprune.data.records import repeat_rare, sample_balanced
 from medprune.models.families import parts
 from medprune.models.loading import load, save
 from medprune.pruning.plan import Plan, apply_plan, blocks_of, set_blocks
@@ -63,11 +63,16 @@ class Training:
         return context(__name__, content(self.source), kept, self.recipe, seen, settings, self.steps)
 
 
-def training_items(records, fraction: float, n: int, conditions, questions, seed: int) -> list[tuple[str, list[dict]]]:
-    """Return at least n (image path, conversation) items from a class-balanced `fraction` of the records."""
+def training_items(
+    records, fraction: float, n: int, conditions, questions, seed: int, balance: float = 0.0
+) -> list[tuple[str, list[dict]]]:
+    """Return at least n (image path, conversation) items from a class-balanced `fraction` of the records.
+
+    balance: as `repeat_rare` takes it.
+    """
     n_images = max(1, round(fraction * len(records)))
     chosen = sample_balanced(records, n_images, seed) if fraction < 1 else records
-    return conversation_items(chosen, n, conditions, questions, random.Random(seed + 1))
+    return conversation_items(repeat_rare(chosen, balance), n, conditions, questions, random.Random(seed + 1))
 
 
 def conversation_items(records, n: int, conditions, questions, rng) -> list[tuple[str, list[dict]]]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from medprune.answers import decoding
-from medprune.data.records import sample_balanced
+from medprune.data.records import repeat_rare, sample_balanced
 from medprune.device import choose_device, release
 from medprune.models.loading import load, weight_files
 from medprune.store import Run, made
@@ -18,13 +18,14 @@ from medprune.tuning.recovery import Training
 def tuning_items(records, config, conditions, questions) -> tuple[int, list, list]:
     """Return (optimizer steps, training items, held-out items) of notebook 01; items are (image path, messages)."""
     n_held_out = min(config.n_held_out, len(records) // 10)
-    held_out = sample_balanced(records, n_held_out, config.seed) if n_held_out else []
+    held_out = sample_balanced(records, n_held_out, config.seed, "held out") if n_held_out else []
     learned = [r for r in records if r not in held_out]
     steps = config.sft_steps
     if config.epochs is not None:
         steps = math.ceil(config.epochs * len(learned) / config.batch_size)
     draw = random.Random(config.seed)
-    items = recovery.conversation_items(learned, steps * config.batch_size, conditions, questions, draw)
+    often = repeat_rare(learned, config.balance)
+    items = recovery.conversation_items(often, steps * config.batch_size, conditions, questions, draw)
     return steps, items, recovery.conversation_items(held_out, len(held_out), conditions, questions, draw)
 
 
@@ -66,7 +67,8 @@ def compare_recipes(run: Run, source, plan, records, asked, conditions, question
     def one(recipe: str, fraction: float, steps: int, budget: str) -> float:
         label = f"{recipe} {fraction:.0%} of images, same {budget}"
         n_items = steps * config.batch_size
-        items = recovery.training_items(records, fraction, n_items, conditions, questions, config.seed)
+        how = (config.seed, config.balance)
+        items = recovery.training_items(records, fraction, n_items, conditions, questions, *how)
         if (recipe, fraction, budget) == (config.recipe, 1.0, "steps"):
             said, record = known
         else:
@@ -90,7 +92,7 @@ def _try(run: Run, training: Training, asked, config, label: str):
     """Train, answer and forget one way back; return (rows, record), from the run's units where they are there."""
     mark = training.context()
     units = run.units(decoding.answers_context(f"{mark} in {config.held_bits} bits", asked, config.max_new_tokens))
-    folder = run.weights(f"tried-{mark}")
+    folder = run.dir / f"tried-{mark}"  # not to scratch, which the models that stay fill
     if "record" not in units or any(f"{label} {q['id']}" not in units for q in asked):
         units.add("record", train_once(run, folder, training, label))
         model, processor = load(folder, bits=config.held_bits)

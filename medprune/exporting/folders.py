@@ -1,0 +1,242 @@
+"""A model's folder to be exported: found, checked before anything is written, and written with the hub's names.
+
+transformers 5.23 flattened CLIP's names, and what it saves has `vision_tower.embeddings` where the hub's checkpoints,
+older transformers and vLLM have `vision_tower.vision_model.embeddings`. The weights stay as they are, byte for byte:
+only the headers of their files are written anew, so that no tensor is ever in memory.
+"""
+
+import json
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import LlavaConfig
+
+from medprune.device import choose_device
+from medprune.models.assembled import base_card
+from medprune.models.families import current_name, hub_name
+from medprune.models.loading import check_loading, load, load_processor, skeleton, stored_tensors
+from medprune.models.sizes import named_config
+from medprune.quantizing.checkpoint import load_quantized
+from medprune.quantizing.quantize import target_linears
+from medprune.store import read_json, run_root, write_folder, write_json, write_text
+
+TEXT_MODELS = ("llama", "mistral", "qwen2")
+TOWER = "clip_vision_model"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "generation_config.json")
+NOT_CLINICAL = "Not for clinical use: a research artefact, evaluated on teaching images only."
+_UNSAID = ("is_local", "local_files_only", "backend")  # of this machine, not of the tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked folder: its config.json, that of text model and tower with the defaults filled in, where each tensor is
+    by transformers 5's name, AWQ's group size or None, and the processor."""
+
+    folder: Path
+    config: dict
+    text: dict
+    vision: dict
+    tensors: dict[str, tuple[Path, str]]
+    group_size: int | None
+    processor: object
+
+    @property
+    def dtype(self) -> str:
+        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
+
+def find_model(name: str, runs_dir: str | None = None) -> Path:
+    """Return the folder of a model: a folder's own name, or RUN:METHOD such as demo:awq-recovered-2.
+
+    Raises ValueError in one sentence where there is none, naming the methods whose folders the run keeps.
+    """
+    if Path(name).exists() or ":" not in name:
+        if not (Path(name) / "config.json").is_file():
+            missing = "holds no config.json" if Path(name).exists() else "is not there"
+            raise ValueError(f"{name} {missing}: give a model's folder, or RUN:METHOD such as demo:awq-recovered-2.")
+        return Path(name)
+    run, _, method = name.partition(":")
+    root = run_root(run, runs_dir)
+    if not root.is_dir():
+        raise ValueError(f"there is no run {run!r} in {root.parent}: `medprune runs` lists them.")
+    kept = {"original": root / "01_finetune" / "model"}
+    kept |= {f.name.removeprefix("model-"): f for f in sorted((root / "04_sft_recovery").glob("model-*"))}
+    kept |= {f.name: f for f in sorted((root / "05_awq_vs_bnb" / "quantized").glob("*"))}
+    kept = {method: folder for method, folder in kept.items() if (folder / "config.json").is_file()}
+    if method not in kept:
+        raise ValueError(f"run {run!r} keeps no folder of {method!r}; it keeps {', '.join(kept) or 'none'}.")
+    return kept[method]
+
+
+def open_source(folder: str | Path) -> Source:
+    """Check a folder for export, and say where its tensors are; nothing but configuration and headers is read.
+
+    Raises ValueError in one sentence for what no engine takes: another kind of model, tower, text model or storage, a
+    folder without chat template, and tensors that are absent, too many or of another shape than config.json says.
+    """
+    folder = Path(folder)
+    config = named_config(folder)
+    if config["model_type"] != "llava":
+        raise ValueError(f"{folder} is of model_type {config['model_type']!r}; exported are LLaVAs, 'llava'.")
+    for part, known in (("text_config", TEXT_MODELS), ("vision_config", (TOWER,))):
+        if (kind := config.get(part, {}).get("model_type", known[0])) not in known:
+            what = f"{part} is of model_type {kind!r}, which the engines do not take here"
+            raise ValueError(f"{folder}: {what}; exported are {', '.join(known)}.")
+    quantized = config.get("quantization_config")
+    if quantized and (quantized.get("quant_method"), quantized.get("bits")) != ("awq", 4):
+        how = " ".join(str(quantized[k]) for k in ("quant_method", "method", "bits") if k in quantized)
+        raise ValueError(f"{folder} is stored as {how}; exported are 16 bits, and awq and rtn of 4 bits in all blocks.")
+    whole = LlavaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    tensors, group_size = stored_tensors(folder), (quantized or {}).get("group_size")
+    _check_tensors(folder, whole, tensors, group_size)
+    text, vision = (whole.to_dict()[part] for part in ("text_config", "vision_config"))
+    source = Source(folder, config, text, vision, tensors, group_size, load_processor(folder))
+    return source
+
+
+def load_folder(folder: Path, dtype=None):
+    """Load (model, processor) of any folder that the series writes, 16 bits or quantized, in eval mode.
+
+    dtype: None takes each tensor's own, or the device's choice for 16 bits.
+    """
+    if "quantization_config" not in named_config(folder):
+        return load(folder, dtype=dtype)
+    device = choose_device()
+    model = load_quantized(folder, device)
+    return (model if dtype is None else model.to(dtype)), load_processor(folder)
+
+
+def _check_tensors(folder: Path, config: LlavaConfig, tensors: dict, group_size: int | None) -> None:
+    model = skeleton(config)
+    stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    expected = {name: list(t.shape) for name, t in model.state_dict().items() if name in stored}
+    for name in target_linears(model, 4) if group_size else ():
+        n_out, n_in = expected.pop(f"{name}.weight")
+        groups = n_in // group_size
+        shapes = {"qweight": [n_in, n_out // 8], "qzeros": [groups, n_out // 8], "scales": [groups, n_out]}
+        expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+    found = shapes_of(tensors)
+    known = expected.keys() & found.keys()
+    misfits = {
+        "missing_keys": expected.keys() - known,
+        "unexpected_keys": found.keys() - known,
+        "mismatched_keys": [name for name in known if found[name] != expected[name]],
+    }
+    check_loading(misfits, folder)
+
+
+def shapes_of(tensors: dict[str, tuple[Path, str]]) -> dict[str, list[int]]:
+    """Return the shape of each of `stored_tensors`, from its file's header."""
+    found = {}
+    for file in {file for file, _ in tensors.values()}:
+        with safe_open(file, "pt") as opened:
+            own = {name: key for name, (place, key) in tensors.items() if place == file}
+            found |= {name: opened.get_slice(key).get_shape() for name, key in own.items()}
+    return found
+
+
+def check_new(out: Path) -> Path:
+    """Return a folder that is to be written; ValueError where there is one already."""
+    if Path(out).exists():
+        raise ValueError(f"{out} is there already: name a new folder.")
+    return Path(out)
+
+
+def export_hub(source: Source, out: Path) -> list[str]:
+    """Write names, configuration and processor files as LLaVA's checkpoints on the hub have them; return its size said.
+
+    Plain transformers, older ones and vLLM load the folder, by its README.md.
+    """
+    with write_folder(check_new(out)) as temporary:
+        for file in sorted({file for file, _ in source.tensors.values()}):
+            rename_tensors(file, temporary / file.name)
+        if (source.folder / INDEX).exists():
+            index = read_json(source.folder / INDEX)
+            index["weight_map"] = {hub_name(current_name(k)): file for k, file in index["weight_map"].items()}
+            write_json(temporary / INDEX, index)
+        write_json(temporary / "config.json", hub_config(source))
+        _write_processor(source, temporary)
+        write_text(temporary / "README.md", model_card(source, "with the names of the hub", _vllm_use(source)))
+    return [f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.1f} MiB"]
+
+
+def rename_tensors(file: Path, out: Path) -> None:
+    """Copy a safetensors file with the hub's names: a new header, then the old file's bytes as they are."""
+    with open(file, "rb") as old, open(out, "wb") as new:
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length))
+        header = {hub_name(current_name(name)): value for name, value in header.items()}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as safetensors writes them
+        new.write(struct.pack("<Q", len(text)) + text)
+        shutil.copyfileobj(old, new, 2**24)
+
+
+def hub_config(source: Source) -> dict:
+    """Return config.json with the fields of transformers 4 beside those of 5, and without paths of this machine."""
+    dtypes = {"torch_dtype": source.dtype, "dtype": source.dtype}
+    out = {"ignore_index": -100} | source.config | dtypes
+    for part, kind in (("text_config", "llama"), ("vision_config", TOWER)):
+        kept = {k: v for k, v in (source.config.get(part) or {}).items() if "name_or_path" not in k}
+        out[part] = {"model_type": kind} | kept | dtypes
+    scaling = dict(source.text.get("rope_parameters") or {})
+    if "rope_theta" in scaling:
+        out["text_config"]["rope_theta"] = scaling.pop("rope_theta")
+        plain = scaling.get("rope_type", "default") == "default"
+        out["text_config"]["rope_scaling"] = None if plain else scaling
+    return out
+
+
+def _write_processor(source: Source, out: Path) -> None:
+    """Write tokenizer, image processor and chat template, each in the file in which older transformers look for it."""
+    processor, folder = source.processor, source.folder
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
+    own = read_json(folder / "tokenizer_config.json")
+    own = {k: v for k, v in own.items() if k not in _UNSAID and "name_or_path" not in k}
+    if own.get("tokenizer_class") == "TokenizersBackend":  # 5's name of it
+        own["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(out / "tokenizer_config.json", own)
+    write_json(out / "special_tokens_map.json", processor.tokenizer.special_tokens_map)
+    pictures = {k: v for k, v in processor.image_processor.to_dict().items() if v is not None}
+    pictures |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+    write_json(out / "preprocessor_config.json", pictures)
+    counted = ("image_token", "num_additional_image_tokens", "patch_size", "vision_feature_select_strategy")
+    said = {name: getattr(processor, name) for name in counted} | {"processor_class": "LlavaProcessor"}
+    write_json(out / "processor_config.json", said)
+    write_text(out / "chat_template.jinja", processor.chat_template)
+    write_json(out / "chat_template.json", {"chat_template": processor.chat_template})
+
+
+def model_card(source: Source, what: str, how: str) -> str:
+    """Return an exported folder's README.md: what it is, what the source's own card says of it, and how to use it.
+
+    what: completes "A LLaVA exported ..."; how: Markdown. `parity.add_parity` puts its section at the end.
+    """
+    own = source.folder / "README.md"
+    lines = own.read_text(encoding="utf-8").splitlines() if own.exists() else []
+    said = [line for line in lines if line.startswith("- ") and not line.startswith("- Bytes")]
+    if not said:
+        base = base_card(str(source.folder))
+        said = [f"- Base: {base['name']}", f"- Licence: {base['licence']}"]
+    stored = f"AWQ's layout, groups of {source.group_size}" if source.group_size else f"{source.dtype}, not quantized"
+    said = "\n".join([f"- Blocks: {source.text['num_hidden_layers']}, stored as {stored}", *said])
+    return f"# A LLaVA exported {what}\n\n{NOT_CLINICAL}\n\n{said}\n\n## How to use it\n{how}\n"
+
+
+def _vllm_use(source: Source) -> str:
+    """Return Markdown on how vLLM serves an exported folder, and plain transformers loads it."""
+    options = " --quantization awq --dtype float16" if source.group_size else ""
+    lengths = f"--max-model-len {min(source.text['max_position_embeddings'], 4096)}"
+    needs = " (with gptqmodel)" if source.group_size else ""
+    return (
+        f"```bash\nvllm serve FOLDER{options} {lengths}\n```\n"
+        f"or plain transformers{needs}:\n"
+        "```python\nfrom transformers import LlavaForConditionalGeneration as Llava\n"
+        "model = Llava.from_pretrained(folder)\n```"
+    )

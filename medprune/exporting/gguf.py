@@ -1,0 +1,306 @@
+"""A LLaVA as llama.cpp reads it: a GGUF of the text model and one of tower and projector, with the gguf package alone.
+
+Tensors are read, turned and written one at a time. Weights of 16 bits keep their bits; AWQ's codes go into Q4_1, blocks
+of 32 weights `code * d + m` of which d is our scale, exactly, and m = -zero_point * scale rounded to fp16: an error of
+at most 1% of a step (0.7% where nothing is subnormal).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from medprune.exporting.folders import Source, check_new, model_card, shapes_of
+from medprune.exporting.vocabulary import add_tokenizer, modelfile
+from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS
+from medprune.models.loading import read_tensor
+from medprune.models.sizes import account
+from medprune.quantizing.packed import from_awq, unpack_codes
+from medprune.store import write_folder, write_text
+
+TEXT, MMPROJ = "text.gguf", "mmproj.gguf"
+BLOCK = 32  # weights of a Q4_1 block: 16 bytes of codes, d and m in fp16
+MAX_STEP_ERROR = 0.01  # of a step
+_USE = """```bash
+llama-server -m text.gguf --mmproj mmproj.gguf --jinja --temp 0 --host 127.0.0.1
+ollama create NAME -f Modelfile
+```
+- Photographs that are not square: llama.cpp pads them, where the model was tuned on the middle square. Crop them to it.
+- Stock llama.cpp puts CLIP's class token behind the patches (issue 25814), which changes answers. `medprune parity`
+  measures whether a runtime does."""
+_ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+_TEXT_ROOT = BLOCKS.rpartition(".")[0]
+_TOWER, _PROJECTOR = VISION_LAYERS.removesuffix(".encoder.layers"), f"model.{PROJECTOR}"
+_OF_BLOCK = {
+    f"{ATTENTION}.q_proj": "attn_q", f"{ATTENTION}.k_proj": "attn_k", f"{ATTENTION}.v_proj": "attn_v",
+    f"{ATTENTION}.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+_OF_VISION_LAYER = {
+    f"{ATTENTION}.q_proj": "attn_q", f"{ATTENTION}.k_proj": "attn_k", f"{ATTENTION}.v_proj": "attn_v",
+    f"{ATTENTION}.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+}  # fmt: skip
+_FILE_TYPES = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16", torch.float32: "ALL_F32"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: its name and kind there, its shape in bytes (uint8) or floats, and how it is read."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    read: object
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(self.shape)) * (4 if self.kind == Kind.F32 else 1)
+
+
+def export_gguf(source: Source, out: Path) -> list[str]:
+    """Write text.gguf, mmproj.gguf, a Modelfile and README.md; return lines on their bytes, beside the plan's.
+
+    Raises ValueError in one sentence, and leaves nothing, for what llama.cpp would compute otherwise.
+    """
+    _check(source)
+    with write_folder(check_new(out)) as temporary:
+        worst = _write(text_writer(source), text_tensors(source), temporary / TEXT)
+        _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
+        write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
+        write_text(temporary / "README.md", model_card(source, "to GGUF", _USE))
+        sizes = {name: (temporary / name).stat().st_size for name in (TEXT, MMPROJ)}
+    lines = [f"{out / name}: {size / 2**20:.1f} MiB" for name, size in sizes.items()]
+    return lines + notes(source, sum(sizes.values()), worst)
+
+
+def notes(source: Source, n_bytes: int, worst: float, context: int = 840) -> list[str]:
+    """Return lines that put the files beside the plan, and say what of AWQ's storage costs bytes in Q4_1."""
+    lines = []
+    if source.text["model_type"] != "qwen2":  # whose biases the plan does not count
+        storage = {"bits": 4, "group_size": source.group_size} if source.group_size else {}
+        plan = account(source.config, 0, context=context, **storage)
+        cache = plan.kv_cache_bytes / 2**20
+        lines += [f"in all {n_bytes / 2**20:.1f} MiB, where the plan has {plan.weights_bytes / 2**20:.1f}"]
+        lines += [
+            f"with a KV cache of {context} tokens in 16 bits ({cache:.1f} MiB): {n_bytes / 2**20 + cache:.1f} MiB"
+        ]
+    if source.group_size:
+        lines += [f"codes and scales are AWQ's, offsets within {worst:.2%} of a step"]
+    if (source.group_size or BLOCK) > BLOCK:
+        lines += [
+            f"Q4_1 takes 5 bits a weight for groups of {source.group_size} as for {BLOCK}: "
+            f"`medprune quantize --group-size {BLOCK}` keeps more in the same file."
+        ]
+    return lines
+
+
+def _check(source: Source) -> None:
+    text, vision, config = source.text, source.vision, source.config
+    rope = text.get("rope_parameters") or {}
+    layer = config.get("vision_feature_layer", -2)
+    wanted = {
+        "rope_type": (rope.get("rope_type", "default"), ["default"]),
+        "hidden_act of the text model": (text["hidden_act"], ["silu"]),
+        "vision_feature_select_strategy": (config.get("vision_feature_select_strategy", "default"), ["default"]),
+        "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), ["gelu"]),
+        "hidden_act of the tower": (vision["hidden_act"], ["quick_gelu", "gelu"]),
+        "vision_feature_layer": (type(layer).__name__, ["int"]),
+        "mlp_bias": (bool(text.get("mlp_bias")), [False]),
+    }
+    for name, (value, known) in wanted.items():
+        if value not in known:
+            choices = " or ".join(map(str, known))
+            raise ValueError(f"{source.folder} has {name} {value!r}, of which llama.cpp's LLaVA knows {choices} only.")
+    if (source.group_size or BLOCK) % BLOCK:
+        raise ValueError(f"groups of {source.group_size} are no multiple of Q4_1's {BLOCK} weights.")
+
+
+# ---- text
+def text_writer(source: Source) -> gguf.GGUFWriter:
+    """Return a writer with the text model's keys, tokenizer and chat template put in."""
+    text = source.text
+    heads = text["num_attention_heads"]
+    size = text.get("head_dim") or text["hidden_size"] // heads
+    writer = gguf.GGUFWriter(None, _ARCHITECTURE[text["model_type"]])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.folder.name)
+    writer.add_block_count(text["num_hidden_layers"])
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    writer.add_context_length(min(text["max_position_embeddings"], window or math.inf))  # up to it, none is missed
+    writer.add_embedding_length(text["hidden_size"])
+    writer.add_feed_forward_length(text["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(text.get("num_key_value_heads") or heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base((text.get("rope_parameters") or text)["rope_theta"])
+    writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
+    writer.add_vocab_size(text["vocab_size"])
+    name = "MOSTLY_Q4_1" if source.group_size else _FILE_TYPES[getattr(torch, source.dtype)]
+    writer.add_file_type(gguf.LlamaFileType[name])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, source)
+    return writer
+
+
+def text_tensors(source: Source) -> list[Tensor]:
+    """Return the text model's tensors; a head that is tied to the embeddings is none, as llama.cpp has it."""
+    names = {f"{_TEXT_ROOT}.embed_tokens": "token_embd", f"{_TEXT_ROOT}.norm": "output_norm", HEAD: "output"}
+    for block in range(source.text["num_hidden_layers"]):
+        names |= {f"{BLOCKS}.{block}.{old}": f"blk.{block}.{new}" for old, new in _OF_BLOCK.items()}
+    shapes, found = shapes_of(source.tensors), []
+    for key, shape in shapes.items():
+        module, _, part = key.rpartition(".")
+        if module not in names or part in ("qzeros", "scales"):
+            continue
+        heads = _rotated_heads(source, module)
+        if part == "qweight":
+            n_in, n_out = shape[0], shape[1] * 8
+            read = partial(_read_q4_1, source, module, heads)
+            found.append(Tensor(f"{names[module]}.weight", Kind.Q4_1, (n_out, n_in // BLOCK * 20), read))
+        else:
+            found.append(_floats(source, key, f"{names[module]}.{part}", shape, heads))
+    return found
+
+
+def _rotated_heads(source: Source, module: str) -> int | None:
+    """Return how many heads a projection has whose rows llama.cpp wants in pairs (RoPE of Meta's order), or None."""
+    if _ARCHITECTURE[source.text["model_type"]] != "llama":
+        return None
+    heads = source.text["num_attention_heads"]
+    kv_heads = source.text.get("num_key_value_heads") or heads
+    return {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2])
+
+
+def paired(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
+    """Return rows (out, ...) with those of each head's two halves in turn, as llama.cpp's llama rotates them."""
+    if heads is None:
+        return rows
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _floats(source: Source, key: str, name: str, shape, heads=None, kind: Kind | None = None) -> Tensor:
+    """Return a tensor of floats: of one dimension in F32, else in `kind` or as it is stored."""
+    kinds = {"bfloat16": Kind.BF16, "float16": Kind.F16, "float32": Kind.F32}
+    kind = Kind.F32 if len(shape) == 1 else kind or kinds[source.dtype]
+    shape = tuple(shape) if kind == Kind.F32 else (*shape[:-1], 2 * shape[-1])
+    return Tensor(name, kind, shape, partial(_read_floats, source, key, heads, kind))
+
+
+def _read_floats(source: Source, key: str, heads: int | None, kind: Kind) -> np.ndarray:
+    types = {Kind.BF16: torch.bfloat16, Kind.F16: torch.float16, Kind.F32: torch.float32}
+    stored = paired(read_tensor(*source.tensors[key]), heads)
+    found = stored.to(types[kind])
+    if not torch.isfinite(found).all():
+        raise ValueError(f"{key} holds NaN, or a number that {kind.name} does not reach.")
+    found = found.contiguous()
+    return (found if kind == Kind.F32 else found.view(torch.uint8)).numpy()
+
+
+def _read_q4_1(source: Source, module: str, heads: int | None) -> tuple[np.ndarray, float]:
+    """Return (blocks (out, in / 32 * 20) uint8, the worst error as a share of a step)."""
+    stored = [read_tensor(*source.tensors[f"{module}.{part}"]) for part in ("qweight", "qzeros", "scales")]
+    layer = from_awq(*stored)
+    codes, zeros = unpack_codes(layer["qweight"], 4), unpack_codes(layer["zero_point"], 4)
+    data, worst = q4_1(*(paired(part, heads) for part in (codes, layer["scale"].t(), zeros.t())))
+    if not worst <= MAX_STEP_ERROR:
+        raise ValueError(f"{module}: Q4_1 would be off by {worst:.1%} of a step, more than {MAX_STEP_ERROR:.0%}.")
+    return data, worst
+
+
+def q4_1(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Return codes (out, in) uint8 with scale fp16 and zero_point uint8 (out, groups) as Q4_1, and the worst error.
+
+    Blocks are (out, in / 32 * 20) bytes: d, m, then 32 codes, the first half in the low nibbles. The error is m's, as
+    a share of a step.
+    """
+    times = codes.shape[1] // scale.shape[1] // BLOCK  # blocks in a group
+    exact = -zero_point.float() * scale.float()
+    m = exact.half()
+    worst = float(((m.float() - exact).abs() / scale.float()).max())
+    d, m = (part.repeat_interleave(times, 1)[..., None].contiguous().view(torch.uint8) for part in (scale.half(), m))
+    halves = codes.reshape(len(codes), -1, 2, BLOCK // 2)  # (out, blocks, halves, 16)
+    return torch.cat([d, m, halves[:, :, 0] | (halves[:, :, 1] << 4)], -1).reshape(len(codes), -1).numpy(), worst
+
+
+# ---- tower and projector
+def vision_layers_run(source: Source) -> int:
+    """Return how many of the tower's layers come before the features that the projector takes."""
+    layer, n = source.config.get("vision_feature_layer", -2), source.vision["num_hidden_layers"]
+    return n + 1 + layer if layer < 0 else layer
+
+
+def vision_writer(source: Source) -> gguf.GGUFWriter:
+    """Return a writer with the keys of tower and projector; without feature_layer, llama.cpp would skip a layer."""
+    vision, pictures = source.vision, source.processor.image_processor
+    depth = vision_layers_run(source)
+    writer = gguf.GGUFWriter(None, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name(source.folder.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if _half(source) else gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_use_gelu(vision["hidden_act"] == "gelu")
+    writer.add_vision_image_size(vision["image_size"])
+    writer.add_vision_patch_size(vision["patch_size"])
+    writer.add_vision_embedding_length(vision["hidden_size"])
+    writer.add_vision_feed_forward_length(vision["intermediate_size"])
+    writer.add_vision_projection_dim(source.text["hidden_size"])
+    writer.add_vision_block_count(depth)
+    writer.add_vision_head_count(vision["num_attention_heads"])
+    writer.add_vision_attention_layernorm_eps(vision["layer_norm_eps"])
+    writer.add_vision_image_mean(list(pictures.image_mean))
+    writer.add_vision_image_std(list(pictures.image_std))
+    writer.add_array("clip.vision.feature_layer", [depth])
+    return writer
+
+
+def _half(source: Source) -> bool:
+    return source.dtype != "float32"
+
+
+def vision_tensors(source: Source) -> list[Tensor]:
+    """Return the tensors of tower and projector: matrices in F16 where the model is of 16 bits, the rest in F32."""
+    embeddings = f"{_TOWER}.embeddings"
+    names = {f"{embeddings}.patch_embedding": "v.patch_embd", f"{_TOWER}.pre_layrnorm": "v.pre_ln"}
+    names |= {f"{embeddings}.position_embedding": "v.position_embd"}
+    names |= {f"{_PROJECTOR}.linear_{n}": f"mm.{2 * n - 2}" for n in (1, 2)}
+    for layer in range(vision_layers_run(source)):
+        names |= {f"{VISION_LAYERS}.{layer}.{old}": f"v.blk.{layer}.{new}" for old, new in _OF_VISION_LAYER.items()}
+    shapes = shapes_of(source.tensors)
+    found = [_floats(source, f"{embeddings}.class_embedding", "v.class_embd", shapes[f"{embeddings}.class_embedding"])]
+    for key, shape in shapes.items():
+        module, _, part = key.rpartition(".")
+        if module in names:
+            kind = Kind.F16 if _half(source) and "position" not in module else Kind.F32
+            found.append(_floats(source, key, f"{names[module]}.{part}", shape, kind=kind))
+    return found
+
+
+def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> float:
+    """Write a file, a tensor in memory at a time; return the worst error of those in Q4_1, as a share of a step."""
+    for t in tensors:
+        dtype = np.dtype(np.float32 if t.kind == Kind.F32 else np.uint8)
+        writer.add_tensor_info(t.name, t.shape, dtype, t.n_bytes, raw_dtype=t.kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    worst = 0.0
+    try:
+        for t in tensors:
+            data = t.read()
+            if t.kind == Kind.Q4_1:
+                data, error = data
+                worst = max(worst, error)
+            writer.write_tensor_data(np.ascontiguousarray(data))
+    finally:
+        writer.close()
+    return worst

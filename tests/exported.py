@@ -1,0 +1,119 @@
+"""What the tests of exporting share: small LLaVAs of several text models, and a server that stands in for an engine."""
+
+import base64
+import io
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import jinja2
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+
+from medprune.answers.decoding import forward, roomy_cache
+from medprune.answers.prompts import encode, prompt_text
+from medprune.data.pictures import open_image
+from medprune.models.families import n_blocks
+from medprune.models.loading import save
+
+KINDS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def write_family(model, processor, folder, kind: str, tied: bool, blocks: int = 2):
+    """Write the tiny base with another text model, its weights random and larger than usual, and return the folder."""
+    sizes = {k: getattr(model.config.text_config, k) for k in SIZES}
+    config = model.config
+    config.text_config = KINDS[kind](**sizes, num_hidden_layers=blocks, bos_token_id=None, tie_word_embeddings=tied)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(1)
+    made = LlavaForConditionalGeneration(config)
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):  # transformers begins them at 0, which would hide one that is lost
+            parameter.data.normal_(0, 0.02)
+        elif "norm" not in name:
+            parameter.data *= 3  # so that answers depend on the picture
+    made.generation_config = model.generation_config
+    save(made, processor, folder)
+    return folder
+
+
+def retold(folder, part=None, **values):
+    """Change values of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def batch_of(processor, rows):
+    """Return input_ids and pixel_values of the first row."""
+    row = rows[0]
+    found = encode(processor, [prompt_text(processor, row["question"])], [open_image(row["path"])], torch.float32)
+    return {"input_ids": found["input_ids"][0][None], "pixel_values": found["pixel_values"]}
+
+
+@contextmanager
+def served(model, processor, template: str):
+    """Give the address of a server on this machine that answers with a model as llama.cpp's does.
+
+    It joins a message's parts to one text, an image's its marker, and renders `template`; so was seen of the real one.
+    """
+
+    class Engine(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.reply({"data": [{"id": "tiny"}]})
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.reply(complete(model, processor, template, asked))
+
+        def reply(self, said):
+            data = json.dumps(said).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@torch.inference_mode()
+def complete(model, processor, template: str, asked: dict) -> dict:
+    pictures, text = [], ""
+    for part in asked["messages"][0]["content"]:
+        if part["type"] == "image_url":
+            data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+            pictures.append(Image.open(io.BytesIO(data)))
+        text += "<__media_Zz9__>" if part["type"] == "image_url" else part["text"]
+    prompt = jinja2.Template(template).render(messages=[{"role": "user", "content": text}], add_generation_prompt=True)
+    prompt = re.sub("<__media.*?__>", processor.image_token, prompt)
+    batch = encode(processor, [prompt], pictures, model.dtype)
+    ids, said, first = batch["input_ids"][0][None], [], None
+    cache, pixels, n = roomy_cache(n_blocks(model.config), ids.shape[1] + asked["max_tokens"]), batch["pixel_values"], ids.shape[1]
+    while len(said) < asked["max_tokens"]:
+        logits = forward(model, ids, cache, pixels)[0].float().log_softmax(-1)
+        first, pixels = logits if first is None else first, None
+        if (token := int(logits.argmax())) == processor.tokenizer.eos_token_id:
+            break
+        said.append(token)
+        ids = torch.tensor([[token]])
+    top = first.topk(asked["top_logprobs"])
+    likely = [{"id": t, "token": "", "logprob": p} for t, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    words = processor.tokenizer.decode(said, skip_special_tokens=True)
+    choice = {"message": {"content": words}, "logprobs": {"content": [{"top_logprobs": likely}]}}
+    return {"choices": [choice], "usage": {"prompt_tokens": n}}
