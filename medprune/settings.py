@@ -63,33 +63,33 @@ class Settings(BaseModel):
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
     base: str = _setting("smollm2", "157", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
-    base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
+    base_bits: Literal[4, 16] = _setting(16, "147", "4: QLoRA over an NF4 base")
     held_bits: Literal[4, 16] = _setting(16, "1234567", "of 16-bit models while they answer; 4: as NF4, to fit a card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
     embedding: str = _setting("minilm", "1234567", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
-    lora_r: Count = _setting(16, "14", "rank of the adapters")
-    lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
-    lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
-    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth", le=1)
-    schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
-    multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
-    batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
+    lora_r: Count = _setting(16, "147", "rank of the adapters")
+    lora_alpha: Count = _setting(8, "147", "their scale, over the rank")
+    lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "147", "linears that get adapters", min_length=1)
+    learning_rate: Positive = _setting(3e-3, "147", "of the adapters; whole weights move at a tenth", le=1)
+    schedule: Literal[SCHEDULES] = _setting("linear", "147", "of the rate")
+    multi_turn: bool = _setting(False, "147", "later questions see earlier answers, as in the paper")
+    batch_size: Count = _setting(4, "147", "conversations per optimizer step, of all processes together")
     micro_batch: Count | None = _setting(
-        None, "14", "of these in memory at once; null: all. Halved where they do not fit"
+        None, "147", "of these in memory at once; null: all. Halved where they do not fit"
     )
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
     balance: Annotated[float, Field(ge=0, le=1)] = _setting(
-        0.0, "14", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
+        0.0, "147", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
     )
     epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
-    save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
+    save_every: Count = _setting(20, "147", "steps between checkpoints, and held-out losses")
     n_held_out: Whole = _setting(0, "1", "training images kept back to measure the loss")
-    patience: Whole = _setting(0, "14", "checkpoints without a lower held-out loss before training ends; 0: never")
+    patience: Whole = _setting(0, "147", "checkpoints without a lower held-out loss before training ends; 0: never")
     # recovery
-    recovery_steps: Count = _setting(40, "4", "optimizer steps after pruning")
-    recipe: Literal[RECIPES] = _setting("lora", "4", "the way back whose models notebooks 05 and 06 go on with")
+    recovery_steps: Count = _setting(40, "47", "optimizer steps after pruning")
+    recipe: Literal[RECIPES] = _setting("lora", "47", "the way back whose models notebooks 05 and 06 go on with")
     recipes: tuple[Literal[RECIPES], ...] = _setting(RECIPES, "4", "ways back that are compared", min_length=1)
     data_fractions: tuple[Share, ...] = _setting((1.0,), "4", "shares of the images, for each recipe", min_length=1)
     equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
@@ -114,8 +114,10 @@ class Settings(BaseModel):
         None, "7", "most memory of the model found, KV cache and working memory in it; null: the paper's pipeline's"
     )
     context_tokens: Count = _setting(256, "7", "of the KV cache that the budget holds")
-    search_images: Count = _setting(6, "7", "training images that plans are measured on; as many others choose")
+    search_images: Count = _setting(8, "7", "training images that plans are measured on")
+    selection_images: Count = _setting(16, "7", "other training images, on which the best are chosen among")
     evaluations: Count = _setting(40, "7", "plans that each searcher may measure")
+    finalists: Count = _setting(2, "7", "best plans that are recovered, and chosen among with and without it")
     # judge
     primary: tuple[str, str] = _setting(
         ("awq-recovered", "awq-magnitude"), "6", "the one comparison named beforehand, a - b, each without its count"
@@ -141,7 +143,8 @@ PROFILES = {
         "n_train": 24, "n_test": 8, "image_size": 64, "base": "tiny", "vision_steps": 4, "sft_steps": 4,
         "recovery_steps": 2, "save_every": 2, "batch_size": 2, "max_new_tokens": 12, "n_calibration": 2,
         "calibration_tokens": 8, "blocks_removed": (0, 1, 2), "recover": (1, 2), "awq_rows": 4, "n_held_out": 2,
-        "data_fractions": (0.5, 1.0), "equal_time": True, "search_images": 2, "evaluations": 8,
+        "data_fractions": (0.5, 1.0), "equal_time": True, "search_images": 2, "selection_images": 2,
+        "evaluations": 8, "finalists": 1,
     },
     "local": {
         "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,

@@ -394,7 +394,6 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
             f"run {root.name!r} was made with profile {values['name']!r}, not {profile!r}: "
             f"pass profile={values['name']!r}, or another run_name."
         )
-    values = values_of(resolve(values["name"])) | values  # a run of an earlier version has no values for new settings
     for earlier in STAGES[1 : STAGES.index(stage)]:
         if (root / earlier / "manifest.json").exists():
             values |= read_manifest(root, earlier)["overrides"]

@@ -181,8 +181,8 @@ def _kernel_of(root: Path):
 
 def closing_text(root: Path) -> str:
     """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
-    folder = root / "06_judge_eval"
-    return f"{read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
+    summary = read_csv(root / "06_judge_eval" / "summary.csv").round(2).to_string(index=False)
+    return f"{summary}\n\nreport: {root / STAGES[-1] / 'report.html'}"
 
 
 def _executed(file: Path):
@@ -214,4 +214,4 @@ def publish(root: Path) -> None:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         write_text(NOTEBOOKS / f"{stage}.ipynb", nbformat.writes(notebook) + "\n")
     (REPO / "docs").mkdir(exist_ok=True)
-    shutil.copyfile(root / "06_judge_eval" / "shown" / "Size against score.png", REPO / "docs" / "results.png")
+    shutil.copyfile(root / STAGES[-1] / "shown" / "Score against memory.png", REPO / "docs" / "results.png")

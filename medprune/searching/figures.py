@@ -1,18 +1,19 @@
-"""Figures of the search: what was predicted against what was measured, best cost against evaluations, which choices."""
+"""What a search shows: predicted against measured cost, best cost against evaluations, which choices, a slider."""
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
 from medprune.results.figures import GREY
+from medprune.results.page import readable
 
 COST = "KL to the original (nats a token, lower is better)"
 
 
 def _drawn(size=(7, 4.2)):
-    fig = Figure(figsize=size, layout="constrained")
-    ax = fig.subplots()
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    plt.close(fig)
     sns.despine(fig=fig)
     return fig, ax
 
@@ -43,14 +44,24 @@ def figure_additivity(measured: pd.DataFrame) -> Figure:
     return fig
 
 
-def figure_choices(shares: np.ndarray, sites: tuple[str, ...], choices: list[int]) -> Figure:
+def figure_choices(shares: pd.DataFrame) -> Figure:
     """Draw in what share of resampled calibration sets the exact plan makes each choice: `searchers.choice_shares`."""
-    fig, ax = _drawn((max(6, 0.32 * len(sites)), 2.8))
-    names = ["dropped" if choice == 0 else f"{choice} bits" for choice in choices]
-    labels = [site.removeprefix("block ") for site in sites]
+    fig, ax = _drawn((max(6, 0.32 * len(shares)), 2.8))
+    names = ["dropped" if choice == 0 else f"{choice} bits" for choice in shares]
+    labels = [site.removeprefix("block ") for site in shares.index]
     style = {"vmin": 0, "vmax": 1, "cmap": "viridis", "cbar_kws": {"label": "share of resamples (0-1)"}}
-    sns.heatmap(shares.T, ax=ax, xticklabels=labels, yticklabels=names, **style)
+    sns.heatmap(shares.T.to_numpy(), ax=ax, xticklabels=labels, yticklabels=names, **style)
     ax.tick_params(axis="x", labelsize="x-small", rotation=90)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="block (0-based), and other parts", ylabel="choice")
     return fig
+
+
+def budget_slider(table: pd.DataFrame):
+    """Return `fitting.budget_table` as a slider over its budgets: a widget where a notebook runs, text elsewhere."""
+    from IPython.display import display
+    from ipywidgets import SelectionSlider, interactive
+
+    stops = {f"{row.budget_bytes / 2**20:.1f} MiB": number for number, row in enumerate(table.itertuples())}
+    slider = SelectionSlider(options=list(stops.items()), value=len(stops) // 2, description="budget")
+    return interactive(lambda budget: display(readable(table.iloc[[budget]]).T), budget=slider)

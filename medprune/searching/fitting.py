@@ -1,27 +1,25 @@
 """From a model and images to the best plan that fits: what notebook 07 and `medprune fit` share."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medprune.answers import decoding, timing
+from medprune.answers import decoding
 from medprune.data.questions import load_conditions, load_questions, test_questions
 from medprune.data.records import Record, load_images, sample_balanced
-from medprune.device import choose_device, choose_dtype, release
+from medprune.device import choose_device, choose_dtype
 from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.sizes import base_config, named_config
 from medprune.pruning.leave_one_out import teacher_batches
-from medprune.quantizing import checkpoint
 from medprune.quantizing.quantize import MIN_CALIBRATION_ROWS, quantization_batch
 from medprune.searching.budget import DROP, Plan, Space, check_budget, plan_rows, space_of
 from medprune.searching.costs import Costs, cost_tables, resampled
 from medprune.searching.levels import Levels
 from medprune.searching.searchers import SEARCHERS, Problem, budget_plans, search
 from medprune.settings import BITS, Config
-from medprune.store import Units, content, context, read_json, write_csv
+from medprune.store import Units, content, context, write_csv
 
 ROWS_AT_ONCE = 6  # answers of a batch: two images' worth
 ANSWER_TOKENS = 64  # of the original's answers, at most, in `fit`
@@ -29,13 +27,13 @@ DRAWS = 40  # resamples of the calibration images
 BUDGETS = (0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)  # of the table, as multiples of the one asked for
 
 
-def two_samples(records: list[Record], n: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return n images to measure plans on and as many others to choose among plans on; of few, halves."""
-    n = min(n, len(records) // 2)
-    if n < 1:
+def two_samples(records: list[Record], n: int, m: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return n images to measure plans on and m others to choose among plans on; of few, in these shares."""
+    if len(records) < 2:
         raise ValueError(f"{len(records)} images cannot measure plans and choose among them: give 2 at least.")
-    both = sample_balanced(records, 2 * n, seed)
-    return both[::2], both[1::2]
+    n, m = (max(1, min(k, len(records) * k // (n + m))) for k in (n, m))
+    both = sample_balanced(records, n + m, seed)
+    return both[:n], both[n:]
 
 
 def own_answers(source, records, conditions: dict, units_of, config, bits: int = 16) -> tuple[list[dict], list[str]]:
@@ -77,6 +75,21 @@ def search_all(problem: Problem, evaluations: int, seed: int) -> dict[str, Probl
     return found
 
 
+def by_worst(costs: Costs, groups: list[str]):
+    """Return what measures plans, as `Costs.measure` does, by the mean cost of whichever group fares worst.
+
+    groups: of each row, such as its image's condition.
+    """
+    names = np.asarray(groups)
+
+    def measure(plans: list[Plan], share: float = 1.0) -> list[float]:
+        rows = costs.rows(plans, share)
+        seen = names[: rows.shape[1]]
+        return np.max([rows[:, seen == name].mean(1) for name in np.unique(seen)], axis=0).tolist()
+
+    return measure
+
+
 def measured_plans(found: dict[str, Problem]) -> pd.DataFrame:
     """Return every plan that was measured, in order; best: the least cost so far, predicted: the single costs' sum."""
     rows = []
@@ -98,28 +111,6 @@ def candidates(found: dict[str, Problem], each: int = 2) -> list[Plan]:
         ranked = sorted({plan: cost for _, plan, cost in problem.found}.items(), key=lambda item: item[1])
         costs |= dict(ranked[:each])
     return sorted(costs, key=costs.get)
-
-
-def answer_plan(run, levels: Levels, space: Space, plan: Plan, label: str, asked, config, keep: bool, **said):
-    """Write the model of a plan, load it again and ask it; return (answers' rows, its costs), made once.
-
-    The folder, the stage's label, stays where `keep` says so. said: as `save_quantized` takes it.
-    """
-    mark, folder = context(__name__, levels.context(), plan), run.dir / label
-    units = run.units(decoding.answers_context(mark, asked, config.max_new_tokens))
-    model = processor = None
-    release()
-    if any(f"{label} {q['id']}" not in units for q in asked) or f"{label} speed" not in units:
-        levels.save(space, plan, folder, mark, **said)
-        packed = "quantization_config" in read_json(folder / "config.json")
-        model = checkpoint.load_quantized(folder, choose_device()) if packed else loading.load(folder)[0]
-        processor = loading.load_processor(folder)
-    rows, speed = timing.evaluate(model, processor, label, asked, units, config)
-    if keep:
-        levels.save(space, plan, folder, mark, **said)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    return rows, speed
 
 
 def budget_table(problem: Problem) -> pd.DataFrame:
@@ -162,7 +153,7 @@ def fit(
     work = out.with_name(f"{out.name}.search")
     config = Config({"max_new_tokens": ANSWER_TOKENS, "batch_rows": 32}, "medprune fit")
     units_of = lambda mark: Units(work / "units.sqlite", mark)  # noqa: E731
-    measured_on, chosen_on = two_samples(records, n_images, seed)
+    measured_on, chosen_on = two_samples(records, n_images, n_images, seed)
     rows, said = own_answers(source, measured_on, conditions, units_of, config)
     other, told = own_answers(source, chosen_on, conditions, units_of, config)
     processor = loading.load_processor(source)
