@@ -247,6 +247,11 @@ def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]
     return tuple(sorted({b % n_blocks for b in blocks}))
 
 
+def at_count(model: str, n: int) -> str:
+    """Return the method that `primary` means, n blocks removed: "awq-recovered" is awq-recovered-2."""
+    return model if model.endswith("original") else f"{model}-{n}"
+
+
 def values_of(config) -> dict:
     """Return the settings that a config holds as JSON-able values by name."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items() if not k.startswith("_")}

@@ -182,6 +182,21 @@ def two_t4s_weigh_the_options_of_closed_questions(folder):
     assert min(ledger.peak) > 0.4 * T4
 
 
+def a_chat_judge_of_7b_finds_the_card_empty_and_reads_out_a_verdict(folder):
+    from medprune.judging import chat
+    from medprune.models import loading
+
+    ledger, _ = start()
+    rehearsal.make_base(folder / "llava")
+    judge = chat.chat_judge(str(rehearsal.make_judge(folder / "judge")), quantize_4bit=True)
+    model, _ = loading.load(folder / "llava", bits=4)
+    held, model = ledger.now[0], None
+    ledger.peak = [0]
+    row = {"question": QUESTIONS[0], "reference": "It is acne.", "answer": "Acne.", "kind": "name", "id": "1"}
+    assert [judged.parsed for judged in judge([row] * 3)] == [True] * 3
+    assert 3.5 * GIB < held < 5 * GIB < ledger.peak[0] < 8 * GIB, "the LLaVA is still on the card"
+
+
 def notebook_01_begins_on_a_t4_by_itself(folder):
     ledger, _ = start()
     stage.store._digest = stage._named

@@ -92,7 +92,8 @@ def play_run(root, seed, settings=None, base="x"):
     write_json(root / "run.json", {"settings": whole})
     for stage in STAGES:
         write_json(root / stage / "manifest.json", {"stage": stage})
-    right = {"original": 0.9, "pruned-0": 0.9, "pruned-1": 0.6, "recovered-1": 0.8, "awq-original": 0.85, "rtn-original": 0.5}
+    right = {"original": 0.9, "pruned-0": 0.9, "pruned-1": 0.6, "recovered-1": 0.8, "awq-original": 0.85, "rtn-original": 0.5,
+             "rtn-pruned-1": 0.3}
     rows = []
     for i in range(36):
         condition, luck = CONDITIONS[i % 3], rng.random()
@@ -196,8 +197,28 @@ def test_the_report_pairs_within_seed_and_picture_and_knows_the_baselines(tmp_pa
     assert ways["way back"].str.split().str[0].tolist() == ["lora", "distill"] and math.isnan(ways["diff"][0])
     assert ways["diff"][1] == pytest.approx(-ways.score[0] / 2) and ways.high_all[1] < 0
     assert "random" not in harm
+    assert "Step against step" not in sections, "the primary comparison was not run"
+    dearer = sections["What 4 bits cost a pruned model more"]["table"].set_index("method")
+    assert list(dearer.index) == ["rtn"] and dearer["diff"]["rtn"] == pytest.approx(
+        dearer.costs_pruned["rtn"] - dearer.costs_original["rtn"]
+    ) and dearer.n_runs["rtn"] == 4  # fmt: skip
+    lost = {m: methods.score[a] - methods.score[b] for m, a, b in
+            (("costs_pruned", "pruned-1", "rtn-pruned-1"), ("costs_original", "original", "rtn-original"))}  # fmt: skip
+    assert dearer.loc["rtn", list(lost)].tolist() == pytest.approx(list(lost.values()))
     by_tone = sections["Names right by skin tone"]
     assert by_tone["table"].columns[1] == "I (24 images)" and set(by_tone["csv"].group) == {"I", "V", "VI"}
+
+
+def test_the_comparison_named_beforehand_comes_first_and_the_others_share_their_error(tmp_path):
+    roots = [tmp_path / f"s{seed}" for seed in range(4)]
+    for seed, root in enumerate(roots):
+        play_run(root, seed, {"primary": ["awq-original", "recovered"]})
+    table = next(s["table"] for s in across.sections_over(roots) if s["heading"] == "Step against step")
+    assert table[["a", "b"]].values.tolist() == [
+        ["awq-original", "recovered-1"], ["recovered-1", "pruned-1"], ["awq-original", "rtn-original"],
+    ]  # fmt: skip
+    assert table.p_holm[0] == table.p[0] and table.p_holm[1] >= table.p[1]
+    assert table.low_all[0] == table.low[0] and table.low_all[1] < table.low[1]
 
 
 def test_runs_that_differ_by_more_than_seed_stand_apart_and_are_compared(tmp_path):

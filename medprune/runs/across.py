@@ -14,7 +14,7 @@ from medprune.results.figures import CONTROLS, figure_forest, figure_shares
 from medprune.results.groups import BY, LEAST_IMAGES, group_table, least_harm, naming, naming_table, worst_group
 from medprune.results.page import html_report, markdown_table, with_interval
 from medprune.results.tables import among_random, sweep_means
-from medprune.settings import METHODS, STAGES
+from medprune.settings import METHODS, STAGES, at_count
 from medprune.store import Run, read_json, write_csv, write_text
 
 SIZES = ("03_prune_sweep/sweep.csv", "04_sft_recovery/recovery.csv", "05_awq_vs_bnb/quantization.csv",
@@ -63,6 +63,7 @@ def sections_over(roots: list[Path]) -> list[dict]:
     against = [(ref, base) for base in baselines for ref in original if _share_answers(names, ref, base)]
     methods, named = _methods(runs, scores), naming_table(names).merge(worst_group(names), on="method")
     judged, told = stats.compare(scores, pairs), stats.compare(names, pairs + against)
+    steps, dearer = _steps(runs, scores), _dearer(runs, scores)
     sections = [
         {"heading": "In short", "text": _words(runs, scores, named)},
         {"heading": "Methods", "text": _METHODS, "table": methods},
@@ -72,6 +73,11 @@ def sections_over(roots: list[Path]) -> list[dict]:
     ]
     if len(judged):
         sections[2]["figure"] = figure_forest(judged)
+    if len(steps):
+        drawn = {"table": steps, "figure": figure_forest(steps)}
+        sections.append({"heading": "Step against step", "text": _STEPS, **drawn})
+    if len(dearer):
+        sections.append({"heading": "What 4 bits cost a pruned model more", "text": _DEARER, "table": dearer})
     for column in BY:
         if names[column].notna().any():
             what = column.replace("_", " ")
@@ -107,6 +113,14 @@ _BASELINES = "A method without a language model, a head on the vision tower, sta
 _GROUPS = (
     f"Each group's mean with its 95% interval. A group of fewer than {LEAST_IMAGES} images is too small for one, "
     "unless it is exact: a share of one run's images."
+)
+_STEPS = (
+    "The first row is the comparison that the settings name beforehand (`primary`), whose p stands as it is; p of the "
+    "others is adjusted by Holm, and their last interval holds for all of them together."
+)
+_DEARER = (
+    "How many points more a method's 4 bits take from the pruned model than from the original, paired; the last "
+    "interval holds for all rows together."
 )
 _CRITERIA = (
     "As many blocks removed by each criterion; diff: to output similarity, the paper's, paired, whose limits hold for "
@@ -238,6 +252,39 @@ def _harm(runs: list[dict], scores: pd.DataFrame) -> str:
         if len(rivals) > 1:
             said.append(f"{model} in 4 bits, by method: {least_harm(scores, rivals)[0]}")
     return "\n\n".join(said) or "No two methods are alike but in one thing."
+
+
+def _steps(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the primary comparison, then what recovery gives and what it leaves after AWQ, and AWQ against others."""
+    settings, have = runs[0]["settings"], set(scores["method"])
+    n = settings["recover"][0]
+    primary = tuple(at_count(name, n) for name in settings["primary"])
+    pairs = [(f"recovered-{n}", f"pruned-{n}"), (f"awq-recovered-{n}", f"awq-pruned-{n}")]
+    pairs += [(f"awq-recovered-{n}", f"{m}-{n}") for m in ("awq-magnitude", "awq_text-recovered")]
+    others = [m for m in settings["methods"] if m != "awq"]
+    pairs += [(f"awq-{x}", f"{m}-{x}") for x in ("original", f"recovered-{n}") for m in others]
+    pairs = [pair for pair in pairs if set(pair) <= have and pair != primary]
+    if not set(primary) <= have or any(run["label"] for run in runs):
+        return pd.DataFrame()
+    return pd.concat([stats.compare(scores, [primary]), stats.compare(scores, pairs)], ignore_index=True)
+
+
+def _dearer(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
+    """Return, of each method, what its 4 bits cost the pruned model more than the original."""
+    settings, have = runs[0]["settings"], set(scores["method"])
+    pruned = f"pruned-{settings['recover'][0]}"
+    methods = [m for m in settings["methods"] if {f"{m}-{pruned}", f"{m}-original", pruned} <= have]
+    wide = scores.pivot(index=["run", "id", "cluster"], columns="method", values="score_percent")
+    rows = []
+    for m in methods:
+        four = wide[[pruned, f"{m}-{pruned}", "original", f"{m}-original"]].dropna()
+        cost, own = four[pruned] - four[f"{m}-{pruned}"], four["original"] - four[f"{m}-original"]
+        run, _, image = (four.index.get_level_values(level) for level in four.index.names)
+        found = stats.paired_difference(cost, own, image, runs=run)
+        wide_limits = stats.paired_difference(cost, own, image, stats.ALPHA / len(methods), run)
+        found |= {"low_all": wide_limits["low"], "high_all": wide_limits["high"]}
+        rows.append({"method": m, "costs_pruned": cost.mean(), "costs_original": own.mean()} | found)
+    return pd.DataFrame(rows)
 
 
 def _criteria(runs: list[dict]) -> pd.DataFrame | None:
