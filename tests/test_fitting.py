@@ -1,12 +1,13 @@
 """What is kept of a search: every plan in order, the few that are chosen among, plans for other budgets, figures of them."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from medprune.data.record import Record
 from medprune.searching import fitting
 from medprune.searching.budget import DROP, FULL, Space
-from medprune.searching.figures import figure_additivity, figure_choices, figure_progress
+from medprune.searching.figures import budget_slider, figure_additivity, figure_choices, figure_progress
 from medprune.searching.searchers import Problem, choice_shares
 
 SPACE = Space(("block 0", "block 1"), ({DROP: 0, 4: 10, FULL: 40},) * 2, 100)
@@ -52,12 +53,23 @@ def test_other_budgets_have_their_plans(found):
     assert table.predicted.dropna().is_monotonic_decreasing
 
 
-def test_images_to_measure_on_and_to_choose_on_are_others():
+@pytest.mark.parametrize("asked,drawn", [((5, 5), (3, 3)), ((2, 4), (2, 4)), ((1, 20), (1, 6)), ((20, 1), (6, 1))])
+def test_images_to_measure_on_and_to_choose_on_are_others(asked, drawn):
     records = [Record(str(i), f"{i}.png", "rosacea") for i in range(7)]
-    one, other = fitting.two_samples(records, 5, seed=0)
-    assert len(one) == len(other) == 3 and not {r.key for r in one} & {r.key for r in other}
+    one, other = fitting.two_samples(records, *asked, seed=0)
+    assert (len(one), len(other)) == drawn and not {r.key for r in one} & {r.key for r in other}
     with pytest.raises(ValueError, match="1 images cannot measure plans and choose"):
-        fitting.two_samples(records[:1], 5, seed=0)
+        fitting.two_samples(records[:1], *asked, seed=0)
+
+
+def test_a_plan_may_cost_what_it_costs_the_group_that_fares_worst():
+    class Rows:
+        def rows(self, plans, share):
+            return np.array([[1.0, 3.0, 8.0, 0.0], [3.0, 3.0, 0.0, 2.0]])[:, : round(4 * share)]
+
+    measure = fitting.by_worst(Rows(), ["a", "a", "b", "b"])
+    assert measure(["one", "other"]) == [4.0, 3.0]
+    assert measure(["one", "other"], 0.5) == [2.0, 3.0], "of the groups that a share of the rows shows"
 
 
 def test_figures_show_what_was_measured(found):
@@ -67,7 +79,14 @@ def test_figures_show_what_was_measured(found):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == list(searched) and "evaluations" in ax.get_xlabel()
     points = figure_additivity(table).axes[0].collections[0].get_offsets()
     assert sorted(map(tuple, points)) == sorted(zip(*table.drop_duplicates("plan")[["predicted", "cost"]].to_numpy().T, strict=True))
-    shares = choice_shares(SPACE, [COSTS], 140)
-    mesh = figure_choices(shares, SPACE.sites, [DROP, 4, FULL]).axes[0]
+    mesh = figure_choices(choice_shares(SPACE, [COSTS], 140)).axes[0]
     assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 1], [0, 0]]
     assert [t.get_text() for t in mesh.get_yticklabels()] == ["dropped", "4 bits", "16 bits"]
+
+
+def test_the_slider_stops_at_every_budget(found, capsys):
+    table = fitting.budget_table(found[0])
+    slider = budget_slider(table).children[0]
+    assert [number for _, number in slider.options] == list(range(len(table)))
+    slider.value = 4
+    assert "4 4" in capsys.readouterr().out and slider.label == f"{140 / 2**20:.1f} MiB"

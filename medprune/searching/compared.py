@@ -48,9 +48,8 @@ class Candidate:
         release()
         widths = tuple(w for w in self.levels.widths if w in own.blocks_of(plan))
         levels = replace(self.levels, source=trained, home=run.dir / f"levels-{mark}", widths=widths)
-        words = removed_words(self.space, self.plan)
-        said |= {"plan": f"found by the budget search, recovered by {self.training.recipe} before rounding; {words}"}
-        levels.save(own, plan, folder, mark, **said)
+        how = f"found by the budget search, recovered by {self.training.recipe} before rounding"
+        levels.save(own, plan, folder, mark, f"{how}; {removed_words(self.space, self.plan)}", **said)
         levels.forget()
         for left in (trained, run.dir / f"adapters-{trained.name}"):
             shutil.rmtree(left, ignore_errors=True)

@@ -62,6 +62,6 @@ def budget_slider(table: pd.DataFrame):
     from IPython.display import display
     from ipywidgets import SelectionSlider, interactive
 
-    stops = {f"{row.budget_bytes / 2**20:.1f} MiB": number for number, row in enumerate(table.itertuples())}
-    slider = SelectionSlider(options=list(stops.items()), value=len(stops) // 2, description="budget")
+    stops = [(f"{size / 2**20:.1f} MiB", number) for number, size in enumerate(table["budget_bytes"])]
+    slider = SelectionSlider(options=stops, value=len(stops) // 2, description="budget")
     return interactive(lambda budget: display(readable(table.iloc[[budget]]).T), budget=slider)
