@@ -15,6 +15,7 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
 from medprune.models.sizes import account, base_config, shape_of
+from medprune.searching.budget import check_budget, space_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
 from medprune.store import (
     Run,
@@ -34,7 +35,7 @@ _FULL = ("No space left on device", "disk is full", "failed writing file")  # of
 
 
 def check_run(config) -> None:
-    """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
+    """Refuse what would only fail notebooks later: images that cannot be used, blocks, groups or bytes that cannot be."""
     if config.images != "synthetic":
         _check_images(config.images, load_conditions(config.conditions), config.modality)
     base = base_config(config.base)
@@ -46,6 +47,9 @@ def check_run(config) -> None:
         raise ValueError(f"blocks_removed has {most}, but only {removable} of the model's {n_blocks} blocks may go.")
     for method in config.methods:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
+    if config.budget_mib is not None:
+        space = space_of(base, config.context_tokens, config.protected_blocks, config.group_size)
+        check_budget(space, int(config.budget_mib * 2**20))
 
 
 def _check_images(source: str, conditions: dict, modality: str | None) -> None:
