@@ -35,7 +35,7 @@ _FULL = ("No space left on device", "disk is full", "failed writing file")  # of
 
 
 def check_run(config) -> None:
-    """Refuse what would only fail notebooks later: images that cannot be used, blocks, groups or bytes that cannot be."""
+    """Refuse what would only fail notebooks later: unusable images; blocks, groups or a budget the base cannot have."""
     if config.images != "synthetic":
         _check_images(config.images, load_conditions(config.conditions), config.modality)
     base = base_config(config.base)
