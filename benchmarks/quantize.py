@@ -187,6 +187,7 @@ def main() -> None:
         print(f"{case}: done", file=sys.stderr)
         return json.loads(done.stdout.splitlines()[-1])
 
+    profile = read_json(folder / "manifest.json")["settings"]["name"]
     machine = describe_machine() | {"load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -196,7 +197,6 @@ def main() -> None:
             cases.append(case)
             ours = next(c["answer"] for c in cases if c["case"] == "awq")
             write_json(args.out / "gptqmodel_awq.json", {"machine": machine, **outputs, "answer_of_medprune": ours})
-    profile = read_json(folder / "manifest.json")["parameters"]["name"]
     about = {"machine": machine, "profile": profile, "group_size": GROUP_SIZE, "calibration_rows": CALIBRATION_ROWS}
     write_json(args.out / "quantize.json", {**about, "cases": cases})
     print(report(cases))
