@@ -1,5 +1,7 @@
 """A plan's model as found and recovered first: written, loaded, asked once, and one kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,10 @@ from medprune.models.sizes import account
 from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.packed import PackedLinear
 from medprune.searching import compared
-from medprune.searching.budget import DROP, FULL, Space, space_of, working_bytes
+from medprune.searching.budget import DROP, FULL, space_of, working_bytes
 from medprune.searching.levels import Levels
 from medprune.settings import Config, resolve, values_of
-from medprune.store import Run, read_json
+from medprune.store import Run, made, read_json
 
 BLOCKS = (FULL, 4, DROP, 8, FULL, 3)
 
@@ -37,20 +39,13 @@ def config():
 
 @pytest.fixture
 def run(tmp_path):
-    made = Run(tmp_path / "demo", "07_budget_search")
-    made.dir.mkdir(parents=True)
-    return made
+    found = Run(tmp_path / "demo", "07_budget_search")
+    found.dir.mkdir(parents=True)
+    return found
 
 
 def widths(model):
     return [next((m.bits for m in block.modules() if isinstance(m, PackedLinear)), FULL) for block in parts(model).blocks]
-
-
-def test_a_plan_without_what_it_drops_takes_as_many_bytes(candidate):
-    space, plan = candidate.space.pruned(candidate.plan)
-    assert space.sites == ("vision tower", *(f"block {b}" for b in range(5))) and plan == (8, FULL, 4, 8, FULL, 3)
-    assert space.bytes_of(plan) == candidate.space.bytes_of(candidate.plan)
-    assert Space(("block 0",), ({DROP: 0, 4: 1},), 5).pruned((4,)) == (Space(("block 0",), ({DROP: 0, 4: 1},), 5), (4,))
 
 
 def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run, rows, chat, tmp_path):
@@ -68,6 +63,8 @@ def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run,
     card = (tmp_path / "recovered" / "README.md").read_text()
     assert "recovered by projector before rounding; blocks removed: 2" in card
     assert [f.name for f in run.dir.iterdir()] == [], "what it was trained into is gone"
+    whole = replace(recovered, plan=(FULL,) * 7).write(run, tmp_path / "whole")
+    assert "quantization_config" not in read_json(whole / "config.json") and made(whole, replace(recovered, plan=(FULL,) * 7).context())
 
 
 def test_candidates_are_asked_once_and_one_is_kept(candidate, config, run, rows, monkeypatch):

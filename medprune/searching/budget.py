@@ -5,7 +5,6 @@ DROP for a block that is taken out. Projector, norms and embedding table stay in
 What a plan takes is its weights with their scales, the KV cache of its blocks, and working memory. No torch here.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -48,13 +47,6 @@ class Space:
     def choice(self, plan: Plan, site: str) -> int:
         """Return a plan's choice for a site; of one that the space does not vary, 16 bits."""
         return plan[self.sites.index(site)] if site in self.sites else FULL
-
-    def pruned(self, plan: Plan) -> tuple["Space", Plan]:
-        """Return the space of the model without the blocks that a plan drops, renumbered, and the plan in it."""
-        kept = [(s, p, c) for s, p, c in zip(self.sites, self.prices, plan, strict=True) if c != DROP]
-        number = itertools.count()
-        sites = tuple(f"block {next(number)}" if site.startswith("block") else site for site, _, _ in kept)
-        return Space(sites, tuple(p for _, p, _ in kept), self.fixed_bytes), tuple(c for _, _, c in kept)
 
     def storage(self, plan: Plan) -> dict:
         """Return the plan as arguments of `sizes.account`: blocks_removed, bits, quantize_head, quantize_vision."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from medprune.answers import decoding, timing
 from medprune.device import choose_device, release
 from medprune.models import loading
-from medprune.quantizing import checkpoint
-from medprune.searching.budget import Plan, Space
-from medprune.searching.levels import Levels, kept_blocks, removed_words
+from medprune.quantizing import checkpoint, quantize
+from medprune.searching.budget import FULL, Plan, Space
+from medprune.searching.levels import METHOD, Levels, kept_blocks, removed_words
 from medprune.store import Run, context, made, read_json
 from medprune.tuning.recovery import Training
 from medprune.tuning.trained import train_once
@@ -42,18 +42,28 @@ class Candidate:
         if self.training is None:
             self.levels.save(self.space, self.plan, folder, mark, **said)
             return folder
-        own, plan = self.space.pruned(self.plan)
+        self.levels.rest()
         trained = run.dir / f"tried-{mark}"
         train_once(run, trained, self.training, "recovery")
         release()
-        widths = tuple(w for w in self.levels.widths if w in own.blocks_of(plan))
-        levels = replace(self.levels, source=trained, home=run.dir / f"levels-{mark}", widths=widths)
-        how = f"found by the budget search, recovered by {self.training.recipe} before rounding"
-        levels.save(own, plan, folder, mark, f"{how}; {removed_words(self.space, self.plan)}", **said)
-        levels.forget()
+        self._round(trained, folder, mark, said)
         for left in (trained, run.dir / f"adapters-{trained.name}"):
             shutil.rmtree(left, ignore_errors=True)
         return folder
+
+    def _round(self, trained: Path, folder: Path, mark: str, said: dict) -> None:
+        """Round the recovered model as the plan says, and save it."""
+        storage = self.space.storage(self.plan)
+        head, tower = storage["quantize_head"], storage["quantize_vision"]
+        if set(storage["bits"]) == {FULL} and not (head or tower):
+            loading.save(*loading.load(trained, dtype=self.levels.dtype), folder, context=mark)
+            return
+        model, processor, fetch = loading.load_blockwise(trained, dtype=self.levels.dtype)
+        how = (storage["bits"], self.levels.group_size, self.levels.calibration, head, tower, fetch)
+        model, info = quantize.quantize(model, METHOD, *how)
+        words = f"found by the budget search, recovered by {self.training.recipe} before rounding"
+        said |= {"plan": f"{words}; {removed_words(self.space, self.plan)}"}
+        checkpoint.save_quantized(model, folder, METHOD, info, processor, {"context": mark}, **said)
 
 
 def ask(run: Run, candidate: Candidate, label: str, asked: list[dict], config, **said) -> tuple[list[dict], dict]:

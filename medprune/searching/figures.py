@@ -20,11 +20,12 @@ def _drawn(size=(7, 4.2)):
 
 def figure_progress(measured: pd.DataFrame) -> Figure:
     """Draw each searcher's best cost so far against evaluations; measured: `fitting.measured_plans`."""
-    fig, ax = _drawn()
+    (fig, ax), end = _drawn(), measured["evaluations"].max()
     for color, (name, rows) in zip(
         sns.color_palette("colorblind"), measured.groupby("searcher", sort=False), strict=False
     ):
-        ax.step(rows["evaluations"], rows["best"], where="post", color=color, label=name)
+        best = [*rows["best"], rows["best"].iloc[-1]]  # of a searcher that ended early, too
+        ax.step([*rows["evaluations"], end], best, where="post", color=color, label=name)
         ax.plot(rows["evaluations"], rows["cost"], ".", color=color, alpha=0.4, markersize=4)
     ax.set(xlabel="evaluations (plans on all calibration answers)", ylabel=COST, yscale="log")
     ax.legend(frameon=False, title="best so far")

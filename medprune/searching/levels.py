@@ -99,11 +99,10 @@ class Levels:
         names = quantize.target_linears(model, FULL, *only)
         return {n: PackedLinear.from_linear(model.get_submodule(n), bits, self.group_size) for n in names}
 
-    def save(self, space: Space, plan: Plan, folder: Path, mark: str, words: str | None = None, **said) -> None:
+    def save(self, space: Space, plan: Plan, folder: Path, mark: str, **said) -> None:
         """Write the model of a plan with its card, unless the folder was made in the context `mark` already.
 
-        `load_quantized` reads it, or `loading.load` one of 16 bits throughout. words: the card's about the plan. said:
-        its others, as `save_quantized` takes them.
+        `load_quantized` reads it, or `loading.load` one of 16 bits throughout. said: as `save_quantized` takes it.
         """
         if made(folder, mark):
             return
@@ -126,7 +125,7 @@ class Levels:
             return
         info = {"method": METHOD, "group_size": self.group_size, "packed_bytes": quantize.packed_bytes(model)}
         info |= {k: storage[k] for k in ("bits", "quantize_head", "quantize_vision")}
-        said["plan"] = words or f"found by the budget search; {removed_words(space, plan)}"
+        said |= {"plan": f"found by the budget search; {removed_words(space, plan)}"}
         checkpoint.save_quantized(model, folder, METHOD, info, processor, {"context": mark}, **said)
 
     def rest(self) -> None:
