@@ -149,7 +149,7 @@ PROFILES = {
     "local": {
         "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,
         "save_every": 30, "n_held_out": 8, "recovery_steps": 20, "recipes": ("lora", "last_blocks"), "awq_rows": 4,
-        "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"),
+        "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"), "evaluations": 36,
     },
     "t4": {
         "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
