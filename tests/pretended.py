@@ -1,5 +1,6 @@
 """Checks of the pretended GPU, each run in a process of its own: python tests/pretended.py NAME FOLDER."""
 
+import gc
 import json
 import os
 import sys
@@ -152,7 +153,9 @@ def seven_billion_parameters(folder, cards):
 
 def one_t4_holds_nf4_and_no_16_bits_and_a_card_a_fifth_smaller_neither(folder):
     ledger, answer = seven_billion_parameters(folder, 1)
+    gc.disable()  # NF4's layers refer to themselves: they stay until somebody collects
     assert len(answer(4)) == 24 and SMALLER < ledger.peak[0] < T4
+    assert len(answer(4)) == 24, "the next model has the room of the last"
     device.release()
     assert ledger.now == [0], "an NF4 model that was let go stays"
     with pytest.raises(torch.OutOfMemoryError):
@@ -189,8 +192,9 @@ def a_chat_judge_of_7b_finds_the_card_empty_and_reads_out_a_verdict(folder):
     ledger, _ = start()
     rehearsal.make_base(folder / "llava")
     judge = chat.chat_judge(str(rehearsal.make_judge(folder / "judge")), quantize_4bit=True)
-    model, _ = loading.load(folder / "llava", bits=4)
-    held, model = ledger.now[0], None
+    model = loading.load(folder / "llava", bits=4)[0]
+    held = ledger.now[0]
+    del model
     ledger.peak = [0]
     row = {"question": QUESTIONS[0], "reference": "It is acne.", "answer": "Acne.", "kind": "name", "id": "1"}
     assert [judged.parsed for judged in judge([row] * 3)] == [True] * 3

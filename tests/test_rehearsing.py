@@ -1,5 +1,6 @@
 """The pretended GPU counts what a card would hold, and full-size models fit it, or do not; a process each."""
 
+import ast
 import json
 import re
 import subprocess
@@ -29,19 +30,30 @@ def test_every_model_that_answers_is_held_in_the_bits_that_were_asked_for():
         assert all("bits=cfg." in call for call in re.findall(r"loading\.load\(([^)]*)\)", text)), stage
 
 
+def steps(block: list[ast.stmt]):
+    """Yield the simple statements of some code as texts, in the order they run; a loop runs twice."""
+    for statement in block:
+        inner = [part for name in ("body", "orelse", "finalbody") for part in getattr(statement, name, [])]
+        if isinstance(statement, ast.FunctionDef):
+            continue
+        if inner:
+            yield from [*steps(inner)] * (2 if isinstance(statement, ast.For | ast.While) else 1)
+        else:
+            yield ast.unparse(statement)
+
+
 def test_a_model_is_let_go_before_the_next_is_loaded_and_before_a_judge():
     for stage in STAGES:
         cells = json.loads((REPO / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-        events = [m[0] for m in re.finditer(r"\bllava\b[^=\n]*= (?:[^\n]*, )?None|loading\.load\(|\bjudged\(|\bmake_judges\(", code)]
         held = False
-        for event in events:
-            if event == "loading.load(":
+        for step in steps(ast.parse(code).body):
+            if "loading.load(" in step:
                 assert not held, f"{stage} loads a model beside another"
                 held = True
-            elif event.endswith("None"):
+            elif re.match(r"(.*\bllava)\b.* = .*None\b", step):
                 held = False
-            else:
+            elif re.search(r"\b(judged|make_judges)\(", step):
                 assert not held, f"{stage} judges beside a model"
 
 
