@@ -54,10 +54,11 @@ def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run,
     found = load_quantized(candidate.write(run, tmp_path / "found"))
     model = load_quantized(recovered.write(run, tmp_path / "recovered", base="tiny"))
     assert widths(model) == widths(found) == [FULL, 4, 8, FULL, 3]
-    before, after = (parts(m).projector.linear_1.weight for m in (found, model))
-    assert 0 < (before - after).abs().max() < 0.1, "the projector was trained"
-    kept, same = (parts(m).blocks[0].mlp.up_proj.weight for m in (found, model))
-    assert torch.equal(kept, same), "and nothing else"
+    moved = [
+        max((x - y).abs().max() for x, y in zip(*(part(parts(m)).parameters() for m in (found, model)), strict=True))
+        for part in (lambda p: p.projector, lambda p: p.blocks[0].mlp)
+    ]
+    assert 3e-4 < moved[0] < 0.1 and moved[1] < 2e-4, "the projector was trained, and nothing else, but for bfloat16"
     counted = account(model.config, **candidate.space.storage(candidate.plan) | {"blocks_removed": 0}, group_size=32, context=64, method="awq")
     assert candidate.space.bytes_of(candidate.plan) == counted.total_bytes + working_bytes(model.config, 64)
     card = (tmp_path / "recovered" / "README.md").read_text()
