@@ -58,7 +58,7 @@ def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run,
         max((x - y).abs().max() for x, y in zip(*(part(parts(m)).parameters() for m in (found, model)), strict=True))
         for part in (lambda p: p.projector, lambda p: p.blocks[0].mlp)
     ]
-    assert 3e-4 < moved[0] < 0.1 and moved[1] < 2e-4, "the projector was trained, and nothing else, but for bfloat16"
+    assert 5e-4 < moved[0] < 0.1 and moved[1] < 3e-4, "the projector was trained, and nothing else, but for bfloat16"
     counted = account(model.config, **candidate.space.storage(candidate.plan) | {"blocks_removed": 0}, group_size=32, context=64, method="awq")
     assert candidate.space.bytes_of(candidate.plan) == counted.total_bytes + working_bytes(model.config, 64)
     card = (tmp_path / "recovered" / "README.md").read_text()
