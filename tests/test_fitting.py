@@ -79,8 +79,8 @@ def test_figures_show_what_was_measured(found):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == list(searched) and "evaluations" in ax.get_xlabel()
     points = figure_additivity(table).axes[0].collections[0].get_offsets()
     assert sorted(map(tuple, points)) == sorted(zip(*table.drop_duplicates("plan")[["predicted", "cost"]].to_numpy().T, strict=True))
-    mesh = figure_choices(choice_shares(SPACE, [COSTS], 140)).axes[0]
-    assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 1], [0, 0]]
+    mesh = figure_choices(choice_shares(SPACE, [COSTS], 150)).axes[0]
+    assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 0], [0, 1]]
     assert [t.get_text() for t in mesh.get_yticklabels()] == ["dropped", "4 bits", "16 bits"]
 
 
