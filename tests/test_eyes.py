@@ -24,6 +24,7 @@ from medprune.quantizing.quantize import quantize
 from medprune.runs import baselines
 from medprune.settings import REPO, resolve
 from medprune.tuning import tower, views
+from medprune.tuning.finetune import add_lora, train
 
 SMALL = LITE0 | {
     "hidden_size": 32, "image_size": 32, "patch_size": 16, "stem_size": 4,
@@ -200,6 +201,38 @@ def test_a_centre_crop_of_wide_pixels_is_what_the_processor_shows(small, tmp_pat
     assert wide.shape == (3, 256, 256)
     expected = processor.image_processor(Image.open(record.path), return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(views.centre(wide[None], processor)[0].float(), expected, atol=1e-5)
+
+
+def test_what_is_tuned_on_pretrained_eyes_sees_another_view_of_a_picture_each_time(small, tmp_path, monkeypatch, tiny):
+    record = Record("a", str(tmp_path / "a.png"), "melanoma")
+    Image.effect_noise((60, 50), 90).convert("RGB").save(record.path)
+    model, processor = load(small)
+    plain = image_pixels(processor, record.path, torch.bfloat16)
+    show = views.viewer(model, processor, 3, torch.bfloat16, keep=True)
+    torch.manual_seed(5)
+    first, luck = show(0, record.path), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(luck, torch.rand(1)), "a view draws nothing from what else is random"
+    assert first.shape == plain.shape and first.dtype == plain.dtype and not torch.equal(first, plain)
+    assert not torch.equal(first, show(1, record.path)), "each time another"
+    again = views.viewer(model, processor, 3, torch.bfloat16, keep=False)
+    assert torch.equal(first, again(0, record.path)), "the same when training is resumed"
+    assert not torch.equal(first, views.viewer(model, processor, 4, torch.bfloat16, keep=True)(0, record.path))
+    assert views.viewer(*tiny, 3, torch.bfloat16, keep=True) is None, "a tower of transformers sees pictures as they are"
+
+    asked, seen = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], []
+    asked.append({"role": "assistant", "content": [{"type": "text", "text": "A mole."}]})
+    forward = Eyes.forward
+
+    def watched(self, pixel_values, **others):
+        seen.append(pixel_values)
+        return forward(self, pixel_values, **others)
+
+    monkeypatch.setattr(Eyes, "forward", watched)
+    items, config = [(record.path, asked)] * 4, resolve("smoke", save_every=2)
+    train(add_lora(model, 2, 4), processor, items, tmp_path / "tuned", config, 2, held_out=items[:1])
+    alike = [[torch.allclose(row.float(), plain.float()) for row in batch] for batch in seen]
+    assert alike == [[False] * 2, [False] * 2, [True]], "what is kept back is looked at as it is"
 
 
 def test_mixed_images_have_mixed_truths():

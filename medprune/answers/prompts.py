@@ -96,10 +96,13 @@ def _image_tokens(processor) -> int:
 
 
 class Conversations(Dataset):
-    """Encoded conversations; pixels are read when asked for and kept, if they fit, in memory."""
+    """Encoded conversations; pixels are read when asked for and kept, if they fit, in memory.
 
-    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels: bool, multi_turn: bool):
-        self.processor, self.items = processor, items
+    view: a function of an item's number and its picture's path that returns other pixels than the picture's own.
+    """
+
+    def __init__(self, processor, items: list[tuple[str, list[dict]]], dtype, keep_pixels, multi_turn, view=None):
+        self.processor, self.items, self.view = processor, items, view
         self.encode = encode_conversation if multi_turn else encode_questions
         pixels = partial(image_pixels, processor, dtype=dtype)
         self.pixels = cache(pixels) if keep_pixels else pixels
@@ -109,7 +112,8 @@ class Conversations(Dataset):
 
     def __getitem__(self, i):
         path, messages = self.items[i]
-        return self.encode(self.processor, messages) | {"pixel_values": self.pixels(path)}
+        pixels = self.pixels(path) if self.view is None else self.view(i, path)
+        return self.encode(self.processor, messages) | {"pixel_values": pixels}
 
 
 padded = partial(pad_sequence, batch_first=True)  # 1-D tensors as one (rows, longest), filled up on the right

@@ -22,6 +22,7 @@ from medprune.models.families import PROJECTOR, lora_targets, parts
 from medprune.progress import progress
 from medprune.settings import TARGETS
 from medprune.store import read_json
+from medprune.tuning.views import viewer
 
 
 def answer_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
@@ -64,13 +65,15 @@ def train(model, processor, items, folder, config, steps, callbacks=(), label="t
     Checkpoints go to `folder` every config.save_every steps, and a killed run goes on from the last one to the same
     end. A step's conversations are taken config.micro_batch at a time, or fewer where memory is too small. With
     `held_out` items the curve has their loss too, `held_out_loss`, at every checkpoint; training ends early once it has
-    not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. `model` is left wrapped:
-    hand it to `merge`. Pure bf16 without autocast on CPU, where that is fastest, unless float32 weights are trained.
+    not fallen for config.patience checkpoints (0: never), and the best checkpoint is kept. Pretrained eyes are shown
+    another random view of a picture each time (`views.viewer`). `model` is left wrapped: hand it to `merge`. Pure bf16
+    without autocast on CPU, where that is fastest, unless float32 weights are trained.
     """
     keep_pixels, dtype = len(items) <= 4096 and not _on_gpu(model), model_dtype(model)
     encoded = partial(Conversations, processor, dtype=dtype, keep_pixels=keep_pixels, multi_turn=config.multi_turn)
     early = [EarlyStoppingCallback(config.patience)] if held_out and config.patience else []
-    data = {"train_dataset": encoded(items), "eval_dataset": encoded(held_out) if held_out else None}
+    views = viewer(model, processor, config.seed, dtype, keep_pixels)
+    data = {"train_dataset": encoded(items, view=views), "eval_dataset": encoded(held_out) if held_out else None}
     data |= {"data_collator": collator(processor.tokenizer.pad_token_id), "compute_loss_func": loss}
     begun = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad} if cards() else {}
 

@@ -1,9 +1,15 @@
 """How pretrained eyes are shown a photograph: its centre when they are asked, random views while they are tuned."""
 
+from functools import cache, partial
+
 import torch
 from torch.nn import functional as F
 
 from medprune.data.pictures import open_image
+from medprune.models.eyes import Eyes
+from medprune.models.families import parts
+
+MOST_ITEMS = 2**24  # of a training, whose views no other seed's repeat
 
 
 def wide_pixels(processor, path) -> torch.Tensor:
@@ -59,6 +65,26 @@ def augmented(pixels: torch.Tensor, side: int) -> torch.Tensor:
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * (1 + 0.3 * draw(1, 1, 1))
     return ((x + 1) * (1 + 0.06 * draw(3, 1, 1)) - 1).clamp(-1, 1)
+
+
+def viewer(model, processor, seed: int, dtype, keep: bool):
+    """Return what shows a model with pretrained eyes item `number`'s picture, as (number, path) -> pixels, or None.
+
+    The eyes know their training pictures by heart, and what is tuned on these as they are learns to trust them more
+    than it may trust those of other patients: so each item has a random view, the same whenever training is resumed.
+    Other towers are shown pictures as they are. dtype: of the pixels. keep: whether pictures stay in memory.
+    """
+    if not isinstance(parts(model).vision_tower, Eyes):
+        return None
+    side = processor.image_processor.crop_size["height"]
+    wide = cache(partial(wide_pixels, processor)) if keep else partial(wide_pixels, processor)
+
+    def view(number: int, path) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * MOST_ITEMS + number)
+            return augmented(wide(path)[None].float(), side)[0].to(dtype)
+
+    return view
 
 
 def mixed(x: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
