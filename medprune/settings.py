@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
-STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recovery", "05_awq_vs_bnb", "06_judge_eval")
+STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recovery", "05_awq_vs_bnb", "06_judge_eval",
+          "07_budget_search")  # fmt: skip
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTHS = {"rtn": (3, 4, 8), "awq": (3, 4, 8), "bnb": (4,), "hqq": (3, 4, 8)}  # bits that each method stores
@@ -49,75 +50,84 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    name: str = _setting("local", "123456", "the profile: smoke, local or t4")
-    seed: int = _setting(0, "123456", "of every random draw", ge=0, lt=2**32)
+    name: str = _setting("local", "1234567", "the profile: smoke, local or t4")
+    seed: int = _setting(0, "1234567", "of every random draw", ge=0, lt=2**32)
     # data
-    images: str = _setting("synthetic", "16", '"synthetic", or a folder or table of photographs')
+    images: str = _setting("synthetic", "167", '"synthetic", or a folder or table of photographs')
     modality: Literal["clinical", "dermoscopic", "both"] | None = _setting(
         None, "1", "of the photographs taken; null takes what there is, but mixes none"
     )
-    conditions: str | None = _setting(None, "123456", "facts file of other conditions, as data/conditions.json")
+    conditions: str | None = _setting(None, "1234567", "facts file of other conditions, as data/conditions.json")
     n_train: Count | None = _setting(None, "1", "training images; null takes all there are")
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = _setting("smollm2", "15", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
-    base_bits: Literal[4, 16] = _setting(16, "14", "4: QLoRA over an NF4 base")
-    held_bits: Literal[4, 16] = _setting(16, "123456", "of 16-bit models while they answer; 4: as NF4, to fit one card")
+    base: str = _setting("smollm2", "157", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
+    base_bits: Literal[4, 16] = _setting(16, "147", "4: QLoRA over an NF4 base")
+    held_bits: Literal[4, 16] = _setting(16, "1234567", "of 16-bit models while they answer; 4: as NF4, to fit a card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
-    embedding: str = _setting("minilm", "123456", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
+    embedding: str = _setting("minilm", "1234567", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
-    lora_r: Count = _setting(16, "14", "rank of the adapters")
-    lora_alpha: Count = _setting(8, "14", "their scale, over the rank")
-    lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "14", "linears that get adapters", min_length=1)
-    learning_rate: Positive = _setting(3e-3, "14", "of the adapters; whole weights move at a tenth", le=1)
-    schedule: Literal[SCHEDULES] = _setting("linear", "14", "of the rate")
-    multi_turn: bool = _setting(False, "14", "later questions see earlier answers, as in the paper")
-    batch_size: Count = _setting(4, "14", "conversations per optimizer step, of all processes together")
+    lora_r: Count = _setting(16, "147", "rank of the adapters")
+    lora_alpha: Count = _setting(8, "147", "their scale, over the rank")
+    lora_targets: tuple[Literal[TARGETS], ...] = _setting(TARGETS, "147", "linears that get adapters", min_length=1)
+    learning_rate: Positive = _setting(3e-3, "147", "of the adapters; whole weights move at a tenth", le=1)
+    schedule: Literal[SCHEDULES] = _setting("linear", "147", "of the rate")
+    multi_turn: bool = _setting(False, "147", "later questions see earlier answers, as in the paper")
+    batch_size: Count = _setting(4, "147", "conversations per optimizer step, of all processes together")
     micro_batch: Count | None = _setting(
-        None, "14", "of these in memory at once; null: all. Halved where they do not fit"
+        None, "147", "of these in memory at once; null: all. Halved where they do not fit"
     )
     sft_steps: Count = _setting(80, "1", "optimizer steps of fine-tuning")
     balance: Annotated[float, Field(ge=0, le=1)] = _setting(
-        0.0, "14", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
+        0.0, "147", "how far pictures of rare conditions are tuned on again: 0 not, 1 until all come equally often"
     )
     epochs: Positive | None = _setting(None, "1", "passes over the images instead of sft_steps")
     processes: Count = _setting(1, "123", "that tune, score and answer together, a GPU each")
-    save_every: Count = _setting(20, "14", "steps between checkpoints, and held-out losses")
+    save_every: Count = _setting(20, "147", "steps between checkpoints, and held-out losses")
     n_held_out: Whole = _setting(0, "1", "training images kept back to measure the loss")
-    patience: Whole = _setting(0, "14", "checkpoints without a lower held-out loss before training ends; 0: never")
+    patience: Whole = _setting(0, "147", "checkpoints without a lower held-out loss before training ends; 0: never")
     # recovery
-    recovery_steps: Count = _setting(40, "4", "optimizer steps after pruning")
-    recipe: Literal[RECIPES] = _setting("lora", "4", "the way back whose models notebooks 05 and 06 go on with")
+    recovery_steps: Count = _setting(40, "47", "optimizer steps after pruning")
+    recipe: Literal[RECIPES] = _setting("lora", "47", "the way back whose models notebooks 05 and 06 go on with")
     recipes: tuple[Literal[RECIPES], ...] = _setting(RECIPES, "4", "ways back that are compared", min_length=1)
     data_fractions: tuple[Share, ...] = _setting((1.0,), "4", "shares of the images, for each recipe", min_length=1)
     equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
     # answers
-    max_new_tokens: Count = _setting(38, "1345", "length of an answer")
-    batch_rows: Count = _setting(128, "12345", "answers decoded at once; halved where they do not fit")
+    max_new_tokens: Count = _setting(38, "13457", "length of an answer")
+    batch_rows: Count = _setting(128, "123457", "answers decoded at once; halved where they do not fit")
     # importance and pruning
     n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
     calibration_tokens: Count = _setting(32, "2", "length of the answers that are compared")
     random_draws: Count = _setting(20, "2", "random orders of removal, among which notebook 03 places every criterion")
-    protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "23", "never removed; the paper's 1, 2 and 32, from 0")
+    protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "237", "never removed; the paper's 1, 2 and 32, from 0")
     blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
-    recover: tuple[Count, ...] = _setting((2, 4), "23456", "counts that notebook 04 recovers", min_length=1)
+    recover: tuple[Count, ...] = _setting((2, 4), "234567", "counts that notebook 04 recovers", min_length=1)
     # quantization
     methods: tuple[Literal[METHODS], ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
     kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
-    group_size: Literal[GROUP_SIZES] = _setting(64, "5", f"weights that share a scale; NF4 always {NF4_GROUP}")
-    awq_rows: int = _setting(8, "5", "calibration conversations", ge=4, le=MOST)
-    awq_tokens: Count = _setting(1024, "5", "of each, at most")
+    group_size: Literal[GROUP_SIZES] = _setting(64, "57", f"weights that share a scale; NF4 always {NF4_GROUP}")
+    awq_rows: int = _setting(8, "57", "calibration conversations", ge=4, le=MOST)
+    awq_tokens: Count = _setting(1024, "57", "of each, at most")
+    # search for the best model within a budget
+    budget_mib: Positive | None = _setting(
+        None, "7", "most memory of the model found, KV cache and working memory in it; null: the paper's pipeline's"
+    )
+    context_tokens: Count = _setting(256, "7", "of the KV cache that the budget holds")
+    search_images: Count = _setting(8, "7", "training images that plans are measured on")
+    selection_images: Count = _setting(16, "7", "other training images, on which the best are chosen among")
+    evaluations: Count = _setting(40, "7", "plans that each searcher may measure")
+    finalists: Count = _setting(2, "7", "best plans that are recovered, and chosen among with and without it")
     # judge
     primary: tuple[str, str] = _setting(
         ("awq-recovered", "awq-magnitude"), "6", "the one comparison named beforehand, a - b, each without its count"
     )
-    judge: str = _setting("reference", "13456", '"reference", "server", a chat model, or several with + between')
-    judges_combined: Literal["median", "mean"] = _setting("median", "13456", "of several judges' scores")
-    judge_model: str | None = _setting(None, "13456", "the model that a server is asked for")
-    judge_url: str | None = _setting(None, "13456", "an OpenAI-compatible server, such as http://localhost:8000/v1")
-    judge_key_env: str = _setting("OPENAI_API_KEY", "13456", "the environment variable, or secret, with a server's key")
-    judge_bits: Literal[4, 16] = _setting(16, "13456", "of a chat model in this process")
+    judge: str = _setting("reference", "134567", '"reference", "server", a chat model, or several with + between')
+    judges_combined: Literal["median", "mean"] = _setting("median", "134567", "of several judges' scores")
+    judge_model: str | None = _setting(None, "134567", "the model that a server is asked for")
+    judge_url: str | None = _setting(None, "134567", "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    judge_key_env: str = _setting("OPENAI_API_KEY", "134567", "the environment variable or secret with a server's key")
+    judge_bits: Literal[4, 16] = _setting(16, "134567", "of a chat model in this process")
     card_images: Count = _setting(8, "6", "test images whose answers the judge card is made of")
     card_judges: tuple[str, ...] = _setting(("cosine",), "6", "further judges, for the card and for agreement only")
 
@@ -133,12 +143,13 @@ PROFILES = {
         "n_train": 24, "n_test": 8, "image_size": 64, "base": "tiny", "vision_steps": 4, "sft_steps": 4,
         "recovery_steps": 2, "save_every": 2, "batch_size": 2, "max_new_tokens": 12, "n_calibration": 2,
         "calibration_tokens": 8, "blocks_removed": (0, 1, 2), "recover": (1, 2), "awq_rows": 4, "n_held_out": 2,
-        "data_fractions": (0.5, 1.0), "equal_time": True,
+        "data_fractions": (0.5, 1.0), "equal_time": True, "search_images": 2, "selection_images": 2,
+        "evaluations": 8, "finalists": 1,
     },
     "local": {
         "n_train": 240, "n_test": 24, "vision_steps": 240, "batch_size": 2, "learning_rate": 2e-3, "sft_steps": 90,
         "save_every": 30, "n_held_out": 8, "recovery_steps": 20, "recipes": ("lora", "last_blocks"), "awq_rows": 4,
-        "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"),
+        "awq_tokens": 96, "methods": ("awq", "bnb", "hqq", "rtn"), "evaluations": 36,
     },
     "t4": {
         "images": "/kaggle/input/dermnet", "n_train": 1737, "n_test": 39, "base": "llava-hf/llava-1.5-7b-hf",
@@ -147,6 +158,7 @@ PROFILES = {
         "save_every": 50, "max_new_tokens": 200, "batch_rows": 18, "n_calibration": 27, "calibration_tokens": 64,
         "blocks_removed": (0, 2, 4, 7, 8, 9, 10), "recover": (7, 9), "random_draws": 10, "awq_rows": 32,
         "recipes": ("lora", "distill"), "methods": ("awq", "bnb", "hqq", "rtn"), "judge_bits": 4,
+        "context_tokens": 840, "search_images": 9,
     },
 }  # fmt: skip
 TWO_CARDS = {"held_bits": 16}  # what t4 changes where there are several GPUs

@@ -23,6 +23,7 @@ TABLES = {
     "04_sft_recovery": ["recovery", "recipes", "scores"],
     "05_awq_vs_bnb": ["quantization", "activations", "scores"],
     "06_judge_eval": ["summary", "ablation", "judge_card"],
+    "07_budget_search": ["scores"],
 }
 # measured anew in every run, or long texts
 PASSING = ("_s", "_bytes_peak", "seconds", "raw", "answer", "question", "reference", "asked", "judged_by", "paper_",

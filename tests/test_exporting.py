@@ -144,13 +144,15 @@ def test_the_command_says_what_it_wrote(family, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_is_found_by_folder_or_by_run_and_method(tmp_path):
-    for name in ("01_finetune/model", "04_sft_recovery/model-recovered-2", "05_awq_vs_bnb/quantized/awq-recovered-2"):
+    folders = ("01_finetune/model", "04_sft_recovery/model-recovered-2", "05_awq_vs_bnb/quantized/awq-recovered-2")
+    for name in (*folders, "07_budget_search/found"):
         (tmp_path / "demo" / name).mkdir(parents=True)
         (tmp_path / "demo" / name / "config.json").write_text("{}")
     home = str(tmp_path)
     assert find_model("demo:awq-recovered-2", home) == tmp_path / "demo/05_awq_vs_bnb/quantized/awq-recovered-2"
+    assert find_model("demo:found", home) == tmp_path / "demo/07_budget_search/found"
     assert find_model("demo:original", home).name == "model" and find_model(str(tmp_path / "demo/01_finetune/model"))
-    with pytest.raises(ValueError, match="keeps no folder of 'pruned-2'; it keeps original, recovered-2, awq-recovered-2"):
+    with pytest.raises(ValueError, match="keeps no folder of 'pruned-2'; it keeps original, recovered-2, awq-recovered-2, found"):
         find_model("demo:pruned-2", home)
     with pytest.raises(ValueError, match="there is no run 'other'"):
         find_model("other:original", home)

@@ -60,6 +60,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     (["-p", "group_size", "128"], "64 inputs", "these fit: [32, 64]"),
     (["-p", "group_size", "large"], "'large'", "32, 64 or 128"),
     (["-p", "blocks_removed", "[0,1,99]"], "99", "only 3 of the model's 6 blocks"),
+    (["-p", "budget_mib", "0.1"], "0.1 MiB", "the least takes"),
     (["-p", "blocks_removed", "[0]"], "blocks_removed=[0]", "0 and at least two more counts"),
     (["-p", "blocks_removed", "[0,2]"], "blocks_removed=[0, 2]", "0 and at least two more counts"),
     (["-p", "blocks_removed", "[2,1,0]"], "blocks_removed=[2, 1, 0]", "rising"),

@@ -1,11 +1,14 @@
-"""What is kept of a search: every plan in order, and the few that are chosen among."""
+"""What is kept of a search: every plan in order, the few that are chosen among, plans for other budgets, figures of them."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from medprune.data.record import Record
 from medprune.searching import fitting
 from medprune.searching.budget import DROP, FULL, Space
-from medprune.searching.searchers import Problem
+from medprune.searching.figures import budget_slider, figure_additivity, figure_choices, figure_progress
+from medprune.searching.searchers import Problem, choice_shares
 
 SPACE = Space(("block 0", "block 1"), ({DROP: 0, 4: 10, FULL: 40},) * 2, 100)
 COSTS = [{DROP: 9.0, 4: 1.0, FULL: 0.0}, {DROP: 5.0, 4: 2.0, FULL: 0.0}]
@@ -41,9 +44,49 @@ def test_the_best_few_of_every_searcher_are_chosen_among_each_once(found):
     assert fitting.candidates(found[1], each=3) == [(FULL, DROP), (4, 4), (DROP, FULL)]
 
 
-def test_images_to_measure_on_and_to_choose_on_are_others():
+def test_other_budgets_have_their_plans(found):
+    table = fitting.budget_table(found[0])
+    assert len(table) == len(fitting.BUDGETS) and table.total_bytes.max() <= 2 * 140
+    row = table[table.budget_bytes == 140].iloc[0]
+    assert (row.blocks, row.predicted) == ("4 4", 3.0)
+    assert table.blocks.iloc[0] == "nothing fits" and pd.isna(table.predicted.iloc[0])
+    assert table.predicted.dropna().is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("asked,drawn", [((5, 5), (3, 3)), ((2, 4), (2, 4)), ((1, 20), (1, 6)), ((20, 1), (6, 1))])
+def test_images_to_measure_on_and_to_choose_on_are_others(asked, drawn):
     records = [Record(str(i), f"{i}.png", "rosacea") for i in range(7)]
-    one, other = fitting.two_samples(records, 5, seed=0)
-    assert len(one) == len(other) == 3 and not {r.key for r in one} & {r.key for r in other}
+    one, other = fitting.two_samples(records, *asked, seed=0)
+    assert (len(one), len(other)) == drawn and not {r.key for r in one} & {r.key for r in other}
     with pytest.raises(ValueError, match="1 images cannot measure plans and choose"):
-        fitting.two_samples(records[:1], 5, seed=0)
+        fitting.two_samples(records[:1], *asked, seed=0)
+
+
+def test_a_plan_may_cost_what_it_costs_the_group_that_fares_worst():
+    class Rows:
+        def rows(self, plans, share):
+            return np.array([[1.0, 3.0, 8.0, 0.0], [3.0, 3.0, 0.0, 2.0]])[:, : round(4 * share)]
+
+    measure = fitting.by_worst(Rows(), ["a", "a", "b", "b"])
+    assert measure(["one", "other"]) == [4.0, 3.0]
+    assert measure(["one", "other"], 0.5) == [2.0, 3.0], "of the groups that a share of the rows shows"
+
+
+def test_figures_show_what_was_measured(found):
+    problem, searched = found
+    table = fitting.measured_plans(searched)
+    ax = figure_progress(table).axes[0]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(searched) and "evaluations" in ax.get_xlabel()
+    points = figure_additivity(table).axes[0].collections[0].get_offsets()
+    assert sorted(map(tuple, points)) == sorted(zip(*table.drop_duplicates("plan")[["predicted", "cost"]].to_numpy().T, strict=True))
+    mesh = figure_choices(choice_shares(SPACE, [COSTS], 150)).axes[0]
+    assert mesh.collections[0].get_array().reshape(3, 2).tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert [t.get_text() for t in mesh.get_yticklabels()] == ["dropped", "4 bits", "16 bits"]
+
+
+def test_the_slider_stops_at_every_budget(found, capsys):
+    table = fitting.budget_table(found[0])
+    slider = budget_slider(table).children[0]
+    assert [number for _, number in slider.options] == list(range(len(table)))
+    slider.value = 4
+    assert "4 4" in capsys.readouterr().out and slider.label == f"{140 / 2**20:.1f} MiB"

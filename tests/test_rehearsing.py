@@ -71,9 +71,11 @@ def test_what_does_not_fit_a_machine_is_said():
     assert len(rehearsal._misfits(halved, colab)) == 2
     with pytest.raises(ValueError, match="machine 'pc' is not known: choose kaggle or colab"):
         rehearsal.machine("pc")
-    assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES
+    assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES[:6]
     with pytest.raises(ValueError, match="stage '09' is not known"):
         rehearsal.stages(["09"])
+    with pytest.raises(ValueError, match="07_budget_search is not rehearsed"):
+        rehearsal.stages(["02", "07"])
 
 
 def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path, monkeypatch):
@@ -109,7 +111,7 @@ def test_the_command_says_what_fits_and_ends_in_1_where_not(tmp_path, monkeypatc
     rows.append(rows[0] | {"stage": "02_layer_importance", "misfit": "answers were halved to 3 at once"})
 
     def rehearse(machine, root, stages, settings, say):
-        assert machine.gpu_gib == 11.0 and machine.cards == 2 and stages == STAGES and settings == {"batch_rows": 4}
+        assert machine.gpu_gib == 11.0 and machine.cards == 2 and stages == STAGES[:6] and settings == {"batch_rows": 4}
         [say(row) for row in rows]
         return pd.DataFrame(rows)
 

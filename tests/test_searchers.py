@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medprune.searching import searchers
 from medprune.searching.budget import DROP, FULL, Space
-from medprune.searching.searchers import SEARCHERS, Front, Problem, search
+from medprune.searching.searchers import SEARCHERS, Front, Problem, choice_shares, search
 
 CHOICES = (DROP, 3, 4, 8, FULL)
 
@@ -129,3 +129,10 @@ def test_a_plan_for_each_budget_or_none():
     space = Space(("block 0", "block 1"), ({4: 1, FULL: 4},) * 2, 0)
     first = [{4: 1.0, FULL: 0.0}, {4: 2.0, FULL: 0.0}]
     assert searchers.budget_plans(space, first, [1, 2, 5, 8]) == {1: None, 2: (4, 4), 5: (4, FULL), 8: (FULL, FULL)}
+
+
+def test_shares_of_choices_over_resampled_costs():
+    space = Space(("block 0", "block 1"), ({4: 1, FULL: 4},) * 2, 0)
+    first, second = [{4: 1.0, FULL: 0.0}, {4: 2.0, FULL: 0.0}], [{4: 2.0, FULL: 0.0}, {4: 1.0, FULL: 0.0}]
+    shares = choice_shares(space, [first, first, first, second], 5)
+    assert list(shares.columns) == [4, FULL] and shares.to_numpy().tolist() == [[0.75, 0.25], [0.25, 0.75]]

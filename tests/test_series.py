@@ -44,7 +44,7 @@ def test_series_runs_to_its_report(series):
     root, done = series
     assert done.returncode == 0, done.stderr
     assert all((root / stage / "manifest.json").exists() for stage in STAGES)
-    report = root / "06_judge_eval" / "report.html"
+    report = root / STAGES[-1] / "report.html"
     assert done.stdout.rstrip().endswith(f"report: {report}") and report.stat().st_size > 1000
     summary = pd.read_csv(root / "06_judge_eval" / "summary.csv")
     assert summary.method.tolist() == ["original", "prune", "prune + sft", "quantize", "prune + quantize", "prune + sft + quantize"]
@@ -99,7 +99,7 @@ def test_the_folder_holds_what_somebody_needs(series):
     kept = {f.name for f in (root / "05_awq_vs_bnb" / "quantized").iterdir()}
     assert kept == {"awq-original", "awq-recovered-1", "awq-recovered-2"}
     table = upkeep.list_runs(root.parent).set_index("run").loc["first"]
-    assert (table["profile"], table["stages"]) == ("smoke", "01 02 03 04 05 06") and 0 <= table["score"] <= 100
+    assert (table["profile"], table["stages"]) == ("smoke", "01 02 03 04 05 06 07") and 0 <= table["score"] <= 100
 
 
 def test_cards_name_the_true_base(series):
@@ -152,7 +152,7 @@ def test_a_stage_runs_when_a_setting_that_it_reads_has_changed(played):
 
 def test_results_that_come_out_the_same_stop_the_chain(played):
     played()
-    assert played(batch_rows=64)[0] == list(STAGES[:5])  # 06 neither reads it nor finds anything changed
+    assert played(batch_rows=64)[0] == [*STAGES[:5], STAGES[6]]  # 06 neither reads it nor finds anything changed
 
 
 def test_from_with_a_parameter_of_an_earlier_stage_is_refused_and_poisons_nothing(played):
@@ -175,7 +175,7 @@ def test_from_with_a_setting_that_stages_before_were_run_without_is_refused(play
 
 def test_a_setting_that_01_was_given_and_does_not_read_is_given_up_again(played):
     assert played(awq_rows=5) == (list(STAGES), "")
-    assert played() == ([STAGES[4]], "")
+    assert played() == ([STAGES[4], STAGES[6]], "")
 
 
 def test_what_a_stage_was_given_reaches_the_stages_after_it(played):

@@ -237,7 +237,7 @@ def settings_of(root):
 
 
 def test_a_finished_run_is_done(played):
-    assert [why_undone(played, stage, settings_of(played)) for stage in STAGES] == [[]] * 6
+    assert [why_undone(played, stage, settings_of(played)) for stage in STAGES] == [[]] * len(STAGES)
 
 
 def test_settings_of_notebook_01_reach_every_stage_that_reads_them(tmp_path):
@@ -264,7 +264,7 @@ def test_a_setting_that_a_stage_has_not_declared_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(("break_it", "stages", "words"), [
     (lambda root: (root / STAGES[0] / "out.json").write_text("{}"), STAGES, "out.json"),
     (lambda root: (root / STAGES[3] / "out.json").write_text('{"other": 1234567}'), STAGES[3:], "out.json"),
-    (lambda root: (root / STAGES[5] / "metrics.json").unlink(), STAGES[5:], "gone or not what it wrote"),
+    (lambda root: (root / STAGES[5] / "metrics.json").unlink(), STAGES[5:6], "gone or not what it wrote"),
     (lambda root: (root / STAGES[2] / "manifest.json").unlink(), STAGES[2:3], "not been finished"),
 ])  # fmt: skip
 def test_a_changed_result_undoes_its_stage_and_those_that_read_it(played, break_it, stages, words):
@@ -277,7 +277,7 @@ def test_a_changed_result_undoes_its_stage_and_those_that_read_it(played, break_
 def test_settings_code_and_versions_undo_a_stage(played, monkeypatch):
     changed = settings_of(played) | {"group_size": 32}
     reasons = [why_undone(played, stage, changed) for stage in STAGES]
-    assert reasons == [[], [], [], [], ["group_size was 64 and is 32"], []]
+    assert reasons == [[], [], [], [], ["group_size was 64 and is 32"], [], ["group_size was 64 and is 32"]]
     monkeypatch.setattr(store, "stage_code", lambda stage: "other")
     assert why_undone(played, STAGES[0], settings_of(played)) == ["its code has changed"]
     monkeypatch.undo()
@@ -294,13 +294,13 @@ def test_pictures_and_facts_undo_every_stage_that_reads_them(tmp_path):
         paths = {"images": str(tmp_path / "photos"), "settings": {"conditions": str(tmp_path / "facts.json")}}
         play(root, stage, **(paths if stage == STAGES[0] else {}))
     undone = lambda: [bool(why_undone(root, stage, settings_of(root))) for stage in STAGES]  # noqa: E731
-    assert undone() == [False] * 6
+    assert undone() == [False] * 7
     write_text(tmp_path / "photos" / "rosacea" / "1.jpg", "PIXELS")
-    assert undone() == [True, False, False, False, False, True]  # the others read what 01 makes of them
+    assert undone() == [True, False, False, False, False, True, True]  # the others read what 01 makes of them
     write_text(tmp_path / "photos" / "rosacea" / "1.jpg", "pixels")
-    assert undone() == [False] * 6
+    assert undone() == [False] * 7
     write_json(tmp_path / "facts.json", facts | {"another": {}})
-    assert undone() == [True] * 6
+    assert undone() == [True] * 7
 
 
 def test_a_stage_that_was_begun_again_and_killed_is_not_finished(played):
@@ -350,7 +350,7 @@ def test_a_run_is_brought_over_whole_and_can_be_written(tmp_path):
 def test_a_run_that_is_moved_is_still_done(played, tmp_path):
     moved = bring_run(played, "moved", str(tmp_path / "elsewhere"))
     shutil.rmtree(played)
-    assert [why_undone(moved, stage, settings_of(moved)) for stage in STAGES] == [[]] * 6
+    assert [why_undone(moved, stage, settings_of(moved)) for stage in STAGES] == [[]] * len(STAGES)
 
 
 def test_what_is_no_run_is_not_brought_over(tmp_path):

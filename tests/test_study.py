@@ -113,7 +113,7 @@ def play_run(root, seed, settings=None, base="x"):
     write_csv(root / "03_prune_sweep" / "scores.csv", table[table.method.str.startswith("pruned")])
     write_csv(root / "04_sft_recovery" / "scores.csv", table[table.method == "recovered-1"])
     write_csv(root / "05_awq_vs_bnb" / "scores.csv", table[table.method.str.contains("awq|rtn")])
-    for name in across.SIZES:
+    for name in across.SIZES[:3]:  # nothing was searched
         own = pd.read_csv(root / name.split("/")[0] / "scores.csv")["method"].unique()
         write_csv(root / name, pd.DataFrame({"method": own, "stored_bytes": 2**20}))
     write_json(root / "02_layer_importance" / "removal_order.json", {"output_similarity": [4 + seed, 3, 2]})
@@ -219,6 +219,26 @@ def test_the_comparison_named_beforehand_comes_first_and_the_others_share_their_
     ]  # fmt: skip
     assert table.p_holm[0] == table.p[0] and table.p_holm[1] >= table.p[1]
     assert table.low_all[0] == table.low[0] and table.low_all[1] < table.low[1]
+
+
+def test_the_plan_found_is_compared_with_the_pipeline_and_with_uniform_awq(tmp_path):
+    roots = [tmp_path / f"s{seed}" for seed in range(4)]
+    for seed, root in enumerate(roots):
+        play_run(root, seed)
+    heading = "The plan found by the budget search"
+    assert heading not in {s["heading"] for s in across.sections_over(roots)}
+    for root in roots:
+        table = pd.read_csv(root / "05_awq_vs_bnb" / "scores.csv")
+        awq = table[table.method == "awq-original"]
+        halved = awq.assign(method="awq-recovered-1", score_percent=awq.score_percent / 2)
+        write_csv(root / "05_awq_vs_bnb" / "scores.csv", pd.concat([table, halved]))
+        write_csv(root / "07_budget_search" / "scores.csv", awq.assign(method="found"))
+        write_csv(root / "07_budget_search" / "search.csv", pd.DataFrame({"method": ["found"], "stored_bytes": [2**19]}))
+    sections = {s["heading"]: s["table"] for s in across.sections_over(roots) if "table" in s}
+    table, methods = sections[heading], sections["Methods"].set_index("method")
+    assert table[["a", "b", "n_runs"]].values.tolist() == [["found", "awq-recovered-1", 4], ["found", "awq-original", 4]]
+    assert table["diff"].tolist() == [pytest.approx(methods.score["found"] / 2), 0] and table.low[0] > 0
+    assert methods.weight_bytes["found"] == 2**19
 
 
 def test_runs_that_differ_by_more_than_seed_stand_apart_and_are_compared(tmp_path):

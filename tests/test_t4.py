@@ -148,6 +148,7 @@ def series(tmp_path_factory):
     save_judge(folder / "judge")
     save_pictures(folder / "dermnet")
     sizes = {"batch_size": 2, "save_every": 1, "max_new_tokens": 8, "batch_rows": 6, "awq_rows": 4, "kept_methods": ["bnb"]}
+    sizes |= {"search_images": 2, "selection_images": 4, "evaluations": 8, "finalists": 1}
     paths = {"embedding": "minilm", "judge": str(folder / "judge")}
     parameters = {
         "base": str(folder / "llava"), "images": str(folder / "dermnet"), "n_train": 16, "n_test": 8, "sft_steps": 2,

@@ -66,6 +66,7 @@ def find_model(name: str, runs_dir: str | None = None) -> Path:
     kept = {"original": root / "01_finetune" / "model"}
     kept |= {f.name.removeprefix("model-"): f for f in sorted((root / "04_sft_recovery").glob("model-*"))}
     kept |= {f.name: f for f in sorted((root / "05_awq_vs_bnb" / "quantized").glob("*"))}
+    kept |= {"found": root / "07_budget_search" / "found"}
     kept = {method: folder for method, folder in kept.items() if (folder / "config.json").is_file()}
     if method not in kept:
         raise ValueError(f"run {run!r} keeps no folder of {method!r}; it keeps {', '.join(kept) or 'none'}.")

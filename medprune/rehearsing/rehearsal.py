@@ -25,6 +25,7 @@ from medprune.settings import PROFILES, REPO, STAGES, TWO_CARDS
 from medprune.store import read_json, write_json
 
 GIB = 2**30
+REHEARSED = STAGES[:6]
 BLOCKS = 32  # of the base
 IMAGES = 5  # of each condition to train on
 CONTEXT_BYTES = int(0.5 * GIB)  # of a card: CUDA's context, cuBLAS's workspaces, the allocator's fragments
@@ -56,10 +57,12 @@ def machine(name: str, **changes) -> Machine:
 
 
 def stages(names: list[str] | None) -> tuple[str, ...]:
-    """Return stages by name or number, such as 02; all where none is named."""
-    found = tuple(s for s in STAGES if names is None or any(s.startswith(n) for n in names))
+    """Return stages by name or number, such as 02; all of REHEARSED where none is named."""
+    found = tuple(s for s in STAGES if (s in REHEARSED if names is None else any(s.startswith(n) for n in names)))
     if names and (unknown := [n for n in names if not any(s.startswith(n) for s in STAGES)]):
         raise ValueError(f"stage {unknown[0]!r} is not known: the stages are {', '.join(STAGES)}.")
+    if others := [s for s in found if s not in REHEARSED]:
+        raise ValueError(f"{others[0]} is not rehearsed: its plans are chosen by numbers, which nothing here computes.")
     return found
 
 
@@ -162,7 +165,7 @@ def short(settings: dict, root: Path) -> dict:
     return asked
 
 
-def rehearse(machine: Machine, root: Path, stages=STAGES, settings: dict | None = None, say=None) -> pd.DataFrame:
+def rehearse(machine: Machine, root: Path, stages=REHEARSED, settings: dict | None = None, say=None) -> pd.DataFrame:
     """Rehearse stages of profile t4 on a machine; return a row for each of what it took (see `stage`).
 
     root: a folder for the base, the images and the run; stages need those before them there. settings: other than the

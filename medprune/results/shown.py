@@ -13,6 +13,7 @@ from medprune.store import Run, describe_machine, read_csv, read_json, write_csv
 
 CHAPTERS = {
     "06_judge_eval": "What it cost (notebook 06)",
+    "07_budget_search": "The best model within a budget (07)",
     "01_finetune": "Fine-tuning (01)",
     "02_layer_importance": "Importance of the blocks (02)",
     "03_prune_sweep": "Pruning (03)",
@@ -47,10 +48,10 @@ def keep(run: Run, title: str, shown: pd.DataFrame | Figure, caption: str = "", 
     return shown if isinstance(shown, Figure) else readable(shown)
 
 
-def report_sections(root: Path) -> list[dict]:
-    """Return what the stages of a run kept, as sections of `page.html_report`, in the order it was shown."""
-    sections = []
-    for stage, chapter in CHAPTERS.items():
+def report_sections(root: Path, last: str = "06_judge_eval") -> list[dict]:
+    """Return what the stages of a run, up to `last`, kept, as sections of `page.html_report`, in the order shown."""
+    sections, done = [], STAGES[: STAGES.index(last) + 1]
+    for stage, chapter in ((s, c) for s, c in CHAPTERS.items() if s in done):
         folder = root / stage / "shown"
         if not (folder / "index.json").exists():
             raise ValueError(f"{folder} has no index.json, which an earlier version did not write: run {stage} again.")
@@ -73,7 +74,7 @@ def settings_table(run: Run, config) -> pd.DataFrame:
     config: of the stage at hand. A setting that was not the same in all stages that read it has the most frequent
     value, then the others with their stages.
     """
-    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in STAGES if stage != run.stage}
+    manifests = {stage: read_json(run.of(stage) / "manifest.json") for stage in STAGES[: STAGES.index(run.stage)]}
     read = {stage: manifest["settings"] for stage, manifest in manifests.items()} | {run.stage: values_of(config)}
     rows = describe_machine()
     for name in dict.fromkeys(name for settings in read.values() for name in settings):

@@ -17,7 +17,8 @@ from medprune.results.tables import among_random, sweep_means
 from medprune.settings import METHODS, STAGES, at_count
 from medprune.store import Run, read_json, write_csv, write_text
 
-SIZES = ("03_prune_sweep/sweep.csv", "04_sft_recovery/recovery.csv", "05_awq_vs_bnb/quantization.csv")
+SIZES = ("03_prune_sweep/sweep.csv", "04_sft_recovery/recovery.csv", "05_awq_vs_bnb/quantization.csv",
+         "07_budget_search/search.csv")  # fmt: skip
 LABELS = ["run", "method", "id", "cluster", "condition", "skin_tone", "kind", "score_percent"]
 
 
@@ -86,6 +87,8 @@ def sections_over(roots: list[Path]) -> list[dict]:
                 sections.append({"heading": f"{heading} by {what}", **shown})
     if (criteria := _criteria(runs)) is not None:
         sections.append({"heading": "Criteria", "text": _CRITERIA, "table": criteria})
+    if (searched := _searched(runs, scores)) is not None:
+        sections.append({"heading": "The plan found by the budget search", "text": _FOUND, "table": searched})
     if (ways := _ways_back(runs)) is not None:
         sections.append({"heading": "Ways back", "text": _WAYS, "table": ways})
     sections.append({"heading": "Who harms the worst group least", "text": _harm(runs, scores)})
@@ -123,6 +126,10 @@ _CRITERIA = (
     "As many blocks removed by each criterion; diff: to output similarity, the paper's, paired, whose limits hold for "
     "all rows of as many blocks together. beaten: in each run, how many random orders score less on the same images."
 )
+_FOUND = (
+    "Paired, against the paper's pipeline, whose bytes it may take unless told otherwise, and against AWQ of the whole "
+    "model in 4 bits; limits of the last interval hold for all rows."
+)
 _WAYS = (
     "Of the pruned model; diff: to LoRA, the paper's, on all images and with as many steps, paired, whose limits hold "
     "for all rows together."
@@ -143,7 +150,7 @@ def _wide(groups: pd.DataFrame) -> pd.DataFrame:
 
 def _read(root: Path) -> dict:
     """Return what the report needs of a finished run."""
-    for stage in STAGES:
+    for stage in STAGES[:6]:  # of what the search found there need be nothing
         Run(root, STAGES[-1]).of(stage)
     settings = read_json(root / "run.json")["settings"]
     scores = scores_of(root)
@@ -297,6 +304,14 @@ def _criteria(runs: list[dict]) -> pd.DataFrame | None:
         table["beaten"] = table["criterion"].map(beaten + f" of {placed['draws'].min()}").fillna("")
         rows.append(table.sort_values("score", ascending=False, kind="stable"))
     return pd.concat(rows, ignore_index=True)
+
+
+def _searched(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the differences of notebook 07's plan to the paper's pipeline and to uniform AWQ, where there are any."""
+    models = [(run["label"], f"recovered-{run['settings']['recover'][0]}") for run in runs]
+    pairs = [(f"found{label}", f"awq-{m}{label}") for label, own in dict.fromkeys(models) for m in (own, "original")]
+    pairs = [pair for pair in pairs if set(pair) <= set(scores["method"])]
+    return stats.compare(scores, pairs) if pairs else None
 
 
 def _ways_back(runs: list[dict]) -> pd.DataFrame | None:

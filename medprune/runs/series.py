@@ -15,6 +15,7 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
 from medprune.models.sizes import account, base_config, is_counted, shape_of
+from medprune.searching.budget import check_budget, space_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
 from medprune.store import (
     Run,
@@ -34,7 +35,7 @@ _FULL = ("No space left on device", "disk is full", "failed writing file")  # of
 
 
 def check_run(config) -> None:
-    """Refuse what would only fail notebooks later: images that cannot be used, blocks or groups the base has not."""
+    """Refuse what would only fail notebooks later: unusable images; blocks, groups or a budget the base cannot have."""
     if config.images != "synthetic":
         _check_images(config.images, load_conditions(config.conditions), config.modality)
     base = base_config(config.base)
@@ -52,6 +53,9 @@ def check_run(config) -> None:
         )
     for method in config.methods:
         account(base, bits=4, group_size=NF4_GROUP if method == "bnb" else config.group_size, method=method)
+    if config.budget_mib is not None:
+        space = space_of(base, config.context_tokens, config.protected_blocks, config.group_size)
+        check_budget(space, int(config.budget_mib * 2**20))
 
 
 def _check_images(source: str, conditions: dict, modality: str | None) -> None:
@@ -187,8 +191,8 @@ def _kernel_of(root: Path):
 
 def closing_text(root: Path) -> str:
     """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
-    folder = root / "06_judge_eval"
-    return f"{read_csv(folder / 'summary.csv').round(2).to_string(index=False)}\n\nreport: {folder / 'report.html'}"
+    summary = read_csv(root / "06_judge_eval" / "summary.csv").round(2).to_string(index=False)
+    return f"{summary}\n\nreport: {root / STAGES[-1] / 'report.html'}"
 
 
 def _executed(file: Path):
@@ -220,4 +224,4 @@ def publish(root: Path) -> None:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         write_text(NOTEBOOKS / f"{stage}.ipynb", nbformat.writes(notebook) + "\n")
     (REPO / "docs").mkdir(exist_ok=True)
-    shutil.copyfile(root / STAGES[-1] / "shown" / "Size against score.png", REPO / "docs" / "results.png")
+    shutil.copyfile(root / STAGES[-1] / "shown" / "Score against memory.png", REPO / "docs" / "results.png")

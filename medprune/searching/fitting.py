@@ -1,4 +1,4 @@
-"""From a model and images to the best plan that fits: what `medprune fit` does."""
+"""From a model and images to the best plan that fits: what notebook 07 and `medprune fit` share."""
 
 from pathlib import Path
 
@@ -17,22 +17,23 @@ from medprune.quantizing.quantize import MIN_CALIBRATION_ROWS, quantization_batc
 from medprune.searching.budget import DROP, Plan, Space, check_budget, plan_rows, space_of
 from medprune.searching.costs import Costs, cost_tables, resampled
 from medprune.searching.levels import Levels
-from medprune.searching.searchers import SEARCHERS, Problem, search
+from medprune.searching.searchers import SEARCHERS, Problem, budget_plans, search
 from medprune.settings import BITS, Config
 from medprune.store import Units, content, context, write_csv
 
 ROWS_AT_ONCE = 6  # answers of a batch: two images' worth
 ANSWER_TOKENS = 64  # of the original's answers, at most, in `fit`
 DRAWS = 40  # resamples of the calibration images
+BUDGETS = (0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)  # of the table, as multiples of the one asked for
 
 
-def two_samples(records: list[Record], n: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return n images to measure plans on and as many others to choose among plans on; of few, halves."""
-    n = min(n, len(records) // 2)
-    if n < 1:
+def two_samples(records: list[Record], n: int, m: int, seed: int) -> tuple[list[Record], list[Record]]:
+    """Return n images to measure plans on and m others to choose among plans on; of few, in these shares."""
+    if len(records) < 2:
         raise ValueError(f"{len(records)} images cannot measure plans and choose among them: give 2 at least.")
-    both = sample_balanced(records, 2 * n, seed)
-    return both[::2], both[1::2]
+    n, m = (max(1, min(k, len(records) * k // (n + m))) for k in (n, m))
+    both = sample_balanced(records, n + m, seed)
+    return both[:n], both[n:]
 
 
 def own_answers(source, records, conditions: dict, units_of, config, bits: int = 16) -> tuple[list[dict], list[str]]:
@@ -74,6 +75,21 @@ def search_all(problem: Problem, evaluations: int, seed: int) -> dict[str, Probl
     return found
 
 
+def by_worst(costs: Costs, groups: list[str]):
+    """Return what measures plans, as `Costs.measure` does, by the mean cost of whichever group fares worst.
+
+    groups: of each row, such as its image's condition.
+    """
+    names = np.asarray(groups)
+
+    def measure(plans: list[Plan], share: float = 1.0) -> list[float]:
+        rows = costs.rows(plans, share)
+        seen = names[: rows.shape[1]]
+        return np.max([rows[:, seen == name].mean(1) for name in np.unique(seen)], axis=0).tolist()
+
+    return measure
+
+
 def measured_plans(found: dict[str, Problem]) -> pd.DataFrame:
     """Return every plan that was measured, in order; best: the least cost so far, predicted: the single costs' sum."""
     rows = []
@@ -95,6 +111,16 @@ def candidates(found: dict[str, Problem], each: int = 2) -> list[Plan]:
         ranked = sorted({plan: cost for _, plan, cost in problem.found}.items(), key=lambda item: item[1])
         costs |= dict(ranked[:each])
     return sorted(costs, key=costs.get)
+
+
+def budget_table(problem: Problem) -> pd.DataFrame:
+    """Return the additive optimum for budgets around the one asked for, with its predicted cost in nats a token."""
+    budgets = [int(problem.budget * share) for share in BUDGETS]
+    plans = budget_plans(problem.space, problem.costs, budgets)
+    predicted = [problem.predicted(plan) if plan else np.nan for plan in plans.values()]
+    table = plan_rows(problem.space, plans)
+    table.insert(2, "predicted", predicted)
+    return table
 
 
 def fit(
@@ -127,7 +153,7 @@ def fit(
     work = out.with_name(f"{out.name}.search")
     config = Config({"max_new_tokens": ANSWER_TOKENS, "batch_rows": 32}, "medprune fit")
     units_of = lambda mark: Units(work / "units.sqlite", mark)  # noqa: E731
-    measured_on, chosen_on = two_samples(records, n_images, seed)
+    measured_on, chosen_on = two_samples(records, n_images, n_images, seed)
     rows, said = own_answers(source, measured_on, conditions, units_of, config)
     other, told = own_answers(source, chosen_on, conditions, units_of, config)
     processor = loading.load_processor(source)

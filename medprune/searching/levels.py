@@ -107,11 +107,10 @@ class Levels:
         if made(folder, mark):
             return
         model, processor, fetch = load_blockwise(self.source, dtype=self.dtype)
-        choices, storage = space.blocks_of(plan), space.storage(plan)
-        kept = tuple(b for b, bits in enumerate(choices) if bits != DROP)
-        apply_plan(model, Kept("", len(choices), kept, "budget search"))
+        choices, storage, kept = space.blocks_of(plan), space.storage(plan), kept_blocks(space, plan)
+        apply_plan(model, kept)
         blocks = parts(model).blocks
-        for place, b in enumerate(kept):
+        for place, b in enumerate(kept.kept):
             if choices[b] == FULL:
                 fetch(blocks[place])
             else:
@@ -126,16 +125,30 @@ class Levels:
             return
         info = {"method": METHOD, "group_size": self.group_size, "packed_bytes": quantize.packed_bytes(model)}
         info |= {k: storage[k] for k in ("bits", "quantize_head", "quantize_vision")}
-        removed = ", ".join(str(b) for b, bits in enumerate(choices) if bits == DROP)
-        said |= {"plan": f"found by the budget search; blocks removed: {removed or 'none'}"}
+        said |= {"plan": f"found by the budget search; {removed_words(space, plan)}"}
         checkpoint.save_quantized(model, folder, METHOD, info, processor, {"context": mark}, **said)
+
+    def rest(self) -> None:
+        """Let memory go; the folders of the widths stay."""
+        self.__dict__.pop("_packed", None)
+        self.__dict__.pop("_whole", None)
+        release()
 
     def forget(self) -> None:
         """Remove the folders of the widths: what is made of them stands by itself."""
-        self.__dict__.pop("_packed", None)
-        self.__dict__.pop("_whole", None)
+        self.rest()
         shutil.rmtree(self.home, ignore_errors=True)
-        release()
+
+
+def kept_blocks(space: Space, plan: Plan) -> Kept:
+    """Return the plan's blocks that stay, as `apply_plan` takes them."""
+    choices = space.blocks_of(plan)
+    return Kept("", len(choices), tuple(b for b, bits in enumerate(choices) if bits != DROP), "budget search")
+
+
+def removed_words(space: Space, plan: Plan) -> str:
+    """Return which blocks a plan removes, for a model card."""
+    return f"blocks removed: {', '.join(map(str, kept_blocks(space, plan).removed)) or 'none'}"
 
 
 def _unpacked(block: nn.Module, dtype: torch.dtype) -> nn.Module:

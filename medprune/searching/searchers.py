@@ -240,6 +240,16 @@ def budget_plans(space: Space, costs: list[dict[int, float]], budgets: list[int]
     return {budget: front.plan(budget) for budget in budgets}
 
 
+def choice_shares(space: Space, tables: list[list[dict[int, float]]], budget: int) -> pd.DataFrame:
+    """Return in what share of cost tables the additive optimum makes each choice: sites as rows, choices as columns."""
+    choices = sorted({choice for price in space.prices for choice in price})
+    shares = pd.DataFrame(0.0, index=space.sites, columns=choices)
+    for costs in tables:
+        for site, choice in zip(space.sites, Front(space, costs, budget).plan(budget), strict=True):
+            shares.loc[site, choice] += 1 / len(tables)
+    return shares
+
+
 def uniform_table(model, budgets: list[int], context: int, group_size: int = 64) -> pd.DataFrame:
     """Return a plan for each budget under uniform costs, from the configuration alone: what a card can hold.
 
