@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def split(images: str, conditions: dict, config, inner: bool) -> tuple[list, list]:
     """Return (training, test) records, patients apart; of --inner both are from the training side."""
-    records, _ = load_images(images, conditions, modality=config.modality)
+    records, _ = load_images(images, conditions, modality=config.modality, history=config.history)
     sides, _ = split_records(records, config.n_train, config.n_test, config.seed)
     if inner:
         sides, _ = split_records([replace(r, split=None) for r in sides["train"]], None, INNER, config.seed)

@@ -60,6 +60,7 @@ class Settings(BaseModel):
     conditions: str | None = _setting(None, "1234567", "facts file of other conditions, as data/conditions.json")
     n_train: Count | None = _setting(None, "1", "training images; null takes all there are")
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
+    history: bool = _setting(False, "1", "what a patient says of it goes before every question, where the images know")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
     base: str = _setting("smollm2", "157", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")

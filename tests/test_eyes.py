@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -321,3 +322,11 @@ def test_a_linear_head_is_put_beside_the_language_model(small, tmp_path, monkeyp
     assert own["recall rosacea"] == pytest.approx(100 / 3) and own["low"] < own["right"] < own["high"]
     lost = own["right"] - table["right"]["tuned tower, linear head"]
     assert table["gain"]["tuned tower, linear head"] == pytest.approx(lost)
+    told = {"melanoma": "On the back, has grown.", "rosacea": "On the face."}
+    train, test = ([replace(r, history=told[r.condition]) for r in side] for side in (train, test))
+    test[0] = replace(test[0], history=told["rosacea"])  # as it does not look
+    both = baselines.linear_heads("smollm2-eyes", small, names, train, test)
+    rights = both.set_index(["method", "id"]).right.unstack(0)
+    assert list(both.method.unique()) == [*baselines.TOWERS, baselines.HISTORY, baselines.BOTH]
+    assert rights[baselines.HISTORY].sum() == len(test) - 1 and rights[baselines.HISTORY][f"{test[0].key}#name"] == 0
+    assert both[both.method.isin(baselines.TOWERS)].reset_index(drop=True).equals(found), "these see the picture alone"

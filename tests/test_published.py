@@ -16,7 +16,7 @@ from medprune import cli
 from medprune.data.published import SETS
 from medprune.data.questions import load_conditions, name_index, plain
 from medprune.data.record import skin_type
-from medprune.data.records import describe_images, gather_images, load_images, split_records
+from medprune.data.records import describe_images, gather_images, load_images, save_table, split_records
 from medprune.settings import DATA, Settings, seen_by
 
 CONDITIONS = load_conditions()
@@ -97,8 +97,8 @@ PAD = (
 )
 
 
-def pad_row(image, diagnostic, patient, tone="", region="BACK"):
-    return f"{patient},7,,,,,55,,,,,,,{tone},{region},,,{diagnostic},,,,,,,{image},True"
+def pad_row(image, diagnostic, patient, tone="", region="BACK", said=",,,,,", age="55"):
+    return f"{patient},7,,,,,{age},,,,,,,{tone},{region},,,{diagnostic},{said},{image},True"
 
 
 def test_pad_ufes_20_in_three_folders_with_its_misspelt_column(tmp_path):
@@ -118,6 +118,29 @@ def test_pad_ufes_20_in_three_folders_with_its_misspelt_column(tmp_path):
         }
     pd.read_csv(path).to_parquet(tmp_path / "metadata.parquet")
     assert read(tmp_path / "metadata.parquet")[0] == read(path)[0]
+
+
+def test_what_patients_say_is_put_in_words_and_a_biopsy_is_not(tmp_path):
+    names = ["PAT_1_1_1.png", "PAT_2_2_2.png", "PAT_3_3_3.png"]
+    draw(tmp_path, *names)
+    rows = [pad_row(names[0], "BCC", "PAT_1", said="True,True,False,UNK,True,False")]
+    rows += [pad_row(names[1], "ACK", "PAT_2", region="NOSE", age="60.0")]
+    rows += [pad_row(names[2], "SEK", "PAT_3", region="", age="")]
+    table(tmp_path / "metadata.csv", PAD, *rows)
+    said = {n: r.history for n, r in read(tmp_path)[0].items()}
+    assert said == {
+        names[0]: "Aged 50 to 59, on the back, flat, itches, does not hurt, has bled, has grown.",
+        names[1]: "Aged 60 to 69, on the nose.",
+        names[2]: None,
+    }
+    assert {r.history for r in read(tmp_path, history=False)[0].values()} == {None}
+    save_table(list(read(tmp_path)[0].values()), tmp_path / "own.csv")
+    assert {n: r.history for n, r in read(tmp_path / "own.csv")[0].items()} == said
+    draw(tmp_path / "ham", "ISIC_1.jpg", "ISIC_2.jpg")
+    table(tmp_path / "ham" / "HAM10000_metadata.csv", HAM, "H_1,ISIC_1,mel,histo,80.0,male,lower extremity", "H_2,ISIC_2,bcc,,,unknown,scalp")
+    assert {n: r.history for n, r in read(tmp_path / "ham")[0].items()} == {
+        "ISIC_1.jpg": "Aged 80 to 89, male, on the lower extremity.", "ISIC_2.jpg": "On the scalp.",
+    }  # fmt: skip
 
 
 def test_isic_2019_marks_one_column_and_has_lesions_beside(tmp_path):

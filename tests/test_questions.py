@@ -3,6 +3,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,15 @@ def test_every_kind_is_first_equally_often_and_the_name_never_leaks_before_it_is
 def test_conversation_is_seeded():
     chats = [conversation(RECORD, CONDITIONS, QUESTIONS, random.Random(s)) for s in (3, 3, 4)]
     assert chats[0] == chats[1] != chats[2]
+
+
+def test_what_the_patient_says_goes_before_every_question_that_is_learned_or_tested():
+    told = replace(RECORD, history="Aged 50 to 59, itches.")
+    for tested, plain in zip(rows_of([told], CONDITIONS, QUESTIONS), rows_of([RECORD], CONDITIONS, QUESTIONS), strict=True):
+        assert tested["question"] == f"Aged 50 to 59, itches. {plain['question']}" and tested["asked"] != plain["asked"]
+    chats = [conversation(r, CONDITIONS, QUESTIONS, random.Random(3))[::2] for r in (told, RECORD)]
+    for learned, plain in zip(*chats, strict=True):
+        assert text_of(learned) == f"Aged 50 to 59, itches. {text_of(plain)}"
 
 
 def test_test_questions_rows():

@@ -23,7 +23,7 @@ from medprune.store import read_json
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 DENIED = re.compile(r"\b(not|no|unlikely|ruled? out|exclude\w*|differential|versus|vs)\b", re.IGNORECASE)
 
-Listed = namedtuple("Listed", "image label group skin_type modality split why", defaults=(None,) * 5)
+Listed = namedtuple("Listed", "image label group skin_type modality split why history", defaults=(None,) * 6)
 Table = namedtuple("Table", "set path read others")  # read: of SETS; others: {path: columns} of every table found
 
 
@@ -46,13 +46,39 @@ def _beside(table: Table, *columns: str) -> dict[Path, list[dict]]:
 
 def _ham10000(table: Table, conditions) -> Iterator[Listed]:
     for r in read_rows(table.path):
-        yield Listed(r["image_id"], r["dx"], r["lesion_id"], None, "dermoscopic")
+        history = _history(r.get("age"), r.get("sex"), r.get("localization"))
+        yield Listed(r["image_id"], r["dx"], r["lesion_id"], None, "dermoscopic", history=history)
+
+
+COMPLAINTS = {  # PAD-UFES-20's columns, in words
+    "elevation": ("raised", "flat"),
+    "itch": ("itches", "does not itch"),
+    "hurt": ("hurts", "does not hurt"),
+    "bleed": ("has bled", "has not bled"),
+    "grew": ("has grown", "has not grown"),
+    "changed": ("has changed", "has not changed"),
+}
 
 
 def _pad_ufes_20(table: Table, conditions) -> Iterator[Listed]:
+    """What the patient says of the lesion goes along; whether it was biopsied does not, for it tells the diagnosis."""
     for r in read_rows(table.path):
         tone = r.get("fitspatrick") or r.get("fitzpatrick")  # the first is the set's own spelling
-        yield Listed(r["img_id"], r["diagnostic"], r["patient_id"], tone, "clinical")
+        cells = {name: (r.get(name) or "").casefold() for name in COMPLAINTS}  # "unk" is neither
+        said = [COMPLAINTS[name][cell == "false"] for name, cell in cells.items() if cell in ("true", "false")]
+        history = _history(r.get("age"), None, r.get("region"), *said)
+        yield Listed(r["img_id"], r["diagnostic"], r["patient_id"], tone, "clinical", history=history)
+
+
+def _history(age: str | None, sex: str | None, place: str | None, *said: str) -> str | None:
+    """Return "Aged 60 to 69, on the back, itches." of what is known: ages in decades, as few patients share a year."""
+    years = re.match(r"\d+", age or "")
+    decade = int(years[0]) // 10 * 10 if years else 0
+    parts = [f"aged {decade} to {decade + 9}"] if years else []
+    parts += [known(sex).lower()] if known(sex) else []
+    parts += [f"on the {known(place).lower()}"] if known(place) else []
+    text = ", ".join([*parts, *said])
+    return f"{text[0].upper()}{text[1:]}." if text else None
 
 
 def _one_hot(table: Table, conditions) -> Iterator[Listed]:
@@ -291,7 +317,8 @@ def read_published(
         group = known(listed.group)
         group = f"{name} {group}" if several and group else group
         key = "/".join(filter(None, (split, place[path] if path else listed.image or "no name")))
-        yield Record(key, str(path), condition, split, group, skin_type(listed.skin_type), listed.modality), why
+        tone = skin_type(listed.skin_type)
+        yield Record(key, str(path), condition, split, group, tone, listed.modality, listed.history), why
     for path in found:
         if path not in seen:
             why = "another file of a listed picture" if path in others else "in no table"

@@ -90,6 +90,11 @@ def load_questions() -> dict[str, list[str]]:
     return read_json(DATA / "questions.json")
 
 
+def with_history(record: Record, question: str) -> str:
+    """Return the question with what the patient says before it, where that is known."""
+    return f"{record.history} {question}" if record.history else question
+
+
 def conversation(
     record: Record, conditions: dict[str, dict], questions: dict[str, list[str]], rng: random.Random
 ) -> list[dict]:
@@ -103,7 +108,7 @@ def conversation(
     messages, named = [], False
     for kind in QUESTION_KINDS[start:] + QUESTION_KINDS[:start]:
         question = rng.choice([q for q in questions[kind] if named or "{condition}" not in q])
-        asked = {"type": "text", "text": question.replace("{condition}", record.condition)}
+        asked = {"type": "text", "text": with_history(record, question.replace("{condition}", record.condition))}
         answer = {"type": "text", "text": conditions[record.condition]["answers"][kind]}
         messages.append({"role": "user", "content": [asked] if messages else [{"type": "image"}, asked]})
         messages.append({"role": "assistant", "content": [answer]})
@@ -119,7 +124,7 @@ def test_questions(records: list[Record], conditions: dict[str, dict], questions
     rows = []
     for r in records:
         for kind in TESTED:
-            question, reference = questions[kind][0], conditions[r.condition]["answers"][kind]
+            question, reference = with_history(r, questions[kind][0]), conditions[r.condition]["answers"][kind]
             row = {"id": f"{r.key}#{kind}", "key": r.key, "path": r.path, "condition": r.condition, "kind": kind}
             row |= {"question": question, "reference": reference, "skin_tone": r.skin_tone}
             rows.append(row | {"asked": fingerprint(question, reference, content(r.path))})

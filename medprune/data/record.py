@@ -29,6 +29,7 @@ class Record:
     group: str | None = None  # patient, else lesion: one's pictures stay on one side of a split
     skin_tone: str | None = None  # Fitzpatrick's type, "I" to "VI", or "I-II" where two are not told apart
     modality: str | None = None  # one of MODALITIES, or None where the source does not say
+    history: str | None = None  # what the patient says of it, a sentence that goes before every question
 
 
 def known(text: str | None) -> str | None:

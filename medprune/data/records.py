@@ -8,7 +8,7 @@ import random
 import warnings
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
 
@@ -102,8 +102,8 @@ def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
             why = f"no such file{' (a Windows path)' if _is_windows(given) else ''}: {path}"
         seen.add(path)
         key = "/".join(filter(None, (split, given.lstrip("/"))))
-        tone = skin_type(row.get("skin_type"))
-        yield Record(key, str(path), row["named"], split, known(row.get("patient")), tone, kind), why
+        tone, history = skin_type(row.get("skin_type")), (row.get("history") or "").strip() or None
+        yield Record(key, str(path), row["named"], split, known(row.get("patient")), tone, kind, history), why
 
 
 def _most_often(reasons: list[str]) -> str:
@@ -137,13 +137,14 @@ def _check_modality(source: Path, rows: list[tuple[Record, str]], modality: str 
 
 
 def load_images(
-    source: str | Path, conditions: dict[str, dict], check=True, modality: str | None = None
+    source: str | Path, conditions: dict[str, dict], check=True, modality: str | None = None, history=True
 ) -> tuple[list[Record], pd.DataFrame]:
     """Read photographs from a folder or table; return them and a report (key, reason) of what is left out.
 
     `conditions` is a facts dict as `load_conditions` gives it. With `check` every picture is decoded, small,
     and one that `open_image` refuses is reported and skipped. `modality`: "clinical", "dermoscopic" or "both"; None
-    takes what there is, and refuses to mix. Raises ValueError where no picture is usable.
+    takes what there is, and refuses to mix. `history`: with what patients say, where the source knows it. Raises
+    ValueError where no picture is usable.
     """
     source = find_source(source)
     rows = _check_modality(source, list(_rows_of(source, conditions)), modality)
@@ -151,7 +152,7 @@ def load_images(
     for record, why in rows:
         why = check_picture(record.path, check) if why == "kept" else why
         if why == "kept":
-            records.append(record)
+            records.append(record if history else replace(record, history=None))
         else:
             left_out.append((printable(record.key), printable(why)))
     if not records:
@@ -232,9 +233,10 @@ def save_table(records: list[Record], out: str | Path) -> None:
     paths = [Path(os.path.abspath(r.path)) for r in records]
     paths = [path.relative_to(home) if path.is_relative_to(home) else path for path in paths]
     rows = [
-        (path, r.condition, r.group, r.skin_tone, r.modality, r.split) for path, r in zip(paths, records, strict=True)
+        (path, r.condition, r.group, r.skin_tone, r.modality, r.split, r.history)
+        for path, r in zip(paths, records, strict=True)
     ]
-    columns = ["path", "condition", "patient", "skin_type", "modality", "split"]
+    columns = ["path", "condition", "patient", "skin_type", "modality", "split", "history"]
     pd.DataFrame(rows, columns=columns).to_csv(out, index=False)
 
 
@@ -388,7 +390,7 @@ def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataF
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
         source = find_source(config.images)
-        records, left_out = load_images(source, conditions, modality=config.modality)
+        records, left_out = load_images(source, conditions, modality=config.modality, history=config.history)
         beside = {path for table in find_published(source)[0] for path in table.others}
         run.reads(source, *(() if source.is_dir() else (*sorted(beside - {source}), *(r.path for r in records))))
         return records, left_out

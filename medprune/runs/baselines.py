@@ -2,6 +2,7 @@
 
 import pandas as pd
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -12,30 +13,49 @@ from medprune.models.loading import load
 from medprune.results.stats import mean_score, paired_difference
 from medprune.tuning.views import centre, seen, wide_pixels
 
+TOWERS = FROZEN, TUNED = "frozen tower, linear head", "tuned tower, linear head"
+HISTORY, BOTH = "history alone, linear head", f"{TUNED}, and history"
 COLUMNS = ["method", "id", "cluster", "condition", "skin_type", "right"]
 
 
 def linear_heads(base: str, tuned: str, names: pd.DataFrame, train, test) -> pd.DataFrame:
-    """Return a row for each test picture and tower, right 1 or 0: baselines.csv.
+    """Return a row for each test picture and baseline, right 1 or 0: baselines.csv.
 
     base: an assembled base's name, whose eyes are as they came; tuned: the folder of a run's own. names: the scores of
-    the questions for a name, with id, key, cluster, condition and skin_tone. The head is a logistic regression on the
-    tower's mean token of the training pictures, features of unit variance, conditions weighed equally, C 0.01.
+    the questions for a name, with id, key, cluster, condition and skin_tone. A head is a logistic regression,
+    conditions weighed equally: on the tower's mean token of the training pictures, features of unit variance, C 0.01;
+    on the phrases of what patients say (`Record.history`), where records have it, C 1. The two together are the
+    product of what they believe: on features that the tower has learned by heart, one head would ask no history.
     """
-    found, wanted = [], names.set_index("key")
-    for method, folder in (("frozen tower, linear head", prepare_base(base)), ("tuned tower, linear head", tuned)):
+    believed = {}
+    for method, folder in ((FROZEN, prepare_base(base)), (TUNED, tuned)):
         model, processor = load(folder, "cpu")
         tower = parts(model).vision_tower.float()
         features = [
             seen(tower, centre(torch.stack([wide_pixels(processor, r.path) for r in side]), processor)).numpy()
             for side in (train, test)
         ]
-        head = LogisticRegression(C=0.01, max_iter=3000, class_weight="balanced")
-        head = make_pipeline(StandardScaler(), head).fit(features[0], [r.condition for r in train])
-        rows = wanted.loc[[r.key for r in test]].assign(method=method, said=head.predict(features[1]))
+        believed[method] = _believed(make_pipeline(StandardScaler(), _head(0.01)), *features, train)
+    if any(r.history for r in train):
+        phrases = CountVectorizer(analyzer=lambda r: (r.history or "").casefold().strip(".").split(", "), binary=True)
+        believed[HISTORY] = _believed(make_pipeline(phrases, _head(1)), train, test, train)
+        believed[BOTH] = believed[TUNED] + believed[HISTORY]
+    found, wanted = [], names.set_index("key")
+    for method, log_p in believed.items():
+        rows = wanted.loc[[r.key for r in test]].assign(method=method, said=log_p.idxmax(axis=1).to_numpy())
         rows = rows.assign(right=(rows.said == rows.condition).astype(int)).rename(columns={"skin_tone": "skin_type"})
         found.append(rows[COLUMNS])
     return pd.concat(found, ignore_index=True)
+
+
+def _head(c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=3000, class_weight="balanced")
+
+
+def _believed(head, known, asked, train) -> pd.DataFrame:
+    """Return the log-probability of each condition (column) for each of `asked` (row), of a head taught on `known`."""
+    head.fit(known, [r.condition for r in train])
+    return pd.DataFrame(head.predict_log_proba(asked), columns=head.classes_)
 
 
 def accuracy_table(rows: pd.DataFrame) -> pd.DataFrame:
