@@ -50,7 +50,7 @@ lint: $(READY)
 faults: $(READY)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MEDPRUNE_FAULTS=all $(BIN)/python -m pytest -q tests/faults
 
-# The six notebooks at smoke on tiny models of three other families.
+# The notebooks at smoke on tiny models of three other families.
 families: $(READY)
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
 	for name in smolvlm gemma3 qwen2_5_vl; do \

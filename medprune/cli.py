@@ -211,6 +211,8 @@ def plan(
     from medprune.results.tables import fits_text, plan_json, plan_text
 
     if fit is not None:
+        if not 0 < fit < 2**20:
+            raise ValueError(f"--fit {fit} must be above 0 and below a million, in GiB.")
         typer.echo(fits_text(fit, {"group_size": group_size, "context": context}))
         return
     try:

@@ -389,6 +389,10 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
         raise ValueError(f"{root / 'run.json'} names no profile: run {STAGES[0]} again.")
     defaults = values_of(build({"name": values["name"], **PROFILES[values["name"]]}, {}))
     values = defaults | values  # an older version wrote fewer
+    try:
+        build(values, {})
+    except ValueError as error:
+        raise ValueError(f"{root / 'run.json'}: {error}") from None
     if profile not in ("auto", values["name"]):
         raise ValueError(
             f"run {root.name!r} was made with profile {values['name']!r}, not {profile!r}: "

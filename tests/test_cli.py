@@ -104,7 +104,6 @@ def test_quantize_writes_a_folder_that_answers(llava, tmp_path, monkeypatch, cap
     (("--method", "awq"), "awq needs images"),
     (("--method", "bnb", "--bits", "3"), "bits for bnb must be one of (4,), not 3"),
     (("--method", "rtn", "--group-size", "48"), "group_size must be one of"),
-    (("--method", "rtn", "--quantize-vision"), "vision_tower"),
 ])  # fmt: skip
 def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, words, why):
     monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medprune.answers.prompts import encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.prompts import inputs_of, see
 from medprune.models.families import parts
 from medprune.models.loading import load
 from medprune.models.sizes import account
@@ -26,8 +25,8 @@ BLOCKS = (FULL, 4, DROP, 8, FULL, 3)
 def candidate(base, rows, tmp_path):
     """Return a plan of the tiny model that drops a block, the vision tower in 8 bits."""
     model, processor = load(base, dtype=torch.float32)
-    asked = encode(processor, [prompt_text(processor, "What?")] * 4, [open_image(rows[i]["path"]) for i in (0, 3, 6, 0)], torch.float32)
-    calibration = {"input_ids": torch.stack(asked["input_ids"]), "pixel_values": asked["pixel_values"]}
+    seen = [see(processor, rows[i]["path"], torch.float32, "What?") for i in (0, 3, 6, 0)]
+    calibration = {"input_ids": torch.stack([s.ids for s in seen])} | inputs_of(seen)
     levels = Levels(base, tmp_path / "levels", (3, 4, 8), 32, calibration, torch.float32)
     return compared.Candidate((8, *BLOCKS), space_of(model.config, 64, (0,), 32), levels)
 

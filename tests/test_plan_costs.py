@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from medprune.answers.prompts import IGNORED, encode, prompt_text
-from medprune.data.pictures import open_image
+from medprune.answers.prompts import IGNORED, inputs_of, see
 from medprune.models.families import parts
 from medprune.models.loading import load
 from medprune.models.sizes import account
@@ -38,8 +37,8 @@ def source(base, tmp_path_factory):
 def measured(source, rows, tmp_path):
     """Return what measures plans on nine answers about three images, two images at once."""
     model, processor = load(source, dtype=torch.float32)
-    asked = encode(processor, [prompt_text(processor, "What?")] * 4, [open_image(rows[i]["path"]) for i in (0, 3, 6, 0)], torch.float32)
-    calibration = {"input_ids": torch.stack(asked["input_ids"]), "pixel_values": asked["pixel_values"]}
+    seen = [see(processor, rows[i]["path"], torch.float32, "What?") for i in (0, 3, 6, 0)]
+    calibration = {"input_ids": torch.stack([s.ids for s in seen])} | inputs_of(seen)
     levels = Levels(source, tmp_path / "levels", (3, 4, 8), GROUP, calibration, torch.float32)
     batches = teacher_batches(processor, rows, SAID, torch.float32, 6)
     space = space_of(model.config, 64, (0,), GROUP)

@@ -162,7 +162,8 @@ def check_rebuilt(model) -> None:
         anew = type(text_model)(deepcopy(text_model.config))
     kind = type(model).__name__
     ours, theirs = ({n: x.shape for n, x in m.named_parameters() if x.is_floating_point()} for m in (text_model, anew))
-    packed = {n for n, x in text_model.named_parameters() if not x.is_floating_point()}
+    packed = {n for n, x in text_model.named_parameters() if not x.is_floating_point()}  # NF4's
+    packed |= {f"{name}.weight" for name, module in text_model.named_modules() if hasattr(module, "qweight")}
     if wrong := sorted(n for n in ours.keys() | theirs.keys() - packed if ours.get(n) != theirs.get(n)):
         raise ValueError(
             f"{kind} cannot be pruned: of {wrong[0]} its configuration without these blocks says otherwise."

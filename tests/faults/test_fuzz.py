@@ -22,7 +22,7 @@ from medprune.data.records import load_images
 from medprune.judging.chat import parse_scores
 from medprune.judging.scores import read_scores
 from medprune.models.loading import stored_tensors
-from medprune.models.sizes import account, base_config
+from medprune.models.sizes import ASSEMBLED, account, base_config, skeleton
 from medprune.pruning.plan import load_plan
 from medprune.runs import upkeep
 from medprune.settings import STAGES, build, resolve, values_of
@@ -139,7 +139,8 @@ def header(folder):
 
     file = folder / "model.safetensors"
     save_file({"a": torch.zeros(2, 2), "b": torch.ones(3)}, file, {"format": "pt"})
-    return file, file.read_bytes(), lambda: stored_tensors(folder)
+    model = skeleton(ASSEMBLED["tiny"])
+    return file, file.read_bytes(), lambda: stored_tensors(folder, model)
 
 
 def config(folder):
