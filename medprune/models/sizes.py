@@ -57,7 +57,7 @@ _VISION_DEFAULTS |= {"num_channels": 3, "image_size": 224, "patch_size": 32}
 EYES = "efficientnet_lite"
 LITE0 = {
     "model_type": EYES, "hidden_size": 1280, "image_size": 224, "patch_size": 32, "num_channels": 3, "stem_size": 32,
-    "stages": [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+    "views": 4, "stages": [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
                (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)],
 }  # fmt: skip
 
