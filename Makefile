@@ -33,7 +33,7 @@ photos: $(READY)
 	@test -n "$(PHOTOS)" || { echo "photos needs a folder or table of photographs: make photos PHOTOS=DIR"; exit 2; }
 	mkdir -p runs && printf '%s\n' 'profile: local' 'seed: [0, 1, 2]' 'images: "$(abspath $(PHOTOS))"' \
 	'blocks_removed: [0, 2, 4]' 'recover: [2]' 'methods: [awq, bnb]' 'recipes: [lora, last_blocks]' \
-	'random_draws: 5' > runs/photos.yaml
+	'random_draws: 5' 'evaluations: 24' 'finalists: 1' > runs/photos.yaml
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/photos.yaml --out runs/photos.md
 
 # Profile t4 at full size on pretended GPUs: two T4s, as on Kaggle, and one with little host memory, as on Colab.

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -346,3 +347,9 @@ def test_a_linear_head_is_put_beside_the_language_model(small, tmp_path, monkeyp
     assert list(both.method.unique()) == [*baselines.TOWERS, baselines.HISTORY, baselines.BOTH]
     assert rights[baselines.HISTORY].sum() == len(test) - 1 and rights[baselines.HISTORY][f"{test[0].key}#name"] == 0
     assert both[both.method.isin(baselines.TOWERS)].reset_index(drop=True).equals(found), "these see the picture alone"
+    shares = iter([(0.9, 0.1), (0.6, 0.4), (0.3, 0.7)])  # frozen and tuned tower for melanoma, history against it
+    opinion = pd.DataFrame(columns=["melanoma", "rosacea"], index=range(len(test)), dtype=float)
+    monkeypatch.setattr(baselines, "_believed", lambda *_: opinion.assign(**dict(zip(opinion, np.log(next(shares)), strict=True))))
+    said = baselines.linear_heads("smollm2-eyes", small, names, train, test).set_index(["method", "id"]).right.unstack(0)
+    melanomas = [f"{r.key}#name" for r in test if r.condition == "melanoma"]
+    assert said.loc[melanomas].mean().to_dict() == dict(zip([*baselines.TOWERS, baselines.HISTORY, baselines.BOTH], (1, 1, 0, 0), strict=True))
