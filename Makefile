@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q --nbval notebooks
 
 demo: $(READY)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune run --profile local --name demo --to 06_judge_eval
 
 # What README and the committed notebooks show: five seeds, 96 test images each, every way back after pruning compared.
 study: $(READY)

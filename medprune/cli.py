@@ -93,6 +93,7 @@ def run(
     name: Annotated[str, typer.Option(help="the run's folder")] = "demo",
     images: Annotated[str | None, typer.Option(help="folder or table of photographs")] = None,
     start: Annotated[str | None, typer.Option("--from", help="stage to begin at, such as 03_prune_sweep")] = None,
+    end: Annotated[str | None, typer.Option("--to", help="stage to end with, such as 06_judge_eval")] = None,
     parameter: Parameters = None,
     runs_dir: Runs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
@@ -101,9 +102,9 @@ def run(
     from medprune.runs.series import closing_text, run_series
 
     values = _parameters(parameter) | ({} if images is None else {"images": images})
-    root = run_series(name, profile, start, values, runs_dir, partial(typer.echo, err=not dry_run), dry_run)
+    root = run_series(name, profile, start, values, runs_dir, partial(typer.echo, err=not dry_run), dry_run, end)
     if not dry_run:
-        typer.echo(closing_text(root))
+        typer.echo(closing_text(root, end))
 
 
 @app.command()

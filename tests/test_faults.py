@@ -51,6 +51,9 @@ def refuse(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("words", "named", "right"), [
     (["--profile", "smok"], "'smok'", "smoke, local, t4 or auto"),
     (["--from", "3"], "'3'", "03_prune_sweep"),
+    (["--to", "06"], "'06'", "06_judge_eval"),
+    (["--from", "03_prune_sweep", "--to", "02_layer_importance"], "--to 02_layer_importance", "before --from 03_prune_sweep"),
+    (["--to", "06_judge_eval", "-p", "evaluations", "9"], "'evaluations' would change nothing", "--to 06_judge_eval"),
     (["--from", "03_prune_sweep"], "no finished 01_finetune", "run 01_finetune first"),
     (["--name", "a/b"], "'a/b'", "plain folder name"),
     (["-p", "grup_size", "64"], "'grup_size'", "group_size"),

@@ -130,10 +130,10 @@ def played(tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "_execute", execute)
 
-    def run(start=None, **parameters):
+    def run(start=None, end=None, **parameters):
         ran.clear()
         try:
-            running.run_series("demo", "smoke", start, parameters, str(tmp_path / "runs"), say=lambda line: None)
+            running.run_series("demo", "smoke", start, parameters, str(tmp_path / "runs"), lambda line: None, end=end)
         except ValueError as error:
             return list(ran), str(error)
         return list(ran), ""
@@ -148,6 +148,12 @@ def test_a_stage_runs_when_a_setting_that_it_reads_has_changed(played):
     assert played(group_size=32)[0] == list(STAGES[4:])  # 06 reads what 05 wrote
     assert played()[0] == list(STAGES[4:])
     assert played(sft_steps=5)[0] == list(STAGES)
+
+
+def test_a_run_ends_with_the_stage_that_is_named_and_goes_on_later(played):
+    assert played(end=STAGES[2])[0] == list(STAGES[:3])
+    assert played(STAGES[2], STAGES[3])[0] == list(STAGES[2:4])
+    assert played()[0] == list(STAGES[4:])
 
 
 def test_results_that_come_out_the_same_stop_the_chain(played):

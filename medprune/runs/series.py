@@ -72,20 +72,23 @@ def _check_images(source: str, conditions: dict, modality: str | None) -> None:
     load_images(source, conditions, modality=modality)  # says what is wrong with them
 
 
-def run_series(run_name, profile="auto", start=None, parameters=None, runs_dir=None, say=print, dry_run=False) -> Path:
+def run_series(
+    run_name, profile="auto", start=None, parameters=None, runs_dir=None, say=print, dry_run=False, end=None
+) -> Path:
     """Run the notebooks in order into runs/<run_name>/, but for those that are done; return the run's folder.
 
     start: the stage to begin at, run again even if done; stages before it must be finished, and are left as they are.
+    end: the last stage, by default of all; later ones are left as they are.
     parameters: settings by name, and more of them in a dict `settings`. dry_run: only say what would run, and why.
     Raises ValueError in one sentence for what cannot be run, before any notebook starts, and for a user's mistake that
     stopped one; RuntimeError for any other error in one.
     """
-    root, whole, given, stages = _prepare(run_name, profile, start, dict(parameters or {}), runs_dir)
+    root, whole, given, stages = _prepare(run_name, profile, start, end, dict(parameters or {}), runs_dir)
     if not dry_run:
         lock(root)
     doubt = ""
     try:
-        for stage in STAGES:
+        for stage in STAGES[: STAGES.index(end or STAGES[-1]) + 1]:
             reasons = why_undone(root, stage, whole) if stage in stages else []
             if stage == start:
                 reasons = ["--from names it"]
@@ -103,16 +106,19 @@ def run_series(run_name, profile="auto", start=None, parameters=None, runs_dir=N
     return root
 
 
-def _prepare(run_name, profile: str, start: str | None, parameters: dict, runs_dir) -> tuple:
+def _prepare(run_name, profile: str, start: str | None, end: str | None, parameters: dict, runs_dir) -> tuple:
     """Check what is asked for; return (the run's folder, its settings, those given, the stages that may be run)."""
-    if start not in (None, *STAGES):
-        raise ValueError(f"stage {start!r} is not known: choose one of {', '.join(STAGES)}.")
+    if unknown := {start, end} - {None, *STAGES}:
+        raise ValueError(f"stage {min(unknown)!r} is not known: choose one of {', '.join(STAGES)}.")
     before = STAGES[: STAGES.index(start or STAGES[0])]
-    stages = STAGES[len(before) :]
+    stages = STAGES[len(before) : STAGES.index(end or STAGES[-1]) + 1]
+    if not stages:
+        raise ValueError(f"--to {end} comes before --from {start}.")
     given = asked(parameters.pop("settings", None), parameters)
     for name, takers in {name: readers(name) for name in given}.items():
         if not set(takers) & set(stages):
-            raise ValueError(f"{name!r} would change nothing: {takers[-1]} takes it, which --from {start} leaves out.")
+            out = f"--from {start}" if takers[-1] in before else f"--to {end}"
+            raise ValueError(f"{name!r} would change nothing: {takers[-1]} takes it, which {out} leaves out.")
     root = run_root(run_name, runs_dir)
     for stage in before:
         Run(root, start).of(stage)
@@ -189,10 +195,15 @@ def _kernel_of(root: Path):
         log.unlink(missing_ok=True)
 
 
-def closing_text(root: Path) -> str:
-    """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path."""
+def closing_text(root: Path, end: str | None = None) -> str:
+    """Return what `medprune run` prints at its end: the summary beside the paper's table 4, and the report's path.
+
+    end: the stage that it ended with; of one before 06, which writes both, where the run is.
+    """
+    if not (report := root / (end or STAGES[-1]) / "report.html").exists():
+        return f"run: {root}"
     summary = read_csv(root / "06_judge_eval" / "summary.csv").round(2).to_string(index=False)
-    return f"{summary}\n\nreport: {root / STAGES[-1] / 'report.html'}"
+    return f"{summary}\n\nreport: {report}"
 
 
 def _executed(file: Path):
