@@ -25,7 +25,7 @@ demo: $(READY)
 # What README and the committed notebooks show: five seeds, 96 test images each, every way back after pruning compared.
 study: $(READY)
 	mkdir -p runs && printf '%s\n' 'profile: local' 'seed: [0, 1, 2, 3, 4]' 'n_test: 96' 'recover: [2]' \
-	'recipes: [lora, projector, last_blocks, distill]' > runs/study.yaml
+	'recipes: [lora, projector, last_blocks, distill]' 'evaluations: 24' 'finalists: 1' > runs/study.yaml
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/study.yaml --out results/study.md
 
 # The series on photographs of skin, split by patient, with three seeds, and a report over them: make photos PHOTOS=DIR
