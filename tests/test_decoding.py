@@ -159,12 +159,12 @@ def test_the_prefill_is_not_in_the_time_and_the_last_step_is(monkeypatch):
 
 
 def test_peak_memory_is_the_weights_and_what_the_process_grows_by():
-    linear = torch.nn.Linear(1000, 1000)
+    linear = torch.nn.Linear(5000, 5000, bias=False)  # pages that the system takes back meanwhile are few beside it
     with timing.peak_memory(linear) as peak:
         held = torch.ones(50_000_000)
         time.sleep(0.02)
         del held
-    assert 204e6 <= peak["bytes"] < 260e6
+    assert 280e6 <= peak["bytes"] < 360e6
 
 
 def test_a_window_shorter_than_the_prompt_cuts_neither_prefix_nor_question(base, tiny, rows, monkeypatch):
