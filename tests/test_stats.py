@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -110,6 +110,7 @@ def test_differences_are_covered_where_few_images_differ_or_have_no_interval(cov
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(0, 9)), min_size=1, max_size=40))
+@example([(5, 0, 0), (5, 0, 2), (7, 0, 0), (13, 0, 1)])  # 1.5 images' worth from either end, but for rounding
 def test_limits_lie_on_the_scale_and_about_the_estimate(rows):
     a, b, images = np.array(rows, float).T
     for scores in (a, 15 - a):  # as far from 0 as from 100

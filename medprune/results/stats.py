@@ -68,10 +68,18 @@ def mean_score(scores, clusters, runs=None, strata=None, alpha: float = ALPHA) -
     if not 0 <= np.min(scores) <= np.max(scores) <= 100:
         raise ValueError(f"scores run from {np.min(scores):g} to {np.max(scores):g}: they must lie within 0 to 100.")
     low = high = math.nan
-    from_end = cells.images * min(found["mean"], 100 - found["mean"]) / 100
-    if from_end >= LEAST_FROM_END and variance(means, cells)[0] > 0:
+    share = found["mean"] / 100
+    if not _near_an_end(cells.images, share, share) and variance(means, cells)[0] > 0:
         low, high = 100 * np.array(_share_limits(means / 100, cells, alpha, UNSEEN))
     return found | {"low": float(low), "high": float(high)}
+
+
+def _near_an_end(images: int, lowest: float, highest: float) -> bool:
+    """Say whether a mean, a share of 1, is less than LEAST_FROM_END images' worth from 0 or 1: from both ends alike.
+
+    What equals LEAST_FROM_END but for rounding is not less, or scores turned upside down would be told apart.
+    """
+    return round(images * min(lowest, 1 - highest), 9) < LEAST_FROM_END
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -172,7 +180,7 @@ def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: t
     means = wide[[*first, *second]].dropna().groupby(level="cluster").mean().to_numpy() / 100  # (images, 4)
     share, signs = means.mean(0), np.array([1, -1, -1, 1])
     found = {"diff": math.nan, "low": math.nan, "high": math.nan}
-    if len(means) * min(share.min(), 1 - share.max()) < LEAST_FROM_END:
+    if _near_an_end(len(means), share.min(), share.max()):
         return found
     found["diff"] = float(signs @ special.logit(share))
     parts = (means - share) / (share * (1 - share)) @ signs
