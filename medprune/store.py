@@ -387,10 +387,8 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
     values = read_parts(root / "run.json", settings=dict)["settings"]
     if values.get("name") not in PROFILES:
         raise ValueError(f"{root / 'run.json'} names no profile: run {STAGES[0]} again.")
-    defaults = values_of(build({"name": values["name"], **PROFILES[values["name"]]}, {}))
-    values = defaults | values  # an older version wrote fewer
-    try:
-        build(values, {})
+    try:  # an older version wrote fewer
+        values = values_of(build({"name": values["name"], **PROFILES[values["name"]]}, values))
     except ValueError as error:
         raise ValueError(f"{root / 'run.json'}: {error}") from None
     if profile not in ("auto", values["name"]):

@@ -72,11 +72,14 @@ def _pad_ufes_20(table: Table, conditions) -> Iterator[Listed]:
 
 def _history(age: str | None, sex: str | None, place: str | None, *said: str) -> str | None:
     """Return "Aged 60 to 69, on the back, itches." of what is known: ages in decades, as few patients share a year."""
-    years = re.match(r"\d+", age or "")
-    decade = int(years[0]) // 10 * 10 if years else 0
-    parts = [f"aged {decade} to {decade + 9}"] if years else []
-    parts += [known(sex).lower()] if known(sex) else []
-    parts += [f"on the {known(place).lower()}"] if known(place) else []
+    parts = []
+    if years := re.match(r"\d+", age or ""):
+        decade = int(years[0]) // 10 * 10
+        parts.append(f"aged {decade} to {decade + 9}")
+    if sex := known(sex):
+        parts.append(sex.lower())
+    if place := known(place):
+        parts.append(f"on the {place.lower()}")
     text = ", ".join([*parts, *said])
     return f"{text[0].upper()}{text[1:]}." if text else None
 

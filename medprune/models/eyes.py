@@ -106,8 +106,8 @@ class Eyes(PreTrainedModel):
         return torch.cat([patches.mean(1, keepdim=True), patches], 1)
 
     def forward(self, pixel_values: Tensor, **_) -> BaseModelOutputWithPooling:
-        seen = [(axes, self.early(pixel_values.flip(axes), 0)) for axes in MIRRORED[: self.config.views]]
-        grids = [self._grid(x, 0).flip(axes) for axes, x in seen]  # each patch back where it was
+        views = MIRRORED[: self.config.views]
+        grids = [self._grid(self.early(pixel_values.flip(axes), 0), 0).flip(axes) for axes in views]  # patches put back
         tokens = self._tokens(torch.stack(grids).mean(0))
         return BaseModelOutputWithPooling(tokens, pooler_output=tokens[:, 0], hidden_states=(tokens,))
 

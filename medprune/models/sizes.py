@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from medprune.models.families import ATTENTION, BLOCKS, deepstack, names, parts
-from medprune.settings import DATA, GROUP_SIZES, METHODS, NF4_GROUP
+from medprune.settings import DATA, GROUP_SIZES, METHODS, NF4_GROUP, protected_numbers
 
 GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
@@ -180,6 +180,11 @@ def shape_of(config) -> SimpleNamespace:
     return _counted(config) if is_counted(config) else _built(json.dumps(config, sort_keys=True, default=str))
 
 
+def guarded(shape, protect: Sequence[int]) -> set[int]:
+    """Return the blocks that never go: those protected, negative numbers from the end, and those that cannot."""
+    return {*protected_numbers(shape.blocks, tuple(protect)), *shape.fixed}
+
+
 def is_counted(config: dict) -> bool:
     """Say whether a model is a LLaVA of a tower and a text model whose sizes follow by arithmetic."""
     text, vision = config.get("text_config") or {}, config.get("vision_config") or _CLIP_L_336
@@ -195,7 +200,7 @@ def _built(config: str) -> SimpleNamespace:
     found, called, text = parts(model), names(model), model.config.get_text_config(decoder=True)
     block, projected = found.blocks[0], {id(p) for p in found.projector.parameters()}
     table, head = found.text_model.embed_tokens.weight, found.head.weight
-    linears, dense = _linears(block), sum(m.weight.numel() for m in block.modules() if type(m).__name__ == "Linear")
+    linears = _linears(block)
     sizes = {"hidden": table.shape[1], "vocab": table.shape[0], "intermediate": text.intermediate_size}
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -208,7 +213,7 @@ def _built(config: str) -> SimpleNamespace:
         kv_width=heads * head_size,
         tied=head is table,
         linears=linears,
-        block_extras=sum(p.numel() for p in block.parameters()) - dense,
+        block_extras=sum(p.numel() for p in block.parameters()) - sum(n_in * n_out for _, n_in, n_out in linears),
         projector_params=beside,
         vision_params=tower,
         vision_linears=_linears(found.vision_tower, f"{called.vision_tower}."),

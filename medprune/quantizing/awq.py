@@ -31,8 +31,7 @@ def scale_groups(block) -> list[SimpleNamespace]:
     outputs are divided by the scales (None where it does not give that input channel by channel, as with grouped
     queries), `offset`, what such a norm adds to its weight, `inspected`, the module whose output is compared,
     `takes_kwargs`, whether it is called with the block's keyword arguments, and `clipped`, the names of linears whose
-    weights are clipped. Raises ValueError for a block of
-    another structure.
+    weights are clipped. Raises ValueError for a block of another structure.
     """
     kind, modules = type(block).__name__, dict(block.named_modules())
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -340,7 +339,7 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda 
     """
     batch = {k: v for k, v in batch.items() if k != "attention_mask"}
     kind, (rows, tokens) = "image-text" if "pixel_values" in batch else "text-only", batch["input_ids"].shape
-    blocks, losses = parts(model).blocks, {}
+    blocks, called, losses = parts(model).blocks, names(model).blocks, {}
     widths = [bits] * len(blocks) if isinstance(bits, int) else bits
     fetch(blocks[0])
     for block in (b for b in blocks if next(b.parameters()).device.type != "meta"):
@@ -356,7 +355,7 @@ def quantize_awq(model, batch: dict[str, Tensor], group_size: int, fetch=lambda 
             hidden, own = ([_placed(x, here, searched) for x in some] for some in (hidden, calls[number]))
             calls[number] = None
             found = _quantize_block(block, hidden, own, group_size, width, not on_gpu(here) and dtype != torch.float32)
-            losses |= {f"{names(model).blocks}.{number}.{name}": curve for name, curve in found.items()}
+            losses |= {f"{called}.{number}.{name}": curve for name, curve in found.items()}
             block.to(dtype)
             shown.update()
     curve = {"ratios": [i / N_GRID for i in range(N_GRID)], "losses": losses}

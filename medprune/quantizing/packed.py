@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medprune.models.sizes import packable
 from medprune.settings import BITS, GROUP_SIZES
 
 MAX_KERNEL_ROWS = 128  # up to so many the int4 kernel beats unpacking to bf16 and a matmul, on one AVX512-BF16 core
@@ -137,7 +138,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bits=4, group_size=64, bias=None, device=None):
         super().__init__()
-        if bits not in BITS or group_size not in GROUP_SIZES or in_features % group_size or out_features % 8:
+        if bits not in BITS or group_size not in GROUP_SIZES or not packable(in_features, out_features, group_size):
             shape = f"{in_features} inputs and {out_features} outputs"
             raise ValueError(f"{bits} bits in groups of {group_size} do not store a layer of {shape}.")
         self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size

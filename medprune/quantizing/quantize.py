@@ -60,7 +60,7 @@ def quantize(
         else:
             for number, block in enumerate(blocks):
                 fetched(block)
-                for name in [name for name in targets if name.startswith(f"{names(model).blocks}.{number}.")]:
+                for name in [name for name in targets if block_number(name) == number]:
                     pack(name, targets.pop(name))
         for name, width in targets.items():  # head and tower
             if block_number(name) is None:

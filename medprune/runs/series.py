@@ -14,9 +14,9 @@ import nbformat
 from medprune.data.pictures import open_image
 from medprune.data.questions import load_conditions
 from medprune.data.records import load_images
-from medprune.models.sizes import account, base_config, is_counted, shape_of
+from medprune.models.sizes import account, base_config, guarded, is_counted, shape_of
 from medprune.searching.budget import check_budget, space_of
-from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, protected_numbers, readers, resolve, values_of
+from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, readers, resolve, values_of
 from medprune.store import (
     Run,
     differing,
@@ -46,7 +46,7 @@ def check_run(config) -> None:
 
         check_prunable(base)
     shape = shape_of(base)
-    removable = shape.blocks - len({*protected_numbers(shape.blocks, config.protected_blocks), *shape.fixed})
+    removable = shape.blocks - len(guarded(shape, config.protected_blocks))
     if (most := max(config.blocks_removed)) > removable:
         raise ValueError(
             f"blocks_removed has {most}, but only {removable} of the model's {shape.blocks} blocks may go."
@@ -88,7 +88,7 @@ def run_series(
         lock(root)
     doubt = ""
     try:
-        for stage in STAGES[: STAGES.index(end or STAGES[-1]) + 1]:
+        for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
             reasons = why_undone(root, stage, whole) if stage in stages else []
             if stage == start:
                 reasons = ["--from names it"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from medprune.models.sizes import account, shape_of
-from medprune.settings import BITS, protected_numbers
+from medprune.models.sizes import account, guarded, shape_of
+from medprune.settings import BITS
 
 DROP = 0  # the choice of a block that is taken out, with its part of the KV cache
 FULL = 16
@@ -65,12 +65,12 @@ def space_of(config, context: int, protect: Sequence[int] = (0, 1, -1), group_si
     """
     shape = shape_of(config)
     n, how = shape.blocks, {"group_size": group_size, "context": context, "batch": batch}
-    guarded = {*protected_numbers(n, tuple(protect)), *shape.fixed}
+    kept = guarded(shape, protect)
     whole = account(config, 0, FULL, **how)
     packed = {bits: account(config, 0, bits, method="awq", **how) for bits in sorted(widths)}
     cache = whole.kv_cache_bytes // n
     block = {bits: cache + _block_bytes(found) // n for bits, found in [*packed.items(), (FULL, whole)]}
-    sites = {f"block {b}": block if b in guarded else {DROP: 0} | block for b in range(n)}
+    sites = {f"block {b}": block if b in kept else {DROP: 0} | block for b in range(n)}
     for site, part, option in ((TOWER, "vision_tower", "quantize_vision"), (HEAD, "head", "quantize_head")):
         price = {FULL: whole.part_bytes[part]}
         for bits in sorted(widths, reverse=True):
