@@ -24,6 +24,7 @@ Parameters = Annotated[list[str] | None, typer.Option("-p", help="NAME VALUE; se
 Profile = Annotated[str, typer.Option(help="smoke, local, t4, or auto: MEDPRUNE_PROFILE, else t4 with CUDA, or local")]
 Name = Annotated[str, typer.Argument(help="the run")]
 Groups = Annotated[int, typer.Option(help="32, 64 or 128")]
+Table = Annotated[bool, typer.Option("--quantize-embeddings", help="the embedding table too, with a tied head")]
 Threads = Annotated[int, typer.Option(help="threads of the engine")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
@@ -204,6 +205,7 @@ def plan(
     bandwidth: Annotated[float, typer.Option(help="memory bandwidth in GB/s; a T4 has 320")] = 320,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower's linears too")] = False,
+    quantize_embeddings: Table = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     fit: Annotated[float | None, typer.Option(help="GiB: say of every model known by name what must go to fit")] = None,
 ) -> None:
@@ -228,6 +230,7 @@ def plan(
         raise ValueError(f"--bandwidth {bandwidth} must be above 0 and below a million, in GB/s.")
     storage = {"bits": widths, "group_size": group_size, "context": context}
     storage |= {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    storage |= {"quantize_embeddings": quantize_embeddings}
     typer.echo((plan_json if as_json else plan_text)(model, remove or default, storage, bandwidth))
 
 
@@ -288,12 +291,14 @@ def quantize(
     rows: Annotated[int, typer.Option(help="calibration conversations, an image each")] = 32,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="the head too (hqq, rtn)")] = False,
     quantize_vision: Annotated[bool, typer.Option("--quantize-vision", help="the vision tower too (hqq, rtn)")] = False,
+    quantize_embeddings: Table = False,
     other_model: Annotated[bool, typer.Option("--other-model", help="take a plan that another model's was")] = False,
 ) -> None:
     """Prune and quantize a LLaVA, and write it with its model card to a folder that is loaded again."""
     from medprune.quantizing.checkpoint import quantize_folder
 
     also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "other_model": other_model}
+    also |= {"quantize_embeddings": quantize_embeddings}
     info, size = quantize_folder(model, out, method, bits, group_size, plan, images, conditions, rows, **also)
     peak = (info["peak_bytes"] or 0) / 2**20
     typer.echo(f"{out}: {size / 2**20:.0f} MiB, {info['seconds']:.0f} s, peak {peak:.0f} MiB")

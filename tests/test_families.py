@@ -20,7 +20,7 @@ from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named
 from medprune.pruning.leave_one_out import leave_one_out_logits, teacher_batch
 from medprune.pruning.plan import apply_plan, check_kept, check_prunable, make_plan
 from medprune.quantizing import awq, checkpoint
-from medprune.quantizing.quantize import quantize, target_linears
+from medprune.quantizing.quantize import is_tied, quantize, target_linears
 from medprune.results import tables
 from medprune.settings import REPO, TARGETS
 from medprune.store import read_json
@@ -230,6 +230,24 @@ def test_packed_folders_say_what_the_packed_model_said(folder, rows, family, met
 
 
 @EVERY
+def test_a_packed_embedding_table_says_what_the_plain_one_says(folder, rows, family, tmp_path):
+    model, processor = load(folder(family), dtype=torch.float32)
+    tied, whole = is_tied(model), copy.deepcopy(model)
+    model, info = quantize(model, "rtn", 8, 64, quantize_embeddings=8)
+    blocks_alone, _ = quantize(whole, "rtn", 8, 64)
+    said, wanted = (generated(m, processor, rows[0], 2)[1] for m in (model, blocks_alone))
+    assert (said - wanted).abs().max() < 0.05 * wanted.abs().max(), "a factor lost would be far more"
+    assert (parts(model).head is parts(model).table) == tied
+    planned = account(model.config, 0, 8, 64, quantize_embeddings=8).part_bytes
+    assert info["packed_bytes"]["embeddings"] == planned["embeddings"] + 2, "its factor is in float32 here"
+    checkpoint.save_quantized(model, tmp_path / "q", "rtn", info, processor)
+    again = checkpoint.load_quantized(tmp_path / "q")
+    held, read = model.state_dict(), again.state_dict()
+    assert held.keys() == read.keys() and all(torch.equal(read[name], tensor) for name, tensor in held.items())
+    torch.testing.assert_close(generated(again, processor, rows[0], 2)[1], said, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
 def test_awq_is_nearer_to_the_whole_model_than_rounding_and_its_folder_is_the_model(folder, rows, family, tmp_path, monkeypatch):
     monkeypatch.setattr(awq, "ENTRIES", 1)  # a row at a time
     whole, processor = load(folder(family), dtype=torch.float32)
@@ -294,8 +312,12 @@ def test_published_checkpoints_have_the_parameters_that_are_stated(name):
     found, config = account(named_config(name)), named_config(name)
     assert found.params_b == pytest.approx(checkpoints()[name]["published_b"], rel=0.01)
     assert found.total_params == n_parameters(skeleton(config))
-    less = account(config, 2, 4, quantize_head=True, quantize_vision=True)
+    whole_words = shape_of(config).vocab % 8 == 0  # InternVL3-1B's 151,674 are not
+    less = account(config, 2, 4, quantize_vision=True, quantize_embeddings=whole_words)
     assert less.weights_bytes < account(config, 0, 4).weights_bytes < found.weights_bytes
+    if not whole_words:
+        with pytest.raises(ValueError, match="151674 x 896, which 8 and groups of 64 do not divide"):
+            account(config, 0, 4, quantize_embeddings=True)
     with pytest.raises(ValueError, match="medgemma-27b, smolvlm2-256m"):
         named_config("medgemma-7b")
 
@@ -306,13 +328,15 @@ def test_the_table_of_what_fits_removes_as_many_blocks_as_it_takes_and_no_more(m
     found = tables.fits_table(3.5, {"context": 1024}).set_index("model")
     assert {*found.index} == {*NAMED_SHAPES, *some}
     for name, row in found.iterrows():
-        for column, packed in (("remove", False), ("packed_remove", True)):
-            how = {"bits": 4, "context": 1024, "quantize_head": packed, "quantize_vision": packed}
+        for column, packed, table in (("remove", 0, 0), ("packed_remove", 1, 0), ("table_remove", 1, 1)):
+            how = {"bits": 4, "context": 1024, "quantize_vision": bool(packed), "quantize_embeddings": bool(table)}
+            how |= {"quantize_head": bool(packed) and not shape_of(named_config(name)).tied}
             shape, n = shape_of(named_config(name)), row[column]
             less = shape.blocks - len(shape.fixed) - 1 if math.isnan(n) else int(n)
             sizes = [account(named_config(name), m, **how).total_bytes / GIB for m in range(less + 1)]
             assert (sizes.pop() <= 3.5) != math.isnan(n) and all(size > 3.5 for size in sizes)
     assert found.remove["smolvlm2-256m"] == 0 < found.packed_remove["llava-1.5-7b"] < found.remove["llava-1.5-7b"]
+    assert found.table_gib["medgemma-4b"] < found.packed_gib["medgemma-4b"] - 0.8, "a tied table of 262,208 x 2560"
     assert math.isnan(found.remove["qwen3-vl-8b"]), "three of its blocks are fixed"
     assert "| cannot |" in tables.fits_text(0.5, {"context": 1024})
 

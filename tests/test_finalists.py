@@ -23,12 +23,12 @@ BLOCKS = (FULL, 4, DROP, 8, FULL, 3)
 
 @pytest.fixture
 def candidate(base, rows, tmp_path):
-    """Return a plan of the tiny model that drops a block, the vision tower in 8 bits."""
+    """Return a plan of the tiny model that drops a block, the vision tower in 8 bits, the embedding table in 4."""
     model, processor = load(base, dtype=torch.float32)
     seen = [see(processor, rows[i]["path"], torch.float32, "What?") for i in (0, 3, 6, 0)]
     calibration = {"input_ids": torch.stack([s.ids for s in seen])} | inputs_of(seen)
     levels = Levels(base, tmp_path / "levels", (3, 4, 8), 32, calibration, torch.float32)
-    return compared.Candidate((8, *BLOCKS), space_of(model.config, 64, (0,), 32), levels)
+    return compared.Candidate((8, *BLOCKS, 4), space_of(model.config, 64, (0,), 32), levels)
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run,
     found = load_quantized(candidate.write(run, tmp_path / "found"))
     model = load_quantized(recovered.write(run, tmp_path / "recovered", base="tiny"))
     assert widths(model) == widths(found) == [FULL, 4, 8, FULL, 3]
+    assert parts(model).head is parts(model).table and parts(model).table.bits == parts(found).table.bits == 4
     moved = [
         max((x - y).abs().max() for x, y in zip(*(part(parts(m)).parameters() for m in (found, model)), strict=True))
         for part in (lambda p: p.projector, lambda p: p.blocks[0].mlp)
@@ -63,13 +64,14 @@ def test_a_recovered_plan_is_trained_pruned_then_rounded(candidate, config, run,
     card = (tmp_path / "recovered" / "README.md").read_text()
     assert "recovered by projector before rounding; blocks removed: 2" in card
     assert [f.name for f in run.dir.iterdir()] == [], "what it was trained into is gone"
-    whole = replace(recovered, plan=(FULL,) * 7).write(run, tmp_path / "whole")
-    assert "quantization_config" not in read_json(whole / "config.json") and made(whole, replace(recovered, plan=(FULL,) * 7).context())
+    plain = replace(recovered, plan=(FULL,) * 8)
+    whole = plain.write(run, tmp_path / "whole")
+    assert "quantization_config" not in read_json(whole / "config.json") and made(whole, plain.context())
 
 
 def test_candidates_are_asked_once_and_one_is_kept(candidate, config, run, rows, monkeypatch):
     asked = [row | {"asked": row["id"], "condition": "rosacea", "kind": "name", "reference": "-", "key": row["path"]} for row in rows[:3]]
-    other = compared.Candidate((FULL, *(4,) * 6), candidate.space, candidate.levels)
+    other = compared.Candidate((FULL, *(4,) * 6, FULL), candidate.space, candidate.levels)
     said, speed = compared.ask(run, candidate, "one", asked, config)
     compared.ask(run, other, "other", asked, config)
     assert len(list((run.dir / "plans").iterdir())) == 2 and speed["weight_bytes"] > 0

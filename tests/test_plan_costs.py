@@ -11,7 +11,7 @@ from medprune.models.loading import load
 from medprune.models.sizes import account
 from medprune.pruning.leave_one_out import teacher_batches
 from medprune.quantizing.checkpoint import load_quantized
-from medprune.searching.budget import DROP, FULL, space_of, working_bytes
+from medprune.searching.budget import DROP, FULL, HEAD, TABLE, space_of, working_bytes
 from medprune.searching.costs import Costs, cost_tables, divergence, reference, resampled
 from medprune.searching.levels import Levels
 from medprune.store import Units, made, read_json
@@ -35,6 +35,10 @@ def source(base, tmp_path_factory):
 
 @pytest.fixture
 def measured(source, rows, tmp_path):
+    return measuring(source, rows, tmp_path)
+
+
+def measuring(source, rows, tmp_path):
     """Return what measures plans on nine answers about three images, two images at once."""
     model, processor = load(source, dtype=torch.float32)
     seen = [see(processor, rows[i]["path"], torch.float32, "What?") for i in (0, 3, 6, 0)]
@@ -45,8 +49,8 @@ def measured(source, rows, tmp_path):
     return Costs(levels, space, batches, Units(tmp_path / "units.sqlite", "here"))
 
 
-def plan_of(tower=FULL, head=FULL, blocks=(FULL,) * 6):
-    return (tower, *blocks, head)
+def plan_of(tower=FULL, head=FULL, table=FULL, blocks=(FULL,) * 6):
+    return (tower, *blocks, head, table)
 
 
 @torch.inference_mode()
@@ -62,14 +66,19 @@ def full_divergence(whole, model, batches):
     return found
 
 
-PLANS = [((FULL, FULL), (4, 3, DROP, 8, FULL, 4)), ((4, 8), (FULL, DROP, DROP, FULL, 3, 4)), ((8, FULL), (FULL,) * 6),
-         ((FULL, 4), (4,) * 6)]  # fmt: skip
+PLANS = [((FULL, FULL, FULL), (4, 3, DROP, 8, FULL, 4)), ((4, 8, 4), (FULL, DROP, DROP, FULL, 3, 4)),
+         ((8, FULL, FULL), (FULL,) * 6), ((FULL, 4, 8), (4,) * 6), ((FULL, FULL, 3), (FULL,) * 6)]  # fmt: skip
 
 
-def test_a_plan_s_cost_is_that_of_the_model_that_is_written(measured, source, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plan_s_cost_is_that_of_the_model_that_is_written(tied, source, base, rows, tmp_path):
+    source = base if tied else source
+    measured = measuring(source, rows, tmp_path)
     measured.top = 10**6  # the whole vocabulary
     space, whole = measured.space, load(source, dtype=torch.float32)[0]
     plans = [plan_of(*ends, blocks) for ends, blocks in PLANS]
+    plans = [(*p[:-2], p[-1]) if tied else p for p in plans]  # the table is the head
+    assert space.sites[-2:] == (("block 5", TABLE) if tied else (HEAD, TABLE))
     costs = measured.rows(plans)
     for number, plan in enumerate(plans):
         folder = tmp_path / f"plan-{number}"
@@ -79,14 +88,16 @@ def test_a_plan_s_cost_is_that_of_the_model_that_is_written(measured, source, tm
         np.testing.assert_allclose(costs[number], full_divergence(whole, model, measured.batches), rtol=2e-3, atol=2e-6)
         counted = account(whole.config, **space.storage(plan), group_size=GROUP, context=64, method="awq")
         assert space.bytes_of(plan) == counted.total_bytes + working_bytes(whole.config, 64)
-        sizes = sum(t.numel() * t.element_size() for k, t in model.state_dict().items())
+        held = {t.data_ptr(): t for t in model.state_dict().values()}.values()  # a tied head once
+        sizes = sum(t.numel() * t.element_size() for t in held)
         # counted in 16 bits, held here in float32 where it is not packed; a scale is always 16
-        packed = sum(t.numel() * t.element_size() for t in model.state_dict().values() if t.dtype in (torch.uint8, torch.float16))
+        packed = sum(t.numel() * t.element_size() for t in held if t.dtype in (torch.uint8, torch.float16))
         assert packed + (sizes - packed) // 2 == counted.weights_bytes
         removed = [b for b, bits in enumerate(space.blocks_of(plan)) if bits == DROP]
         assert f"blocks removed: {', '.join(map(str, removed)) or 'none'}" in (folder / "README.md").read_text()
         assert len(parts(model).blocks) == 6 - len(removed) and made(folder, "mark") and not made(folder, "other")
     assert read_json(tmp_path / "plan-2" / "config.json")["quantization_config"]["quantize_vision"] == 8
+    assert read_json(tmp_path / "plan-4" / "config.json")["quantization_config"]["quantize_embeddings"] == 3
 
 
 def test_the_whole_model_costs_nothing_and_what_is_saved_in_16_bits_is_plain(measured, tmp_path):

@@ -26,7 +26,7 @@ from medprune.models.families import parts
 from medprune.models.sizes import account, linear_bytes
 from medprune.pruning.plan import make_plan
 from medprune.quantizing.checkpoint import add_scores, load_quantized, quantize_folder, save_quantized
-from medprune.quantizing.packed import PackedLinear, from_awq, to_awq, unpack_codes
+from medprune.quantizing.packed import PackedLinear, PackedTable, from_awq, kernel_width, to_awq, unpack_codes
 from medprune.quantizing.quantize import bits_by_importance, packed_bytes, quantize
 from medprune.settings import METHODS
 from medprune.store import content, made
@@ -71,6 +71,8 @@ CASES = [("rtn", {}), ("rtn", {"bits": 3}), ("rtn", {"bits": [8, 16, 4], "quanti
          ("awq", {"bits": [3, 16, 8], "quantize_head": 4}), ("rtn", {"bits": 16, "group_size": 32, "quantize_vision": 8}),
          ("bnb", {}), ("hqq", {}), ("hqq", {"bits": [3, 8, 16], "quantize_head": True}),
          ("rtn", {"group_size": 32, "quantize_vision": True}),
+         ("rtn", {"quantize_embeddings": True}), ("rtn", {"bits": 16, "quantize_embeddings": 3, "quantize_vision": 4, "group_size": 32}),
+         ("awq", {"bits": [3, 16, 8], "quantize_embeddings": 8}),
          ("hqq", {"group_size": 32, "quantize_vision": True, "quantize_head": True})]  # fmt: skip
 
 
@@ -186,6 +188,57 @@ def test_head_and_vision_tower_weigh_what_the_plan_says(method, tied):
     assert plan["vision_tower"] < least["vision_tower"] and (
         least["head"] == 0 if tied else plan["head"] < least["head"]
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_embedding_table_weighs_what_the_plan_says_and_a_tied_head_stays_the_same_one(tmp_path, tied):
+    dense = tiny(torch.bfloat16, tied=tied)
+    plan = account(dense.config, 0, 4, 64, quantize_embeddings=8)
+    model, info = quantized("rtn", model=dense, quantize_embeddings=8)
+    assert info["packed_bytes"]["embeddings"] == plan.part_bytes["embeddings"]
+    assert info["packed_bytes"]["head"] == plan.part_bytes["head"] == (0 if tied else 2 * 256 * 128)
+    found = parts(model)
+    assert (found.head is found.table) == tied
+    save_quantized(model, tmp_path / "q", "rtn", info)
+    again = parts(load_quantized(tmp_path / "q"))
+    assert (again.head is again.table) == tied and again.table.bits == 8 and again.blocks[0].mlp.up_proj.bits == 4
+
+
+@pytest.mark.parametrize("vocab", [128, 112])  # whole blocks of the kernel's outputs, and not
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_tables_rows_are_those_of_its_weight_in_the_stored_and_in_the_running_form(vocab, bits):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(vocab, 64).bfloat16()
+    table = PackedTable.from_embedding(embedding, bits, 32)
+    ids = torch.randint(vocab, (3, 5))
+    wanted = table.fake_quantized_weight()[ids].bfloat16()
+    assert torch.equal(table(ids), wanted) and (wanted - embedding(ids)).abs().max() < 4.0 / 2**bits + 0.02
+    with torch.no_grad():
+        product = table(torch.randn(2, 64).bfloat16())  # as the head
+    assert product.shape == (2, vocab) and torch.equal(table(ids), wanted)
+    assert (table.tables is None) == (bits != 4 or kernel_width() is None)
+    table.compact()
+    assert torch.equal(table(ids), wanted)
+    assert table.to(torch.float32)(ids).dtype == torch.float32
+
+
+def test_a_table_whose_rows_are_multiplied_keeps_its_factor_and_one_that_does_more_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 7.5
+
+    class Shifted(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + 1
+
+    embedding = Scaled(64, 64)
+    table = PackedTable.from_embedding(embedding, 8, 64)
+    ids = torch.arange(64)
+    torch.testing.assert_close(table(ids), embedding(ids).detach(), atol=0.15, rtol=0)
+    assert float(table.multiplier) == pytest.approx(7.5)
+    assert torch.equal(table.fake_quantized_weight()[ids] * table.multiplier, table(ids))
+    with pytest.raises(ValueError, match="Shifted does more than to look rows up: leave quantize_embeddings out"):
+        PackedTable.from_embedding(Shifted(64, 64), 8, 64)
 
 
 def test_only_block_linears_are_touched():
@@ -546,6 +599,8 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
      ({"method": "awq", "calibration": {"input_ids": batch()["input_ids"]}}, "image tokens and pixel_values together"),
      ({"method": "bnb", "quantize_head": True}, "quantize_head works with rtn and awq and hqq, not with bnb"),
      ({"method": "rtn", "bits": 16, "quantize_head": True}, "nothing to quantize"),
+     ({"method": "hqq", "quantize_embeddings": True}, "quantize_embeddings works with rtn and awq, not with hqq"),
+     ({"method": "rtn", "quantize_embeddings": 5}, "quantize_embeddings must be true, false or one of"),
      ({"method": "awq", "quantize_head": 5, "calibration": batch()}, r"quantize_head must be true, false or one of \(3, 4, 8\) bits, not 5"),
      ({"method": "rtn", "group_size": 128, "quantize_vision": True}, "no linear of the vision tower has a width that groups of 128 divide")],
 )  # fmt: skip
@@ -695,7 +750,7 @@ def test_a_plan_of_this_model_is_taken_as_is_one_of_another_if_told_so_and_libra
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
     card = (folders / "rtn" / "README.md").read_text()
     assert "blocks 2 removed by magnitude" in card and f"Licence: not stated: see {Path(base).name}" in card
-    assert "kept as they were: projector, embeddings and norms, vision tower\n" in card
+    assert "kept as they were: projector and norms, vision tower, embedding table\n" in card
 
 
 @pytest.mark.parametrize("method", ["awq", "rtn", "hqq", "bnb"])

@@ -60,7 +60,7 @@ def parts(model) -> SimpleNamespace:
     beside = [m for each in beside for m in (each if _is_list(each) else [each])]
     projector = beside[0] if len(beside) == 1 else _list_of(beside)
     of_text = {"text_model": text_model, "blocks": lists["layers"], "head": model.get_output_embeddings()}
-    return SimpleNamespace(vision_tower=tower, projector=projector, **of_text)
+    return SimpleNamespace(vision_tower=tower, projector=projector, table=model.get_input_embeddings(), **of_text)
 
 
 def _is_list(module) -> bool:

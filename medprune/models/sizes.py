@@ -23,6 +23,7 @@ GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
+TIED_TABLE = "the head is the embedding table (tied): leave quantize_head out, quantize_embeddings packs it for both."
 ODD_LINEARS = "no linear of the vision tower has a width that groups of {} divide: leave quantize_vision out."
 
 _CLIP_L_336 = {
@@ -362,11 +363,12 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
 
     `bits`: one number (16, or 2 to 8; a fraction stands for an average) or one for each block that is kept.
     `also`: `quantize_head` and `quantize_vision` (not bnb) store the head, of which a tied one becomes a copy, and the
-    linears of the vision tower in the fewest of them, or in the bits that they name; `scale_bits` and `zero_point_bits`
-    are as `linear_bytes` takes them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows
+    linears of the vision tower in the fewest of them, or in the bits that they name, and so does `quantize_embeddings`
+    (rtn, awq) the embedding table, a head that is tied to it with it; `scale_bits` and `zero_point_bits` are as
+    `linear_bytes` takes them. Everything else stays at 16 bits, the KV cache of `context` tokens x `batch` rows
     too: tokens x 2 x blocks x key-value heads x head size x 2 bytes. Raises ValueError for a value out of its range.
     """
-    quantize_head, quantize_vision = also.pop("quantize_head", False), also.pop("quantize_vision", False)
+    options = {part: also.pop(f"quantize_{part}", False) for part in ("head", "vision", "embeddings")}
     shape = shape_of(config)
     if not 0 <= blocks_removed < shape.blocks:
         raise ValueError(f"blocks_removed must be 0 to {shape.blocks - 1}, not {blocks_removed}.")
@@ -376,20 +378,24 @@ def account(config, blocks_removed=0, bits=16, group_size=64, context=840, batch
     block_bits = list(bits) if isinstance(bits, Sequence) else [bits] * kept
     if len(block_bits) != kept:
         raise ValueError(f"bits lists {len(block_bits)} blocks; {kept} are kept.")
-    _check_storage(shape, set(block_bits), group_size, method, quantize_head, quantize_vision)
+    _check_storage(shape, set(block_bits), group_size, method, **options)
     storage = {"group_size": group_size, "method": method, **also}
-    head_bits, vision_bits = (min(block_bits) if said is True else said for said in (quantize_head, quantize_vision))
+    width = {part: min(block_bits) if said is True else said for part, said in options.items()}
     params = _params(shape, kept)
     part_bytes = {part: 2 * n for part, n in params.items()}
     each = {width: _stored(shape.linears, width, storage) for width in set(block_bits)}
     for number, part in enumerate(("block_weights", "block_scales", "block_zero_points")):
         part_bytes[part] = sum(each[width][number] for width in block_bits)
     head_bytes = 2 * shape.vocab * shape.hidden
-    if quantize_head:
-        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, head_bits, **storage))
-    if quantize_vision:
+    if options["head"]:
+        head_bytes = part_bytes["head"] = sum(linear_bytes(shape.hidden, shape.vocab, width["head"], **storage))
+    if options["embeddings"]:
+        table = sum(linear_bytes(shape.hidden, shape.vocab, width["embeddings"], **storage))
+        part_bytes["embeddings"] = table + 2  # a factor that its rows are multiplied by
+        head_bytes = table if shape.tied else head_bytes
+    if options["vision"]:
         fits = [linear for linear in shape.vision_linears if packable(*linear[1:], group_size)]
-        before, after = (sum(_stored(fits, width, storage)) for width in (16, vision_bits))
+        before, after = (sum(_stored(fits, bits, storage)) for bits in (16, width["vision"]))
         part_bytes["vision_tower"] -= shape.vision_layers * (before - after)
     kv_cache_bytes = context * batch * 2 * kept * shape.kv_width * 2
     blocks_bytes = sum(size for part, size in part_bytes.items() if part.startswith("block_"))
@@ -420,23 +426,30 @@ def _stored(linears, bits: float, storage: dict) -> list[int]:
     return [sum(sizes) for sizes in zip(*(linear_bytes(i, o, bits, **storage) for _, i, o in linears), strict=True)]
 
 
-def _check_storage(shape, bits: set[float], group_size: int, method: str, head: bool, vision: bool) -> None:
+def _check_storage(shape, bits: set[float], group_size: int, method: str, head, vision, embeddings) -> None:
     if method not in STORED_AS:
         raise ValueError(f"method must be one of {STORED_AS}, not {method!r}.")
     if wrong := [b for b in bits if b != 16 and not 2 <= b <= 8]:
         raise ValueError(f"bits must be 16 or from 2 to 8, not {wrong[0]}.")
-    if bits == {16} and True in (head, vision):
+    if bits == {16} and True in (head, vision, embeddings):
         ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in 16"
-        raise ValueError(f"head and vision tower are quantized {ways}.")
+        raise ValueError(f"head, vision tower and embedding table are quantized {ways}.")
+    if embeddings and method not in ("rtn", "awq"):
+        raise ValueError(f"quantize_embeddings works with rtn and awq, not with {method}.")
+    if embeddings and head and shape.tied:
+        raise ValueError(TIED_TABLE)
     if vision and not shape.vision_linears:
         raise ValueError(NO_LINEARS)
-    plain = bits == {16} and not head and not vision
+    plain = bits == {16} and not (head or vision or embeddings)
     if plain or method.startswith("bnb"):  # bitsandbytes cuts the flattened matrix, so any width will do
         return
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
     if vision and not any(packable(*linear[1:], group_size) for linear in shape.vision_linears):
         raise ValueError(ODD_LINEARS.format(group_size))
+    if (head or embeddings) and not packable(shape.hidden, shape.vocab, group_size):
+        which = f"head and embedding table are {shape.vocab} x {shape.hidden}"
+        raise ValueError(f"{which}, which 8 and groups of {group_size} do not divide: leave them in 16 bits.")
     fits = [g for g in GROUP_SIZES if all(n_in % g == 0 for _, n_in, _ in shape.linears)]
     if group_size not in fits:
         name, n_in = next((name, n_in) for name, n_in, _ in shape.linears if n_in % group_size)

@@ -17,18 +17,18 @@ from medprune.models.sizes import EYES, account, base_config, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
-from medprune.quantizing.packed import PackedLinear, from_awq, to_awq
+from medprune.quantizing.packed import PackedLinear, PackedTable, from_awq, to_awq
 from medprune.quantizing.quantize import is_quantized, target_linears
 from medprune.store import content, read_json, write_folder, write_text
 
-_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head or tower, HQQ: no standard layout holds them
+_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head, tower or table, HQQ: no standard layout holds them
 _PLAIN = "from transformers import AutoModelForImageTextToText as Auto\nmodel = Auto.from_pretrained(folder)"
 _EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
     "bitsandbytes": "bitsandbytes installed",
 }
-_OPTIONS = {"quantize_head": "head", "quantize_vision": "vision tower"}
+_OPTIONS = {"quantize_head": "head", "quantize_vision": "vision tower", "quantize_embeddings": "embedding table"}
 _UNSAID = {"base": "not stated", "plan": "none stated", "scores": "not evaluated", "licence": "that of the base model"}
 
 
@@ -36,7 +36,7 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
     """Write a model that `quantize` returned, its configuration and a model card, the folder as a whole or not at all.
 
     4-bit rtn and awq are written in AWQ's GEMM layout, bnb as transformers writes it; both load in plain transformers
-    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head or tower and hqq only `load_quantized` loads.
+    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head, tower or table and hqq only `load_quantized` loads.
     `info` is what `quantize` returned beside the model; `record` is what the folder is made from, for `store.made`;
     `said` are sentences for the card: base, plan, scores and licence.
     Raises ValueError where the model is not quantized or was quantized by another method.
@@ -93,11 +93,15 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 
 def _load_packed(folder: Path, shape, config: dict, dtype: torch.dtype, device: str):
-    model, hqq_layers = skeleton(shape), {}
+    model, hqq_layers, table = skeleton(shape), {}, None
     name_of = renaming(model)
     tensors = {name_of(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
-    options = (config.get(option, False) for option in _OPTIONS)
-    for name, bits in target_linears(model, config["bits"], *options, config["group_size"]).items():
+    head, tower, embeddings = (config.get(option, False) for option in _OPTIONS)
+    if embeddings:
+        width, size = quantize.fewest(config["bits"], embeddings), parts(model).table.weight.shape
+        table = PackedTable(*size, width, config["group_size"], dtype, "meta")
+        quantize.put_table(model, table)
+    for name, bits in target_linears(model, config["bits"], head, tower, config["group_size"]).items():
         linear = model.get_submodule(name)
         if config.get("method") == "hqq":  # it answers load_state_dict in its own way, so it joins the model last
             hqq_layers[name] = _hqq_layer(name, tensors, dtype, device, folder)
@@ -123,9 +127,10 @@ def _fill(model, tensors: dict[str, Tensor], folder: Path) -> None:
         first = [*str(error).splitlines()[1:], str(error)][0].strip()
         raise ValueError(f"checkpoint {folder} does not fit its config.json: {first}") from error
     tied = model.all_tied_weights_keys
-    missing = [key for key in report.missing_keys if key not in tied]
+    twice = quantize.second_names(model)
+    missing = [key for key in report.missing_keys if key not in tied and key not in twice]
     check_loading({"missing_keys": missing, "unexpected_keys": report.unexpected_keys}, folder)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
 
 
 def _check_nf4_keys(config, folder: Path) -> None:
@@ -166,7 +171,8 @@ def _stored_state(model, config: dict) -> dict[str, Tensor] | None:
     if config["quant_method"] == "bitsandbytes":
         _restore_nf4(model)
         return None
-    state = model.state_dict()
+    state, twice = model.state_dict(), quantize.second_names(model)
+    state = {name: tensor for name, tensor in state.items() if name not in twice}
     if config["quant_method"] != "awq":
         return state
     for name, layer in model.named_modules():
@@ -196,7 +202,7 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     said = _UNSAID | said
     name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
     sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
-    kept = ["projector, embeddings and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
+    kept = ["projector and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
     if odd := said["odd"]:
         kept.append(f"{odd} linears of the vision tower, whose widths groups of {info['group_size']} do not divide")
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."

@@ -1,4 +1,4 @@
-"""Linear layers stored in 3, 4 or 8 bits: integer codes, fp16 scales, integer zero points, and kernels.
+"""Linear layers and embedding tables in 3, 4 or 8 bits: integer codes, fp16 scales, integer zero points, and kernels.
 
 A weight is `w ~ (q - zero_point) * scale`, a scale and a zero point for each group of inputs of each output (AWQ,
 arXiv:2306.00978, the quantizer under its equation 1). Nothing is rounded that stays stored in floats.
@@ -165,11 +165,15 @@ class PackedLinear(nn.Module):
         """Round a Linear to nearest (RTN) and pack it, a few outputs at a time: a head in float32 is large."""
         out_features, in_features = linear.weight.shape
         layer = cls(in_features, out_features, bits, group_size, linear.bias, linear.weight.device)
-        for i, j in layer._slices():
-            codes, scale, zero_point = rtn_codes(linear.weight[i:j], bits, group_size)
-            layer.qweight[i:j], layer.scale[:, i:j] = pack_codes(codes, bits), scale
-            layer.zero_point[:, i * bits // 8 : j * bits // 8] = pack_codes(zero_point, bits)
+        layer._round(linear.weight)
         return layer
+
+    def _round(self, weight: Tensor) -> None:
+        bits = self.bits
+        for i, j in self._slices():
+            codes, scale, zero_point = rtn_codes(weight[i:j], bits, self.group_size)
+            self.qweight[i:j], self.scale[:, i:j] = pack_codes(codes, bits), scale
+            self.zero_point[:, i * bits // 8 : j * bits // 8] = pack_codes(zero_point, bits)
 
     def parts(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (out, in) uint8, scale (groups, out) fp16, zero_point (groups, out) uint8, from either form.
@@ -184,11 +188,8 @@ class PackedLinear(nn.Module):
         half = self.in_features // 2
         stored = self.qweight.view(-1)[first * half : last * half]  # whole blocks of outputs, one after another
         codes = _from_kernel(stored, last - first, self.in_features, kernel_width())
-        near, offset = self.tables[:, first:last].unbind(-1)
-        zero_point = (8 - (offset.float() / near.float()).round()).to(torch.uint8)
         residual = unpack_codes(self.residual[:, first // 2 : last // 2], 4)
-        bit_pattern = near.half().view(torch.int16) + residual.to(torch.int16) - 8
-        return codes, bit_pattern.view(torch.float16), zero_point
+        return codes, *_exact(self.tables[:, first:last], residual)
 
     @torch.no_grad()
     def fake_quantized_weight(self, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None):
@@ -258,6 +259,83 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *args):
         self.compact()
         super()._load_from_state_dict(*args)
+
+
+def _exact(tables: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the fp16 scale and the zero point (groups, n) of the running form's tables and unpacked residual."""
+    near, offset = tables.unbind(-1)
+    zero_point = (8 - (offset.float() / near.float()).round()).to(torch.uint8)
+    bit_pattern = near.half().view(torch.int16) + residual.to(torch.int16) - 8
+    return bit_pattern.view(torch.float16), zero_point
+
+
+class PackedTable(PackedLinear):
+    """An embedding table stored as `PackedLinear` stores a weight, of which a head tied to it is the very same module.
+
+    Called with token ids it looks their rows up, called with hidden states it multiplies, as the head. `multiplier`
+    (a scalar in the model's dtype) is what the family multiplies its rows by when they are looked up.
+    """
+
+    def __init__(self, vocab: int, hidden: int, bits=4, group_size=64, dtype=torch.bfloat16, device=None):
+        super().__init__(hidden, vocab, bits, group_size, device=device)
+        self.register_buffer("multiplier", torch.ones((), dtype=dtype, device=device))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, bits: int = 4, group_size: int = 64):
+        """Round an embedding table to nearest (RTN) and pack it.
+
+        Raises ValueError for one that does more than to look rows up and to multiply them by one number.
+        """
+        weight = embedding.weight.detach()
+        table = cls(*weight.shape, bits, group_size, weight.dtype, weight.device)
+        rows = weight[:64].float()
+        found = embedding(torch.arange(len(rows), device=weight.device)).detach().float()
+        factor = (found * rows).sum() / rows.square().sum()
+        if not torch.allclose(found, factor * rows, rtol=2e-2, atol=1e-6):
+            raise ValueError(f"{type(embedding).__name__} does more than to look rows up: leave quantize_embeddings out.")
+        table.multiplier = factor.to(weight.dtype)
+        table._round(weight)
+        return table
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return super().forward(x)
+        return (self.rows(x.reshape(-1)) * self.multiplier).view(*x.shape, self.in_features)
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows (n, hidden) of ids (n,), in the model's dtype: codes of these alone are unpacked."""
+        if self.tables is None:
+            codes, zero_point = unpack_codes(self.qweight[ids], self.bits), _taken(self.zero_point, ids, self.bits)
+            scale = self.scale[:, ids]
+        else:
+            codes = _codes_in_kernel(self.qweight, ids, self.out_features, self.in_features, kernel_width())
+            scale, zero_point = _exact(self.tables[:, ids], _taken(self.residual, ids, 4))
+        grouped = codes.view(len(ids), -1, self.group_size).float()
+        grouped = grouped.sub_(zero_point.t()[..., None].float()).mul_(scale.t()[..., None].float())
+        return grouped.view(len(ids), self.in_features).to(self.multiplier.dtype)
+
+
+def _taken(packed: Tensor, ids: Tensor, bits: int) -> Tensor:
+    """Return columns ids (n,) of what `pack_codes` packed along its last axis: (m, n) uint8."""
+    eight = packed.view(len(packed), -1, bits)[:, ids // 8]  # eight codes stand in `bits` bytes
+    return unpack_codes(eight, bits).gather(-1, (ids % 8).expand(len(packed), -1)[..., None]).squeeze(-1)
+
+
+def _codes_in_kernel(packed: Tensor, ids: Tensor, outs: int, ins: int, width: int) -> Tensor:
+    """Return the codes (n, in) of outputs ids (n,) from the layout that `_from_kernel` reads whole."""
+    flat, full, half = packed.reshape(-1), outs // width * width, width // 2
+    blocks, rest = flat[: full * ins // 2].view(-1, ins, half), flat[full * ins // 2 :].view(ins, (outs - full) // 2)
+    codes, inside = torch.empty(len(ids), ins, dtype=torch.uint8), ids < full
+    row, beyond = ids[inside], ids[~inside] - full
+    codes[inside] = _nibble(blocks[row // width, :, row % half], row % width // half)
+    codes[~inside] = _nibble(rest[:, beyond // 2].t(), beyond % 2)
+    return codes
+
+
+def _nibble(packed: Tensor, second: Tensor) -> Tensor:
+    """Return of each row of bytes (n, m) the low four bits, or where second (n,) is 1 the high ones."""
+    return torch.where(second[:, None] == 1, packed >> 4, packed & 15)
 
 
 def to_awq(layer: PackedLinear) -> dict[str, Tensor]:

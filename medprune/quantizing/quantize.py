@@ -14,32 +14,45 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
 from medprune.models.families import block_number, names, parts
 from medprune.models.loading import weight_bytes
-from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, packable
-from medprune.quantizing.packed import PackedLinear
+from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, TIED_TABLE, packable
+from medprune.quantizing.packed import PackedLinear, PackedTable
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
 CHOICES = (*BITS, 16)  # 16: the block is left as it is
 MIXING = tuple(m for m in METHODS if len(WIDTHS[m]) > 1)  # take bits for each block, and head and tower too
+TABLES = ("rtn", "awq")  # whose codes an embedding table can be looked up in
 MIN_CALIBRATION_ROWS = 4
 
 
 def quantize(
-    model, method: str, bits=4, group_size=64, calibration=None, quantize_head=False, quantize_vision=False, fetch=None
+    model,
+    method: str,
+    bits=4,
+    group_size=64,
+    calibration=None,
+    quantize_head=False,
+    quantize_vision=False,
+    quantize_embeddings=False,
+    fetch=None,
 ):
     """Quantize the Linear layers of the decoder blocks IN PLACE; return (the same model, info).
 
-    Vision tower, projector, embeddings, norms and head stay as they are, but for `quantize_head` and `quantize_vision`
-    (not by bnb; by rtn where the method is awq; a tied head becomes a copy; of the tower its layers' linears). `bits`
-    is one number or, but for bnb, one for each block (16: left alone); head and tower take the fewest among them, or as
-    many bits as their option names.
+    Vision tower, projector, embeddings, norms and head stay as they are, but for `quantize_head`, `quantize_vision`
+    (not by bnb; by rtn where the method is awq; a tied head becomes a copy; of the tower its layers' linears) and
+    `quantize_embeddings` (by rtn, awq: the embedding table, which a head tied to it goes on sharing). `bits` is one
+    number or, but for bnb, one for each block (16: left alone); these three take the fewest among them, or as many bits
+    as their option names.
     `calibration` (awq only) is a processor batch of at least 4 equal, unpadded rows: with pixel_values image-text
     calibration, without them text-only. `fetch` reads a block's weights when its turn comes (`load_blockwise`).
 
-    info: method, bits, group_size, quantize_head, quantize_vision, seconds, peak_bytes (the most that was held while
-    quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq loss_curve and calibration.
+    info: method, bits, group_size, quantize_head, quantize_vision, quantize_embeddings, seconds, peak_bytes (the most
+    that was held while quantizing, see `peak_memory`), packed_bytes (by part, see `packed_bytes`), and for awq
+    loss_curve and calibration.
     Raises ValueError, before any work, for whatever cannot be done.
     """
-    targets = check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision)
+    options = {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    options |= {"quantize_embeddings": quantize_embeddings}
+    targets = check_request(model, method, bits, group_size, calibration, **options)
     blocks = parts(model).blocks
 
     def fetched(block) -> None:
@@ -66,19 +79,47 @@ def quantize(
             if block_number(name) is None:
                 pack(name, width)
         if quantize_head:
-            _untie(model)
+            model.config.tie_word_embeddings = model.config.get_text_config(decoder=True).tie_word_embeddings = False
+            _forget_ties(model)
+        if quantize_embeddings:
+            width = fewest(bits, quantize_embeddings)
+            put_table(model, PackedTable.from_embedding(parts(model).table, width, group_size))
         model.eval()
         seconds = time.perf_counter() - started
     info = {"method": method, "bits": bits, "group_size": group_size, "seconds": seconds, "peak_bytes": peak["bytes"]}
-    also = {"quantize_head": quantize_head, "quantize_vision": quantize_vision, "packed_bytes": packed_bytes(model)}
-    return model, info | also | found
+    return model, info | options | {"packed_bytes": packed_bytes(model)} | found
 
 
-def _untie(model) -> None:
-    """Let a quantized head be a copy: it has no weight to share with the embeddings."""
-    model.config.tie_word_embeddings = model.config.get_text_config(decoder=True).tie_word_embeddings = False
+def fewest(bits: int | Sequence[int], wanted: bool | int) -> int:
+    """Return the bits of a part beside the blocks: as many as its option names, or the fewest of the blocks'."""
+    return wanted if wanted is not True else bits if isinstance(bits, int) else min(bits)
+
+
+def is_tied(model) -> bool:
+    """Say whether the head has no weight of its own but the embedding table's."""
+    found = parts(model)
+    return found.head is found.table or getattr(found.head, "weight", 0) is getattr(found.table, "weight", 1)
+
+
+def put_table(model, table: PackedTable) -> None:
+    """Put a packed table in place of the embedding table, and of the head where that is tied to it."""
+    called, tied = names(model), is_tied(model)
+    for name in [called.table, called.head] if tied else [called.table]:
+        model.set_submodule(name, table)
+    _forget_ties(model)
+
+
+def _forget_ties(model) -> None:
+    """Leave none of transformers' ties between weights that are no longer there: a packed layer has no `weight`."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k in weights}
+
+
+def second_names(model) -> set[str]:
+    """Return the names in a model's state of what stands there by another name too: a packed table that is the head."""
+    first = {name for name, _ in model.named_modules()}
+    again = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name not in first]
+    return {f"{name}.{key}" for name, m in again if isinstance(m, PackedTable) for key in m.state_dict()}
 
 
 def target_linears(
@@ -92,7 +133,7 @@ def target_linears(
     block_bits = [bits] * len(found.blocks) if isinstance(bits, int) else list(bits)
     groups = [(block, b) for block, b in zip(found.blocks, block_bits, strict=True) if b != 16]
     for part, option in ((found.head, quantize_head), (found.vision_tower, quantize_vision)):
-        groups += [(part, min(block_bits) if option is True else option)] if option else []
+        groups += [(part, fewest(block_bits, option))] if option else []
     linears = [(m, group, b) for group, b in groups for m in group.modules() if type(m) is nn.Linear]
     called = {module: name for name, module in model.named_modules()}
     odd = {
@@ -103,7 +144,9 @@ def target_linears(
     return {called[m]: b for m, _, b in linears if m not in odd}
 
 
-def check_storage(method: str, bits, group_size: int, quantize_head=False, quantize_vision=False) -> None:
+def check_storage(
+    method: str, bits, group_size: int, quantize_head=False, quantize_vision=False, quantize_embeddings=False
+) -> None:
     """Raise ValueError with one sentence on what no model can be stored in; `bits` are one number or a block's each."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}.")
@@ -111,28 +154,34 @@ def check_storage(method: str, bits, group_size: int, quantize_head=False, quant
     choices = CHOICES if method in MIXING else WIDTHS[method]
     if wrong := [b for b in block_bits if isinstance(b, float) or b not in choices]:
         raise ValueError(f"bits for {method} must be one of {choices}, not {wrong[0]}.")
-    options = (quantize_head, quantize_vision)
-    if set(block_bits) == {16} and (True in options or not any(options)):
+    options = {"quantize_head": quantize_head, "quantize_vision": quantize_vision}
+    options |= {"quantize_embeddings": quantize_embeddings}
+    if set(block_bits) == {16} and (True in options.values() or not any(options.values())):
         raise ValueError("bits is 16 for every block, which leaves nothing to quantize.")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}.")
     if method == "bnb" and group_size != NF4_GROUP:
         raise ValueError(f"bnb has groups of {NF4_GROUP} weights only, not {group_size}.")
-    for option, wanted in (("quantize_head", quantize_head), ("quantize_vision", quantize_vision)):
-        if wanted and method not in MIXING:
-            raise ValueError(f"{option} works with {' and '.join(MIXING)}, not with {method}.")
+    for option, wanted in options.items():
+        able = TABLES if option == "quantize_embeddings" else MIXING
+        if wanted and method not in able:
+            raise ValueError(f"{option} works with {' and '.join(able)}, not with {method}.")
         if not isinstance(wanted, bool) and wanted not in BITS:
             raise ValueError(f"{option} must be true, false or one of {BITS} bits, not {wanted}.")
 
 
-def check_request(model, method, bits, group_size, calibration, quantize_head, quantize_vision) -> dict[str, int]:
+def check_request(
+    model, method, bits, group_size, calibration, quantize_head=False, quantize_vision=False, quantize_embeddings=False
+) -> dict[str, int]:
     """Return `target_linears`, or raise ValueError with one sentence on what cannot be done."""
     if is_quantized(model):
         raise ValueError("the model is already quantized; load the 16-bit model again and quantize that.")
     n = len(parts(model).blocks)
     if isinstance(bits, list | tuple) and len(bits) != n:
         raise ValueError(f"bits lists {len(bits)} blocks, but the model has {n}.")
-    check_storage(method, bits, group_size, quantize_head, quantize_vision)
+    check_storage(method, bits, group_size, quantize_head, quantize_vision, quantize_embeddings)
+    if quantize_embeddings:
+        _check_table(model, group_size, quantize_head)
     if quantize_vision and not any(isinstance(m, nn.Linear) for m in parts(model).vision_tower.modules()):
         raise ValueError(NO_LINEARS)
     targets = target_linears(model, bits, quantize_head, quantize_vision, group_size)
@@ -148,6 +197,15 @@ def check_request(model, method, bits, group_size, calibration, quantize_head, q
         _check_calibration(model, calibration)
     _check_finite(model)
     return targets
+
+
+def _check_table(model, group_size: int, quantize_head) -> None:
+    vocab, hidden = parts(model).table.weight.shape
+    if quantize_head and is_tied(model):
+        raise ValueError(TIED_TABLE)
+    if not packable(hidden, vocab, group_size):
+        rows = f"{vocab} rows of {hidden} numbers"
+        raise ValueError(f"the embedding table has {rows}: they must be multiples of 8 and of {group_size}.")
 
 
 def _check_finite(module: nn.Module) -> None:
@@ -171,7 +229,7 @@ def _check_calibration(model, batch) -> None:
 
 def is_quantized(model) -> bool:
     """Say whether any layer is packed already, by this package, bitsandbytes or hqq, or a config says so."""
-    kinds = ("PackedLinear", "Linear4bit", "Linear8bitLt", "HQQLinear")
+    kinds = ("PackedLinear", "PackedTable", "Linear4bit", "Linear8bitLt", "HQQLinear")
     return any(type(m).__name__ in kinds for m in model.modules()) or getattr(model, "hf_quantizer", None) is not None
 
 
@@ -185,7 +243,7 @@ def packed_bytes(model) -> dict[str, int]:
     found, seen = parts(model), set()
     linears = [m for block in found.blocks for name, m in block.named_modules() if name.endswith("_proj")]
     groups = {"vision_tower": [found.vision_tower], "projector": [found.projector]}
-    groups |= {"embeddings": [found.text_model.embed_tokens], "block_linears": linears, "block_norms": found.blocks}
+    groups |= {"embeddings": [found.table], "block_linears": linears, "block_norms": found.blocks}
     groups |= {"final_norm": [found.text_model], "head": [found.head]}  # each less what was counted before it
     sizes = {part: sum(weight_bytes(m, seen) for m in modules) for part, modules in groups.items()}
     return sizes | {"total": sum(sizes.values())}

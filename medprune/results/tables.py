@@ -9,7 +9,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from medprune.data.questions import named_conditions
-from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, shape_of
+from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, packable, shape_of
 from medprune.pruning.ranking import knee
 from medprune.results import groups, stats
 from medprune.settings import DATA
@@ -47,34 +47,39 @@ def plan_table(model, removes: Sequence[int], storage: dict = STORAGE, bandwidth
 def fits_table(room_gib: float, storage: dict = STORAGE) -> pd.DataFrame:
     """Return one row for each model known by name: its size in 4 bits, and how many blocks must go to fit `room_gib`.
 
-    Columns: model, blocks, params_b, gib (weights of blocks in 4 bits and the KV cache), packed_gib (head and vision
-    tower in 4 bits too), remove, packed_remove (blocks to remove for each; NaN where no number will do).
+    Columns: model, blocks, params_b, gib (weights of blocks in 4 bits and the KV cache), packed_gib (an untied head and
+    the vision tower in 4 bits too), table_gib (the embedding table, a tied head with it, in 4 bits as well), remove,
+    packed_remove, table_remove (blocks to remove for each; NaN where no number will do).
     """
     rows = []
     for name in (*NAMED_SHAPES, *checkpoints()):
         config = named_config(name)
         shape = shape_of(config)
         row = {"model": name, "blocks": shape.blocks, "params_b": account(config).params_b}
-        for prefix, packed in (("", False), ("packed_", True)):
-            how = STORAGE | storage | {"bits": 4, "quantize_head": packed, "quantize_vision": packed}
+        for prefix, packed, table in (("", False, False), ("packed_", True, False), ("table_", True, True)):
+            how = STORAGE | storage | {"bits": 4, "quantize_vision": packed}
+            if packable(shape.hidden, shape.vocab, how["group_size"]):
+                how |= {"quantize_head": packed and not shape.tied, "quantize_embeddings": table}
             sizes = [account(config, n, **how).total_bytes / GIB for n in range(shape.blocks - len(shape.fixed))]
             fitting = [n for n, size in enumerate(sizes) if size <= room_gib]
             row |= {f"{prefix}gib": sizes[0], f"{prefix}remove": min(fitting, default=math.nan)}
         rows.append(row)
-    columns = ["model", "blocks", "params_b", "gib", "packed_gib", "remove", "packed_remove"]
-    return pd.DataFrame(rows)[columns].sort_values("packed_gib", ignore_index=True)
+    ways = ("", "packed_", "table_")
+    columns = ["model", "blocks", "params_b", *(f"{way}gib" for way in ways), *(f"{way}remove" for way in ways)]
+    return pd.DataFrame(rows)[columns].sort_values("table_gib", ignore_index=True)
 
 
 def fits_text(room_gib: float, storage: dict = STORAGE) -> str:
     """Return `fits_table` as a table in Markdown."""
     table = fits_table(room_gib, storage)
-    head = ["model", "blocks", "B parameters", "4 bits, GiB", "head and tower too", "blocks to remove", "the same"]
+    head = ["model", "blocks", "B parameters", "blocks in 4 bits, GiB", "head and tower too", "and the table"]
+    head += ["blocks to remove", "of the second", "of the third"]
     lines = [head, ["---"] * len(head)]
     for row in table.itertuples(index=False):
-        removed = ["cannot" if math.isnan(n) else f"{n:.0f}" for n in (row.remove, row.packed_remove)]
-        lines.append(
-            [row.model, str(row.blocks), *(f"{x:.2f}" for x in (row.params_b, row.gib, row.packed_gib)), *removed]
-        )
+        removed = (row.remove, row.packed_remove, row.table_remove)
+        removed = ["cannot" if math.isnan(n) else f"{n:.0f}" for n in removed]
+        sizes = (row.params_b, row.gib, row.packed_gib, row.table_gib)
+        lines.append([row.model, str(row.blocks), *(f"{x:.2f}" for x in sizes), *removed])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """What a card can hold: the choices of each part of a LLaVA and their exact packed bytes, from its configuration alone.
 
-A site is the vision tower, a block or the head; a plan names a choice for each site: the bits that it is stored in, or
-DROP for a block that is taken out. Projector, norms and embedding table stay in 16 bits, as `quantize` leaves them.
+A site is the vision tower, a block, the head or the embedding table, which a tied head is one with; a plan names a
+choice for each site: the bits that it is stored in, or DROP for a block that is taken out. Projector and norms stay in
+16 bits, as `quantize` leaves them.
 What a plan takes is its weights with their scales, the KV cache of its blocks, and working memory. No torch here.
 """
 
@@ -17,7 +18,8 @@ from medprune.settings import BITS
 
 DROP = 0  # the choice of a block that is taken out, with its part of the KV cache
 FULL = 16
-TOWER, HEAD = "vision tower", "head"
+OPTIONS = {"vision tower": "quantize_vision", "head": "quantize_head", "embedding table": "quantize_embeddings"}
+TOWER, HEAD, TABLE = OPTIONS
 UNPACKED_WEIGHTS = 2**22  # of a packed layer at once: `packed.SLICE_WEIGHTS`, said again to do without torch
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -37,7 +39,7 @@ class Space:
         return self.fixed_bytes + sum(price[choice] for price, choice in zip(self.prices, plan, strict=True))
 
     def uniform(self, bits: int) -> Plan:
-        """Return the plan that stores every block in `bits`, tower and head in 16."""
+        """Return the plan that stores every block in `bits`, tower, head and embedding table in 16."""
         return tuple(bits if site.startswith("block") else FULL for site in self.sites)
 
     def blocks_of(self, plan: Plan) -> tuple[int, ...]:
@@ -49,9 +51,9 @@ class Space:
         return plan[self.sites.index(site)] if site in self.sites else FULL
 
     def storage(self, plan: Plan) -> dict:
-        """Return the plan as arguments of `sizes.account`: blocks_removed, bits, quantize_head, quantize_vision."""
+        """Return the plan as arguments of `sizes.account`: blocks_removed, bits, and the OPTIONS beside them."""
         blocks = self.blocks_of(plan)
-        also = {"quantize_head": self.choice(plan, HEAD), "quantize_vision": self.choice(plan, TOWER)}
+        also = {option: self.choice(plan, site) for site, option in OPTIONS.items()}
         also = {option: bits if bits != FULL else False for option, bits in also.items()}
         return {"blocks_removed": blocks.count(DROP), "bits": [b for b in blocks if b != DROP], **also}
 
@@ -71,10 +73,10 @@ def space_of(config, context: int, protect: Sequence[int] = (0, 1, -1), group_si
     cache = whole.kv_cache_bytes // n
     block = {bits: cache + _block_bytes(found) // n for bits, found in [*packed.items(), (FULL, whole)]}
     sites = {f"block {b}": block if b in kept else {DROP: 0} | block for b in range(n)}
-    for site, part, option in ((TOWER, "vision_tower", "quantize_vision"), (HEAD, "head", "quantize_head")):
+    for site, part in ((TOWER, "vision_tower"), (HEAD, "head"), (TABLE, "embeddings")):
         price = {FULL: whole.part_bytes[part]}
         for bits in sorted(widths, reverse=True):
-            found = _fits(config, bits, how | {option: bits})
+            found = _fits(config, bits, how | {OPTIONS[site]: bits})
             if found and found.part_bytes[part] < whole.part_bytes[part]:
                 price = {bits: found.part_bytes[part]} | price
         sites = {site: price} | sites if site == TOWER else sites | {site: price}
@@ -105,7 +107,7 @@ def working_bytes(config, context: int, batch: int = 1) -> int:
     """
     shape = shape_of(config)
     states = context * batch * (4 * shape.hidden + 3 * shape.intermediate) * 2
-    largest = max([n_in * n_out for _, n_in, n_out in shape.linears] + [shape.hidden * shape.vocab] * (not shape.tied))
+    largest = max(shape.hidden * shape.vocab, *(n_in * n_out for _, n_in, n_out in shape.linears))
     return states + batch * shape.vocab * 6 + min(UNPACKED_WEIGHTS, largest) * 3
 
 
@@ -137,10 +139,10 @@ def uniform_costs(space: Space) -> list[dict[int, float]]:
 
 
 def described(space: Space, plan: Plan) -> dict:
-    """Return a plan in words: how many blocks are dropped or have 3, 4, 8, 16 bits, the tower's and the head's bits."""
+    """Return a plan in words: how many blocks are dropped or have 3, 4, 8, 16 bits, and the bits of what is beside."""
     blocks = space.blocks_of(plan)
     counts = {f"{bits} bits": blocks.count(bits) for bits in (*BITS, FULL)}
-    return {"dropped": blocks.count(DROP), **counts, TOWER: space.choice(plan, TOWER), HEAD: space.choice(plan, HEAD)}
+    return {"dropped": blocks.count(DROP), **counts, **{site: space.choice(plan, site) for site in OPTIONS}}
 
 
 def plan_rows(space: Space, plans: dict[int, Plan | None]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from medprune.answers import decoding, timing
 from medprune.device import choose_device, release
 from medprune.models import loading
 from medprune.quantizing import checkpoint, quantize
-from medprune.searching.budget import FULL, Plan, Space
+from medprune.searching.budget import FULL, OPTIONS, Plan, Space
 from medprune.searching.levels import METHOD, Levels, kept_blocks, removed_words
 from medprune.store import Run, context, made, read_json
 from medprune.tuning.recovery import Training
@@ -54,13 +54,13 @@ class Candidate:
     def _round(self, trained: Path, folder: Path, mark: str, said: dict) -> None:
         """Round the recovered model as the plan says, and save it."""
         storage = self.space.storage(self.plan)
-        head, tower = storage["quantize_head"], storage["quantize_vision"]
-        if set(storage["bits"]) == {FULL} and not (head or tower):
+        options = {option: storage[option] for option in OPTIONS.values()}
+        if set(storage["bits"]) == {FULL} and not any(options.values()):
             loading.save(*loading.load(trained, dtype=self.levels.dtype), folder, context=mark)
             return
         model, processor, fetch = loading.load_blockwise(trained, dtype=self.levels.dtype)
-        how = (storage["bits"], self.levels.group_size, self.levels.calibration, head, tower, fetch)
-        model, info = quantize.quantize(model, METHOD, *how)
+        how = (storage["bits"], self.levels.group_size, self.levels.calibration)
+        model, info = quantize.quantize(model, METHOD, *how, **options, fetch=fetch)
         words = f"found by the budget search, recovered by {self.training.recipe} before rounding"
         said |= {"plan": f"{words}; {removed_words(self.space, self.plan)}"}
         checkpoint.save_quantized(model, folder, METHOD, info, processor, {"context": mark}, **said)

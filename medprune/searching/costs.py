@@ -16,7 +16,8 @@ from medprune.device import choose_device
 from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.pruning.leave_one_out import TeacherBatch
-from medprune.searching.budget import DROP, FULL, HEAD, TOWER, Plan, Space
+from medprune.quantizing.quantize import is_tied
+from medprune.searching.budget import DROP, FULL, HEAD, TABLE, TOWER, Plan, Space
 from medprune.searching.levels import Levels
 from medprune.store import Units
 
@@ -97,13 +98,14 @@ class Costs:
     @torch.inference_mode()
     def _walk(self, plans: list[Plan], numbers: list[int]) -> list[tuple[int, np.ndarray]]:
         """Run plans through the blocks on some batches; return (number of the batch, costs (plans, its rows))."""
-        space, tower = self.space, [self.space.choice(p, TOWER) for p in plans]
+        space = self.space
+        before = [(space.choice(p, TOWER), space.choice(p, TABLE)) for p in plans]
         blocks = [space.blocks_of(p) for p in plans]
         calls = {i: self._calls(i) for i in numbers}
         # of each batch the distinct hidden states, and which of them each plan is at
-        towers = sorted(set(tower))
-        states = {i: [self._entering(i, bits) for bits in towers] for i in numbers}
-        at = [towers.index(bits) for bits in tower]
+        ways_in = sorted(set(before))
+        states = {i: [self._entering(i, *bits) for bits in ways_in] for i in numbers}
+        at = [ways_in.index(bits) for bits in before]
         for b in range(len(blocks[0]) if plans else 0):
             pairs = sorted({(block[b], place) for block, place in zip(blocks, at, strict=True)})
             new, module = {i: [] for i in numbers}, None
@@ -117,7 +119,7 @@ class Costs:
             at = [pairs.index((block[b], place)) for block, place in zip(blocks, at, strict=True)]
             states = new
         self.without_sharing += sum(c != DROP for block in blocks for c in block) * len(numbers)
-        heads = [space.choice(p, HEAD) for p in plans]
+        heads = [space.choice(p, self._head_site()) for p in plans]
         return [(i, self._scored(i, states[i], at, heads)) for i in numbers]
 
     def _scored(self, number: int, states: list[torch.Tensor], at: list[int], heads: list[int]) -> np.ndarray:
@@ -135,16 +137,19 @@ class Costs:
         """Return the logits (targets, vocab) where answers are predicted."""
         batch, inner = self.batches[number], parts(self.levels.model)
         hidden = hidden[:, batch.kept][(batch.labels != IGNORED).to(hidden.device)]
-        head = next(iter(self._head(bits).values()), inner.head)
+        head = next(iter(self._packed(self._head_site(), bits).values()), inner.head)
         return head(inner.text_model.norm(hidden))
 
-    def _head(self, bits: int) -> dict:
-        return self._kept(("head", bits), partial(self.levels.linears, HEAD, bits))
+    def _head_site(self) -> str:
+        return TABLE if is_tied(self.levels.model) else HEAD
+
+    def _packed(self, site: str, bits: int) -> dict:
+        return self._kept((site, bits), partial(self.levels.linears, site, bits))
 
     def _reference(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `reference` of the original on a batch, run once."""
         if number not in self._references:
-            hidden = self._entering(number, FULL)
+            hidden = self._entering(number, FULL, FULL)
             for b, kwargs in enumerate(self._calls(number)[1]):
                 hidden = _first(self.levels.block(b, FULL)(hidden, **kwargs))
             self._references[number] = reference(self._logits(number, hidden, FULL), self.top)
@@ -154,11 +159,11 @@ class Costs:
         """Return what the blocks are called with on a batch: the first one's hidden states, each one's arguments."""
         return self._kept(("calls", number), lambda: _calls(self.levels.model, self.batches[number]))
 
-    def _entering(self, number: int, tower_bits: int) -> torch.Tensor:
-        """Return the hidden states (images, seq, hidden) that enter the first block, the tower in so many bits."""
-        if tower_bits == FULL:
+    def _entering(self, number: int, tower_bits: int, table_bits: int) -> torch.Tensor:
+        """Return the hidden states (images, seq, hidden) that enter the first block, tower and table in these bits."""
+        if tower_bits == table_bits == FULL:
             return self._calls(number)[0]
-        packed = self._kept(("tower", tower_bits), partial(self.levels.linears, TOWER, tower_bits))
+        packed = self._packed(TOWER, tower_bits) | self._packed(TABLE, table_bits)
         model, batch = self.levels.model, self.batches[number]
 
         def entering():
@@ -171,7 +176,7 @@ class Costs:
                 for name, linear in whole.items():
                     model.set_submodule(name, linear)
 
-        return self._kept(("entering", number, tower_bits), entering)
+        return self._kept(("entering", number, tower_bits, table_bits), entering)
 
     def _kept(self, key: tuple, make):
         if key not in self._inputs:

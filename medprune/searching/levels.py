@@ -1,7 +1,7 @@
 """A model's parts in every width that a plan may choose: each rounded once, by AWQ, and put together into plans.
 
 A width's blocks are those of the whole model quantized to it (AWQ searches a block by what the 16-bit blocks before it
-put out, so they do not depend on other blocks' widths); the vision tower and the head are rounded to nearest.
+put out, so they do not depend on other blocks' widths); tower, head and embedding table are rounded to nearest.
 """
 
 import shutil
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from medprune.device import choose_device, release
-from medprune.models.families import attention, parts
+from medprune.models.families import attention, names, parts
 from medprune.models.loading import load_blockwise, save
 from medprune.pruning.plan import Plan as Kept
 from medprune.pruning.plan import apply_plan
 from medprune.quantizing import checkpoint, quantize
-from medprune.quantizing.packed import PackedLinear
-from medprune.searching.budget import DROP, FULL, HEAD, TOWER, Plan, Space
+from medprune.quantizing.packed import PackedLinear, PackedTable
+from medprune.searching.budget import DROP, FULL, HEAD, OPTIONS, TABLE, TOWER, Plan, Space
 from medprune.store import content, context, made
 
 METHOD = "awq"
@@ -92,12 +92,19 @@ class Levels:
         own.to("meta")
 
     def linears(self, site: str, bits: int) -> dict[str, nn.Module]:
-        """Return {full name: packed Linear} of the tower or the head at a width; nothing for 16 bits."""
+        """Return {full name: packed layer} of the tower, the head or the embedding table; nothing for 16 bits.
+
+        A head that is tied to the table is not named again: it is the table's module.
+        """
         if bits == FULL:
             return {}
-        model, only = self.model, {TOWER: (False, bits), HEAD: (bits, False)}[site]
-        names = quantize.target_linears(model, FULL, *only, self.group_size)
-        return {n: PackedLinear.from_linear(model.get_submodule(n), bits, self.group_size) for n in names}
+        model = self.model
+        if site == TABLE:
+            table = PackedTable.from_embedding(parts(model).table, bits, self.group_size)
+            return {names(model).table: table}
+        only = {TOWER: (False, bits), HEAD: (bits, False)}[site]
+        found = quantize.target_linears(model, FULL, *only, self.group_size)
+        return {n: PackedLinear.from_linear(model.get_submodule(n), bits, self.group_size) for n in found}
 
     def save(self, space: Space, plan: Plan, folder: Path, mark: str, **said) -> None:
         """Write the model of a plan with its card, unless the folder was made in the context `mark` already.
@@ -119,12 +126,14 @@ class Levels:
         for site in (TOWER, HEAD):
             for name, linear in self.linears(site, space.choice(plan, site)).items():
                 model.set_submodule(name, linear)
+        for table in self.linears(TABLE, space.choice(plan, TABLE)).values():
+            quantize.put_table(model, table)
         model.eval()
         if not quantize.is_quantized(model):
             save(model, processor, folder, context=mark)
             return
         info = {"method": METHOD, "group_size": self.group_size, "packed_bytes": quantize.packed_bytes(model)}
-        info |= {k: storage[k] for k in ("bits", "quantize_head", "quantize_vision")}
+        info |= {k: storage[k] for k in ("bits", *OPTIONS.values())}
         said |= {"plan": f"found by the budget search; {removed_words(space, plan)}"}
         checkpoint.save_quantized(model, folder, METHOD, info, processor, {"context": mark}, **said)
 
