@@ -44,6 +44,15 @@ def test_the_best_few_of_every_searcher_are_chosen_among_each_once(found):
     assert fitting.candidates(found[1], each=3) == [(FULL, DROP), (4, 4), (DROP, FULL)]
 
 
+def test_the_uniform_plan_has_one_width_for_all_blocks_and_the_cheapest_that_fits_beside_them():
+    sites = ("tower", "block 0", "block 1", "table")
+    space = Space(sites, ({8: 10, FULL: 20}, {4: 10, FULL: 40}, {DROP: 0, 4: 10, FULL: 40}, {4: 5, 8: 10, FULL: 20}), 0)
+    costs = [{8: 1.0, FULL: 0.0}, *COSTS, {4: 3.0, 8: 2.5, FULL: 0.0}]
+    assert fitting.best_uniform(Problem(space, 50, costs, None)) == (8, 4, 4, FULL)
+    assert fitting.best_uniform(Problem(space, 49, costs, None)) == (FULL, 4, 4, 4), "3.0 more nats where 8 bits cost 3.5"
+    assert fitting.best_uniform(Problem(space, 34, costs, None)) is None, "what fits drops a block"
+
+
 def test_other_budgets_have_their_plans(found):
     table = fitting.budget_table(found[0])
     assert len(table) == len(fitting.BUDGETS) and table.total_bytes.max() <= 2 * 140

@@ -237,7 +237,7 @@ def test_a_table_whose_rows_are_multiplied_keeps_its_factor_and_one_that_does_mo
     torch.testing.assert_close(table(ids), embedding(ids).detach(), atol=0.15, rtol=0)
     assert float(table.multiplier) == pytest.approx(7.5)
     assert torch.equal(table.fake_quantized_weight()[ids] * table.multiplier, table(ids))
-    with pytest.raises(ValueError, match="Shifted does more than to look rows up: leave quantize_embeddings out"):
+    with pytest.raises(ValueError, match="Shifted does more than look rows up: leave quantize_embeddings out"):
         PackedTable.from_embedding(Shifted(64, 64), 8, 64)
 
 

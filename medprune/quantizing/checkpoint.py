@@ -21,7 +21,7 @@ from medprune.quantizing.packed import PackedLinear, PackedTable, from_awq, to_a
 from medprune.quantizing.quantize import is_quantized, target_linears
 from medprune.store import content, read_json, write_folder, write_text
 
-_FORMAT = "medprune"  # bits other than 4, mixed bits, a quantized head, tower or table, HQQ: no standard layout holds them
+_FORMAT = "medprune"  # bits other than 4, mixed ones, a quantized head, tower or table, HQQ: no standard layout
 _PLAIN = "from transformers import AutoModelForImageTextToText as Auto\nmodel = Auto.from_pretrained(folder)"
 _EYES = "import medprune.models.eyes  # teaches transformers this vision tower\n"
 _NEEDED = {
@@ -36,7 +36,7 @@ def save_quantized(model, folder, method: str, info: dict, processor=None, recor
     """Write a model that `quantize` returned, its configuration and a model card, the folder as a whole or not at all.
 
     4-bit rtn and awq are written in AWQ's GEMM layout, bnb as transformers writes it; both load in plain transformers
-    (AWQ's with gptqmodel). Other bits, mixed bits, a quantized head, tower or table and hqq only `load_quantized` loads.
+    (AWQ's with gptqmodel). Other or mixed bits, a quantized head, tower or table and hqq only `load_quantized` loads.
     `info` is what `quantize` returned beside the model; `record` is what the folder is made from, for `store.made`;
     `said` are sentences for the card: base, plan, scores and licence.
     Raises ValueError where the model is not quantized or was quantized by another method.

@@ -292,7 +292,7 @@ class PackedTable(PackedLinear):
         found = embedding(torch.arange(len(rows), device=weight.device)).detach().float()
         factor = (found * rows).sum() / rows.square().sum()
         if not torch.allclose(found, factor * rows, rtol=2e-2, atol=1e-6):
-            raise ValueError(f"{type(embedding).__name__} does more than to look rows up: leave quantize_embeddings out.")
+            raise ValueError(f"{type(embedding).__name__} does more than look rows up: leave quantize_embeddings out.")
         table.multiplier = factor.to(weight.dtype)
         table._round(weight)
         return table

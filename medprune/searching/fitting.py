@@ -1,5 +1,6 @@
 """From a model and images to the best plan that fits: what notebook 07 and `medprune fit` share."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,21 @@ def candidates(found: dict[str, Problem], each: int = 2) -> list[Plan]:
         ranked = sorted({plan: cost for _, plan, cost in problem.found}.items(), key=lambda item: item[1])
         costs |= dict(ranked[:each])
     return sorted(costs, key=costs.get)
+
+
+def best_uniform(problem: Problem) -> Plan | None:
+    """Return the plan of the least predicted cost that fits, drops no block and stores all blocks in one width.
+
+    What mixing widths gains is measured against it; None where no such plan fits.
+    """
+    sites, prices = problem.space.sites, problem.space.prices
+    in_block = [site.startswith("block") for site in sites]
+    blocks, others = ([set(p) for p, i in zip(prices, in_block, strict=True) if i == inside] for inside in (True, False))
+    plans = []
+    for bits, *beside in product(set.intersection(*blocks) - {DROP}, *others):
+        left = iter(beside)
+        plans.append(tuple(bits if inside else next(left) for inside in in_block))
+    return min(filter(problem.fits, plans), key=problem.predicted, default=None)
 
 
 def budget_table(problem: Problem) -> pd.DataFrame:
