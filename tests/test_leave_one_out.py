@@ -1,6 +1,7 @@
 """Criteria on the tiny LLaVA against each pruned model, and what a kill or another batch size costs."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from medprune.answers.decoding import answer
 from medprune.models.families import parts
 from medprune.pruning.criteria import block_influence, magnitude, removal_order
 from medprune.pruning.leave_one_out import (
+    check_skipping,
     leave_one_out_logits,
     logit_divergence,
     output_similarity,
@@ -228,3 +230,29 @@ def test_block_influence_and_magnitude_see_a_changed_block(tiny, rows, tmp_path)
     scores = magnitude(tmp_path)
     assert max(scores, key=scores.get) == 3
     assert removal_order(scores, (0, 5))[-1] == 3
+
+
+def test_a_model_whose_blocks_do_something_by_their_place_is_not_scored(tiny, rows, units):
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    check_skipping(model, processor, rows[0], 1)
+
+    def by_place(block, inputs):  # as a family may scale or mask by a block's number, which no configuration says
+        return (inputs[0] * (1 + block.self_attn.layer_idx), *inputs[1:])
+
+    for block in parts(model).blocks:
+        block.register_forward_pre_hook(by_place)
+    with pytest.raises(ValueError, match="without block 1 does not answer as its own forward pass does"):
+        output_similarity(model, processor, rows, embed, [1, 2], units(), 6, 3)
+    assert "block 1" not in units(), "before anything was scored"
+
+
+def test_a_model_whose_prefix_is_cut_is_not_scored(tiny, rows, units, monkeypatch):
+    real = decoding._select
+
+    def cut(cached, which, room):
+        layers = [(keys[:, :, -6:], values[:, :, -6:], places) for keys, values, places in cached.layers]
+        return real(dataclasses.replace(cached, layers=layers), which, room)
+
+    monkeypatch.setattr(decoding, "_select", cut)
+    with pytest.raises(ValueError, match="does not answer as its own forward pass does"):
+        output_similarity(*tiny, rows, embed, [1, 2], units(), 6, 3)

@@ -299,6 +299,26 @@ def _decode(model, processor, cache, ids: list[torch.Tensor], max_new_tokens, sk
     return [Answer(text.strip(), len(ids), end) for text, ids, end in zip(texts, out, ended, strict=True)]
 
 
+@torch.inference_mode()
+def next_logits(model, processor, row: dict, block: int = -1) -> torch.Tensor:
+    """Return the logits (vocab,) of an answer's first token as `answer` finds them, a block skipped unless it is -1."""
+    skip, (seen,) = torch.tensor([block]), _seen(model, processor, [row])
+    cached = _run_prefixes(model, [seen], skip)
+    if processor.looks_ahead:
+        return cached.logits[0]
+    ((*_, ids),) = _questions(processor, [row], [[0]], [seen])
+    with RowSkip(model, skip):
+        return forward(model, ids[None], _select(cached, [0], len(ids)))[0]
+
+
+@torch.inference_mode()
+def plain_logits(model, processor, row: dict) -> torch.Tensor:
+    """Return the logits (vocab,) of an answer's first token by the model's own forward pass over the whole prompt."""
+    seen = see(processor, row["path"], model.dtype, row["question"])
+    inputs = {name: x.to(model.device) for name, x in inputs_of([seen]).items()}
+    return model(input_ids=seen.ids[None].to(model.device), **inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+
+
 def _pad(ids: list[torch.Tensor], prefix: int, room: int, device):
     """Return ids (rows, longest), padded on the left, and what is `seen` of them, the prefix and the room after them.
 

@@ -14,13 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from medprune.answers.decoding import answer, chunks
+from medprune.answers.decoding import answer, chunks, next_logits, plain_logits
 from medprune.answers.prompts import IGNORED, collator, encode_questions, padded, see
 from medprune.device import rows_that_fit
 from medprune.models.families import parts
 from medprune.progress import progress
+from medprune.pruning.plan import without
 from medprune.store import Units
 
+ROUNDING_NATS = {torch.float32: 1e-4}  # that two ways to the same token may be apart; in 16 bits 0.02
 SHARED = -2  # owner of the tokens that all rows about an image see
 
 
@@ -54,12 +56,36 @@ def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: 
         said = rows_that_fit(lambda n: ask(batch_rows=n), batch_rows, "answers", units)
         units.add("original", [vars(a) for a in said])
     todo = [b for b in blocks if f"block {b}" not in units]
+    if todo:
+        check_skipping(model, processor, rows[0], todo[0])
     for chunk in chunks(todo, max(1, batch_rows // len(rows))):
         skip, label = [b for b in chunk for _ in rows], f"without block {chunk[0]}..{chunk[-1]}"
         ask = partial(answer, model, processor, rows * len(chunk), max_new_tokens, skip=skip, label=label)
         said = rows_that_fit(lambda n, ask=ask: ask(batch_rows=n), batch_rows, "answers", units)
         for b, without_b in zip(chunk, chunks(said, len(rows)), strict=True):
             units.add(f"block {b}", [vars(a) for a in without_b])
+
+
+def check_skipping(model, processor, row: dict, block: int) -> None:
+    """Raise ValueError where an answer would begin otherwise than the model's own forward pass over the whole prompt.
+
+    Tried with all blocks, and without one, which is skipped here and taken out there. What is allowed is a hundredth of the
+    divergence (nats) between the two, and rounding: a cache that is cut, a position or a layer's kind that follows a
+    block's number, and inputs left behind are seen here, in a family that nobody has tried.
+    """
+    whole, skipped = (next_logits(model, processor, row, b).float().log_softmax(-1) for b in (-1, block))
+    plain = plain_logits(model, processor, row).float().log_softmax(-1)
+    with without(model, [block]):
+        pruned = plain_logits(model, processor, row).float().log_softmax(-1)
+    apart = lambda p, q: float((p.exp() * (p - q.to(p.device))).sum())  # noqa: E731
+    most = ROUNDING_NATS.get(model.dtype, 0.02) + apart(plain, pruned) / 100
+    for said, own, how in ((whole, plain, "as it is"), (skipped, pruned, f"without block {block}")):
+        if not (found := apart(own, said)) <= most:
+            far = f"({found:.2g} nats apart, {most:.2g} allowed)"
+            raise ValueError(
+                f"{type(model).__name__} {how} does not answer as its own forward pass does {far}: "
+                "its structure is none that medprune scores rightly."
+            )
 
 
 def similarity_rows(similarity: pd.DataFrame) -> pd.DataFrame:

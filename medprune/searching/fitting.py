@@ -121,7 +121,7 @@ def best_uniform(problem: Problem) -> Plan | None:
     """
     sites, prices = problem.space.sites, problem.space.prices
     in_block = [site.startswith("block") for site in sites]
-    blocks, others = ([set(p) for p, i in zip(prices, in_block, strict=True) if i == inside] for inside in (True, False))
+    blocks, others = ([set(p) for p, i in zip(prices, in_block, strict=True) if i == of] for of in (True, False))
     plans = []
     for bits, *beside in product(set.intersection(*blocks) - {DROP}, *others):
         left = iter(beside)
