@@ -69,7 +69,7 @@ def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: 
 def check_skipping(model, processor, row: dict, block: int) -> None:
     """Raise ValueError where an answer would begin otherwise than the model's own forward pass over the whole prompt.
 
-    Tried with all blocks, and without one, which is skipped here and taken out there. What is allowed is a hundredth of the
+    Tried with all blocks, and without one, which is skipped here and taken out there. Allowed are a hundredth of the
     divergence (nats) between the two, and rounding: a cache that is cut, a position or a layer's kind that follows a
     block's number, and inputs left behind are seen here, in a family that nobody has tried.
     """
