@@ -22,7 +22,7 @@ from medprune.progress import progress
 from medprune.pruning.plan import without
 from medprune.store import Units
 
-ROUNDING_NATS = {torch.float32: 1e-4}  # that two ways to the same token may be apart; in 16 bits 0.02
+ROUNDING_NATS = {2: 0.02, 4: 1e-4}  # by bytes of a number: how far two ways to the same token may be apart
 SHARED = -2  # owner of the tokens that all rows about an image see
 
 
@@ -78,7 +78,7 @@ def check_skipping(model, processor, row: dict, block: int) -> None:
     with without(model, [block]):
         pruned = plain_logits(model, processor, row).float().log_softmax(-1)
     apart = lambda p, q: float((p.exp() * (p - q.to(p.device))).sum())  # noqa: E731
-    most = ROUNDING_NATS.get(model.dtype, 0.02) + apart(plain, pruned) / 100
+    most = ROUNDING_NATS[model.dtype.itemsize] + apart(plain, pruned) / 100
     for said, own, how in ((whole, plain, "as it is"), (skipped, pruned, f"without block {block}")):
         if not (found := apart(own, said)) <= most:
             far = f"({found:.2g} nats apart, {most:.2g} allowed)"
