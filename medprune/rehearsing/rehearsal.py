@@ -1,6 +1,7 @@
 """Rehearse a run at full size on pretended cards: every stage's own cells, a process each, with loops cut short.
 
-The base is a folder of the true shapes whose weights are holes in a file; images are drawn. What is cut: training
+The base is a folder of the true shapes whose weights are holes in a file, LLaVA-1.5-7B's or those of another folder
+with a configuration and a processor, whose weights need not be there; images are drawn. What is cut: training
 steps, images beyond those that fill a batch, answers to two tokens (in caches as long as whole ones), counts of blocks.
 What stays: sizes, dtypes, lifetimes, the second and third model of a loop, files and their bytes.
 """
@@ -19,14 +20,14 @@ from medprune.data.synthetic import draw
 from medprune.judging.judge import ASPECTS
 from medprune.models.assembled import prepare_base
 from medprune.models.families import hub_name
-from medprune.models.loading import load_processor
+from medprune.models.loading import load_processor, save_processor
+from medprune.models.sizes import base_config, shape_of
 from medprune.rehearsing import card
 from medprune.settings import PROFILES, REPO, STAGES, TWO_CARDS
 from medprune.store import read_json, write_json
 
 GIB = 2**30
 REHEARSED = STAGES[:6]
-BLOCKS = 32  # of the base
 IMAGES = 5  # of each condition to train on
 CONTEXT_BYTES = int(0.5 * GIB)  # of a card: CUDA's context, cuBLAS's workspaces, the allocator's fragments
 
@@ -109,6 +110,16 @@ def make_base(folder: Path, shapes: dict = LLAVA_7B) -> Path:
     return _write_model(folder, config, LlavaForConditionalGeneration)
 
 
+def hollow(source: Path, folder: Path) -> Path:
+    """Write what a folder's configuration describes, with its processor, and weights that are holes."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source)
+    folder.mkdir(parents=True)
+    save_processor(load_processor(source), folder)
+    return _write_model(folder, config, AutoModelForImageTextToText._model_mapping[type(config)], str, config.dtype)
+
+
 def make_judge(folder: Path, shape: dict = QWEN_7B) -> Path:
     """Write a chat model of this shape, whose one word is a judgement that can be read."""
     from transformers import AutoConfig, Qwen2ForCausalLM
@@ -124,13 +135,14 @@ def make_judge(folder: Path, shape: dict = QWEN_7B) -> Path:
     return _write_model(folder, AutoConfig.for_model(**shape), Qwen2ForCausalLM, str)
 
 
-def _write_model(folder: Path, config, kind: type, name=hub_name) -> Path:
-    """Write a model's configuration, and its weights in float16 as holes; name: what its tensors are called there."""
+def _write_model(folder: Path, config, kind: type, name=hub_name, dtype=None) -> Path:
+    """Write a model's configuration, and its weights as holes, in float16 unless told; name: what they are called."""
     from transformers import GenerationConfig
 
-    config.dtype = torch.float16
+    config.dtype = dtype or torch.float16
     with torch.device("meta"):
-        tensors = {name(key): tensor for key, tensor in kind(config).half().state_dict().items()}
+        model = kind(config).to(config.dtype)
+    tensors = {name(k): v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
     card.write_holes(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     GenerationConfig(eos_token_id=card.END, pad_token_id=0).save_pretrained(folder)
@@ -151,14 +163,15 @@ def make_images(folder: Path, n_train: int, n_test: int) -> Path:
 def short(settings: dict, root: Path) -> dict:
     """Return what a rehearsal asks for beside a profile's settings: loops cut, lifetimes and sizes kept."""
     images, most = -(-settings["batch_rows"] // 3) + 1, max(settings["recover"])  # they fill a batch, and begin another
-    first = BLOCKS // 3
+    blocks = shape_of(base_config(root / "base")).blocks
+    first = blocks // 3
     asked = {
-        "base": str(root / "llava"), "images": str(root / "dermnet"), "embedding": "minilm",
+        "base": str(root / "base"), "images": str(root / "dermnet"), "embedding": "minilm",
         "n_train": 8 * IMAGES, "n_test": -(-images // 8) * 8, "sft_steps": 3, "save_every": 2, "recovery_steps": 2,
         "n_calibration": min(settings["n_calibration"], images), "awq_rows": settings["awq_rows"],
         "random_draws": 2,
         "blocks_removed": [0, *settings["recover"]],
-        "protected_blocks": [b for b in range(BLOCKS) if not first <= b < first + most],
+        "protected_blocks": [b for b in range(blocks) if not first <= b < first + most],
     }  # fmt: skip
     if settings.get("judge", "reference") != "reference":
         asked["judge"] = str(root / "judge")
@@ -169,12 +182,14 @@ def rehearse(machine: Machine, root: Path, stages=REHEARSED, settings: dict | No
     """Rehearse stages of profile t4 on a machine; return a row for each of what it took (see `stage`).
 
     root: a folder for the base, the images and the run; stages need those before them there. settings: other than the
-    profile's. say: called with each row as it is known. A stage that fails ends the rehearsal, its error in the row.
+    profile's; `base` is a folder, whose weights need not be there. say: called with each row as it is known. A stage
+    that fails ends the rehearsal, its error in the row.
     """
     asked = PROFILES["t4"] | (TWO_CARDS if machine.cards > 1 else {}) | (settings or {})
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / "llava").exists():
-        make_base(root / "llava")
+    if not (root / "base").exists():
+        base = (settings or {}).get("base")
+        hollow(Path(base), root / "base") if base else make_base(root / "base")
         # one more than is asked for, as one may be left out as another's equal
         make_images(root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1)
     if asked.get("judge", "reference") != "reference" and not (root / "judge").exists():

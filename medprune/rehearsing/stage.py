@@ -148,7 +148,7 @@ class Disk:
     def look(cls, root: Path) -> None:
         sizes = {False: 0, True: 0}  # in scratch or not
         for f in root.rglob("*"):
-            if f.is_file() and not f.is_symlink() and root / "llava" not in f.parents:
+            if f.is_file() and not f.is_symlink() and root / "base" not in f.parents:
                 sizes[root / "scratch" in f.parents] += f.stat().st_size
         cls.peak, cls.scratch = max(cls.peak, sizes[False]), max(cls.scratch, sizes[True])
 
