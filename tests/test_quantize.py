@@ -216,7 +216,7 @@ def test_a_tables_rows_are_those_of_its_weight_in_the_stored_and_in_the_running_
     with torch.no_grad():
         product = table(torch.randn(2, 64).bfloat16())  # as the head
     assert product.shape == (2, vocab) and torch.equal(table(ids), wanted)
-    assert (table.tables is None) == (bits != 4 or kernel_width() is None)
+    assert (table.tables is None) == (bits == 3 or kernel_width() is None)
     table.compact()
     assert torch.equal(table(ids), wanted)
     assert table.to(torch.float32)(ids).dtype == torch.float32

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medprune.models.sizes import packable
 from medprune.settings import BITS, GROUP_SIZES
 
-MAX_KERNEL_ROWS = 128  # up to so many the int4 kernel beats unpacking to bf16 and a matmul, on one AVX512-BF16 core
+MAX_KERNEL_ROWS = {4: 128, 8: 24}  # by bits: up to so many the int4 kernel beats unpacking, on one AVX512-BF16 core
 MAX_GPU_ROWS = 16
 SLICE_WEIGHTS = 2**22  # weights unpacked at once, so that a large layer needs no second copy of itself
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 neighbouring outputs stands in nibble i of an AWQ word
@@ -130,10 +130,12 @@ class PackedLinear(nn.Module):
 
     Stored form: `qweight` (out, in * bits / 8), `zero_point` (groups, out * bits / 8), both uint8, and `scale`
     (groups, out), always fp16: bits + (16 + bits) / group_size bits a weight. On CPU, the first forward in bfloat16 of
-    a 4-bit layer turns it into the running form of torch's int4 kernel: the same codes in the kernel's order, its
-    bf16 tables, and 4 bits that lead back to the exact fp16 scale: 4 + 36 / group_size bits. Only one form is ever
-    held; saving and moving return to the stored one. On a GPU a Triton kernel (`kernels.gemv`) reads the stored form
-    for up to 16 rows. Elsewhere the weight is unpacked for each call.
+    a layer of 4 or 8 bits turns it into the running form of torch's int4 kernel: the same codes in the kernel's order,
+    its bf16 tables, and 4 bits that lead back to the exact fp16 scale: 4 + 36 / group_size bits. Codes of 8 bits are
+    two of 4, q = 16 * (high - 8) + (low - 8) + 136, multiplied one after the other; what is left of a group, (136 -
+    zero_point) * scale in float32, times its inputs' sum: 8 + 68 / group_size bits. Only one form is ever held; saving
+    and moving return to the stored one. On a GPU a Triton kernel (`kernels.gemv`) reads the stored form of 4 bits for
+    up to 16 rows. Elsewhere the weight is unpacked for each call.
     """
 
     def __init__(self, in_features: int, out_features: int, bits=4, group_size=64, bias=None, device=None):
@@ -150,6 +152,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("tables", None, persistent=False)  # running form: (groups, out, 2) bf16
         self.register_buffer("residual", None, persistent=False)  # running form: (groups, out / 2) uint8
+        self.register_buffer("offset", None, persistent=False)  # running form of 8 bits: (groups, out) float32
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None = None):
@@ -186,10 +189,23 @@ class PackedLinear(nn.Module):
             codes = unpack_codes(self.qweight[first:last], self.bits)
             return codes, self.scale[:, first:last], unpack_codes(zeros, self.bits)
         half = self.in_features // 2
-        stored = self.qweight.view(-1)[first * half : last * half]  # whole blocks of outputs, one after another
-        codes = _from_kernel(stored, last - first, self.in_features, kernel_width())
-        residual = unpack_codes(self.residual[:, first // 2 : last // 2], 4)
-        return codes, *_exact(self.tables[:, first:last], residual)
+        stored = [q.reshape(-1)[first * half : last * half] for q in self._fours()]  # whole blocks of outputs
+        codes = _joined([_from_kernel(q, last - first, self.in_features, kernel_width()) for q in stored])
+        return codes, *self._exact(slice(first, last), unpack_codes(self.residual[:, first // 2 : last // 2], 4))
+
+    def _fours(self) -> Tensor:
+        """Return the running form's codes of 4 bits: one tensor, or the high ones and the low ones of 8 bits."""
+        return self.qweight if self.bits == 8 else self.qweight[None]
+
+    def _exact(self, outs, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the fp16 scale and the zero point (groups, n) of outputs, from the running form."""
+        near, left = self.tables[:, outs].unbind(-1)
+        middle = 8
+        if self.bits == 8:
+            left, middle = self.offset[:, outs], 136
+        zero_point = (middle - (left.float() / near.float()).round()).to(torch.uint8)
+        bit_pattern = near.half().view(torch.int16) + residual.to(torch.int16) - 8
+        return bit_pattern.view(torch.float16), zero_point
 
     @torch.no_grad()
     def fake_quantized_weight(self, dtype: torch.dtype = torch.float32, first: int = 0, last: int | None = None):
@@ -210,29 +226,39 @@ class PackedLinear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         """Return x (rows, in) times the transposed weight, by a kernel that reads the codes where there is one."""
-        packed = self.bits == 4 and len(x) and not (torch.is_grad_enabled() and x.requires_grad)
-        if packed and len(x) <= MAX_GPU_ROWS and (gemv := gpu_kernel(x.device, x.dtype)):
+        packed = self.bits in MAX_KERNEL_ROWS and len(x) and not (torch.is_grad_enabled() and x.requires_grad)
+        if packed and self.bits == 4 and len(x) <= MAX_GPU_ROWS and (gemv := gpu_kernel(x.device, x.dtype)):
             return gemv(x, self.qweight, self.scale, self.zero_point, self.group_size)
         fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.out_features % 16 == 0
-        if packed and fits and len(x) <= MAX_KERNEL_ROWS and kernel_width() is not None:
+        if packed and fits and len(x) <= MAX_KERNEL_ROWS[self.bits] and kernel_width() is not None:
             if self.tables is None:
                 self._run()
-            multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-            return multiply(x.contiguous(), self.qweight, self.group_size, self.tables)
+            multiply, x = torch.ops.aten._weight_int4pack_mm_for_cpu, x.contiguous()
+            if self.bits == 4:
+                return multiply(x, self.qweight, self.group_size, self.tables)
+            fours = zip((x * 16, x), self.qweight, strict=True)
+            high, low = (multiply(y, q, self.group_size, self.tables) for y, q in fours)
+            sums = x.float().view(len(x), -1, self.group_size).sum(-1)  # (rows, groups)
+            return (high.float() + low.float() + sums @ self.offset).to(x.dtype)
         return torch.cat([F.linear(x, self.fake_quantized_weight(x.dtype, *outs)) for outs in self._slices()], -1)
 
     @torch.no_grad()
     def _run(self) -> None:
-        """Turn the stored form into the running one; w = (q - 8) * scale + (8 - zero_point) * scale."""
+        """Turn the stored form into the running one; of 4 bits w = (q - 8) * scale + (8 - zero_point) * scale."""
         with torch.inference_mode(False):
             codes, scale, zero_point = self.parts()
             s = scale.float()
-            tables = torch.stack([s, (8 - zero_point.float()) * s], -1).bfloat16()
+            left = torch.zeros_like(s) if self.bits == 8 else (8 - zero_point.float()) * s
+            tables = torch.stack([s, left], -1).bfloat16()
             # bf16 drops 3 bits of an fp16 scale: the bit patterns are at most 4 apart, which 4 bits can hold.
             residual = scale.view(torch.int16) - tables[..., 0].half().view(torch.int16) + 8
             convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            fours = [codes >> 4, codes & 15] if self.bits == 8 else [codes]
             # Integers take 8 times the codes' bytes, so a few outputs at a time; blocks of 64 stand by themselves.
-            self.qweight = torch.cat([convert(codes[i:j].int(), 1) for i, j in self._slices()])
+            fours = [torch.cat([convert(four[i:j].int(), 1) for i, j in self._slices()]) for four in fours]
+            self.qweight = torch.stack(fours) if self.bits == 8 else fours[0]
+            if self.bits == 8:
+                self.offset = (136 - zero_point.float()) * tables[..., 0].float()
             self.tables, self.residual = tables, pack_codes(residual.to(torch.uint8), 4)
             self.scale = self.zero_point = None
 
@@ -241,8 +267,8 @@ class PackedLinear(nn.Module):
         """Return to the stored form, with the very codes, scales and zero points that it had."""
         if self.tables is not None:
             codes, self.scale, zero_point = self.parts()
-            self.qweight, self.zero_point = pack_codes(codes, 4), pack_codes(zero_point, 4)
-            self.tables = self.residual = None
+            self.qweight, self.zero_point = pack_codes(codes, self.bits), pack_codes(zero_point, self.bits)
+            self.tables = self.residual = self.offset = None
 
     def _apply(self, fn, recurse=True):
         self.compact()
@@ -261,12 +287,9 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def _exact(tables: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the fp16 scale and the zero point (groups, n) of the running form's tables and unpacked residual."""
-    near, offset = tables.unbind(-1)
-    zero_point = (8 - (offset.float() / near.float()).round()).to(torch.uint8)
-    bit_pattern = near.half().view(torch.int16) + residual.to(torch.int16) - 8
-    return bit_pattern.view(torch.float16), zero_point
+def _joined(fours: list[Tensor]) -> Tensor:
+    """Return the codes of one tensor of 4 bits, or of the high and the low ones of 8."""
+    return fours[0] if len(fours) == 1 else fours[0] << 4 | fours[1]
 
 
 class PackedTable(PackedLinear):
@@ -309,8 +332,9 @@ class PackedTable(PackedLinear):
             codes, zero_point = unpack_codes(self.qweight[ids], self.bits), _taken(self.zero_point, ids, self.bits)
             scale = self.scale[:, ids]
         else:
-            codes = _codes_in_kernel(self.qweight, ids, self.out_features, self.in_features, kernel_width())
-            scale, zero_point = _exact(self.tables[:, ids], _taken(self.residual, ids, 4))
+            size = (self.out_features, self.in_features, kernel_width())
+            codes = _joined([_codes_in_kernel(q, ids, *size) for q in self._fours()])
+            scale, zero_point = self._exact(ids, _taken(self.residual, ids, 4))
         grouped = codes.view(len(ids), -1, self.group_size).float()
         grouped = grouped.sub_(zero_point.t()[..., None].float()).mul_(scale.t()[..., None].float())
         return grouped.view(len(ids), self.in_features).to(self.multiplier.dtype)

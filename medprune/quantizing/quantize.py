@@ -237,8 +237,9 @@ def packed_bytes(model) -> dict[str, int]:
     """Measure the bytes that a model's tensors occupy in memory now, by part; a tied head counts as embeddings.
 
     Parts: vision_tower, projector, embeddings, block_linears (codes with their scales and zero points, or dense
-    weights), block_norms, final_norm (with the rotary table), head, total. 4-bit layers that ran on CPU in bfloat16
-    are in their running form: 4 + 36 / group_size bits a weight, where a saved folder has 4 + 20 / group_size.
+    weights), block_norms, final_norm (with the rotary table), head, total. Layers of 4 and 8 bits that ran on CPU in
+    bfloat16 are in their running form: 4 + 36 / group_size bits a weight and 8 + 68 / group_size, where a saved folder
+    has 4 + 20 / group_size and 8 + 24 / group_size.
     """
     found, seen = parts(model), set()
     linears = [m for block in found.blocks for name, m in block.named_modules() if name.endswith("_proj")]
