@@ -3,7 +3,7 @@
 python benchmarks/quantize.py [--run runs/demo] [--gptqmodel-python .venv-gptqmodel/bin/python] [--out FILE]
 
 It takes the tuned model and the images of a run (stage 01_finetune), and runs each row in a process of its own: dense
-in float32 and 16 bits, AWQ, NF4, HQQ and RTN at groups of 64, and RTN without torch's int4 kernel. Given the Python of
+in float32 and 16 bits, AWQ, NF4, HQQ and RTN at groups of 64, RTN without torch's int4 kernel and in 8 bits. Given the Python of
 gptqmodel's environment, it adds gptqmodel's AWQ of the same text model (its tensors put back into the LLaVA, so that
 one ruler measures all) and loads our AWQ folder there with plain transformers. The divergence is from the 16-bit
 model, over what follows the image in test conversations; float32's tells how much of it is rounding.
@@ -36,7 +36,7 @@ from medprune.store import Run, describe_machine, read_json, write_json
 
 GROUP_SIZE = 64
 CALIBRATION_ROWS = 8
-CASES = ("float32", "bfloat16", "awq", "awq, text only", "bnb", "hqq", "rtn", "rtn, without the kernel")
+CASES = ("float32", "bfloat16", "awq", "awq, text only", "bnb", "hqq", "rtn", "rtn, without the kernel", "rtn, 8 bits")
 GPTQMODEL = "awq by gptqmodel, text only"
 QUESTION = "What is the name of this skin condition?"
 RESULTS = Path(__file__).parent / "results"
@@ -87,15 +87,15 @@ def put_back(llava, folder: Path) -> None:
 
 def quantized(llava, processor, case: str, folder: Path, awq_folder: Path | None) -> tuple:
     """Quantize by the method that a case names, and save AWQ's; return (model, what it cost and how it was planned)."""
-    method, calibration = case.split(",")[0], None
+    method, calibration, bits = case.split(",")[0], None, 8 if case.endswith("8 bits") else 4
     if method == "awq":
         calibration = batches(folder, processor, "train", CALIBRATION_ROWS, 0)
     if case == "awq, text only":
         calibration = {"input_ids": without_images(llava, calibration["input_ids"])}
-    llava, info = quantize(llava, method, 4, GROUP_SIZE, calibration)
+    llava, info = quantize(llava, method, bits, GROUP_SIZE, calibration)
     if case == "awq" and awq_folder is not None:
         save_quantized(llava, awq_folder, "awq", info, processor=processor)
-    total, plan = info["packed_bytes"]["total"], account(llava.config, 0, 4, GROUP_SIZE, 0, method=method).weights_bytes
+    total, plan = info["packed_bytes"]["total"], account(llava.config, 0, bits, GROUP_SIZE, 0, method=method).weights_bytes
     cost = {"quantize_s": info["seconds"], "quantize_peak_bytes": info["peak_bytes"]}
     return llava, cost | {"packed_bytes": total, "plan_bytes": plan, "packed_against_plan_frac": total / plan - 1}
 

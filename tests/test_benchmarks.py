@@ -88,7 +88,7 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", ("bfloat16", "awq, text only", "rtn"))
+@pytest.mark.parametrize("case", ("bfloat16", "awq, text only", "rtn", "rtn, 8 bits"))
 def test_quantize_measures_a_method_against_16_bits(run, case):
     result = script("quantize").run_case(case, run, rows=4, new_tokens=2)
     assert result["positions_a_row"] > 20 and result["rows"] == 4

@@ -23,6 +23,8 @@ GIB = 1024**3
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
+# What may be stored in fewer bits beside the blocks, and the option that says so, which takes true or the bits.
+OPTIONS = {"vision tower": "quantize_vision", "head": "quantize_head", "embedding table": "quantize_embeddings"}
 TIED_TABLE = "the head is the embedding table (tied): leave quantize_head out, quantize_embeddings packs it for both."
 ODD_LINEARS = "no linear of the vision tower has a width that groups of {} divide: leave quantize_vision out."
 

@@ -13,7 +13,7 @@ from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import parts, renaming, unquantized
 from medprune.models.loading import check_loading, ready, stored_tensors, weight_files
-from medprune.models.sizes import EYES, account, base_config, skeleton
+from medprune.models.sizes import EYES, OPTIONS, account, base_config, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -28,7 +28,6 @@ _NEEDED = {
     "awq": "gptqmodel installed (vLLM: `--quantization awq --dtype float16`)",
     "bitsandbytes": "bitsandbytes installed",
 }
-_OPTIONS = {"quantize_head": "head", "quantize_vision": "vision tower", "quantize_embeddings": "embedding table"}
 _UNSAID = {"base": "not stated", "plan": "none stated", "scores": "not evaluated", "licence": "that of the base model"}
 
 
@@ -93,10 +92,10 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
 
 
 def _load_packed(folder: Path, shape, config: dict, dtype: torch.dtype, device: str):
-    model, hqq_layers, table = skeleton(shape), {}, None
+    model, hqq_layers = skeleton(shape), {}
     name_of = renaming(model)
     tensors = {name_of(k): v for file in weight_files(folder) for k, v in load_file(file).items()}
-    head, tower, embeddings = (config.get(option, False) for option in _OPTIONS)
+    tower, head, embeddings = (config.get(option, False) for option in OPTIONS.values())
     if embeddings:
         width, size = quantize.fewest(config["bits"], embeddings), parts(model).table.weight.shape
         table = PackedTable(*size, width, config["group_size"], dtype, "meta")
@@ -158,7 +157,7 @@ def _quantization_config(model, info: dict) -> dict:
     method, bits, group_size = info["method"], info["bits"], info["group_size"]
     if method == "bnb":
         return loading.nf4_config(model.dtype, unquantized(model)).to_dict()
-    options = {option: info[option] for option in _OPTIONS}
+    options = {option: info[option] for option in OPTIONS.values()}
     four = bits == 4 or isinstance(bits, list | tuple) and set(bits) == {4}
     if method == "hqq" or not four or any(options.values()):
         return {"quant_method": _FORMAT, "method": method, "bits": bits, "group_size": group_size, **options}
@@ -202,7 +201,7 @@ def _card(info: dict, config: dict, folder_bytes: int, **said) -> str:
     said = _UNSAID | said
     name = {"rtn": "round to nearest", "awq": "AWQ", "bnb": "bitsandbytes NF4", "hqq": "HQQ"}[info["method"]]
     sizes = "\n".join(f"| {part} | {size} |" for part, size in info["packed_bytes"].items())
-    kept = ["projector and norms", *(part for option, part in _OPTIONS.items() if not info[option])]
+    kept = ["projector and norms", *(part for part, option in OPTIONS.items() if not info[option])]
     if odd := said["odd"]:
         kept.append(f"{odd} linears of the vision tower, whose widths groups of {info['group_size']} do not divide")
     how = "No standard layout holds this method or these bits; plain transformers refuses the folder."

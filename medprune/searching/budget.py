@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from medprune.models.sizes import account, guarded, shape_of
+from medprune.models.sizes import OPTIONS, account, guarded, shape_of
 from medprune.settings import BITS
 
 DROP = 0  # the choice of a block that is taken out, with its part of the KV cache
 FULL = 16
-OPTIONS = {"vision tower": "quantize_vision", "head": "quantize_head", "embedding table": "quantize_embeddings"}
 TOWER, HEAD, TABLE = OPTIONS
 UNPACKED_WEIGHTS = 2**22  # of a packed layer at once: `packed.SLICE_WEIGHTS`, said again to do without torch
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}

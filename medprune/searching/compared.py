@@ -7,8 +7,9 @@ from pathlib import Path
 from medprune.answers import decoding, timing
 from medprune.device import choose_device, release
 from medprune.models import loading
+from medprune.models.sizes import OPTIONS
 from medprune.quantizing import checkpoint, quantize
-from medprune.searching.budget import FULL, OPTIONS, Plan, Space
+from medprune.searching.budget import FULL, Plan, Space
 from medprune.searching.levels import METHOD, Levels, kept_blocks, removed_words
 from medprune.store import Run, context, made, read_json
 from medprune.tuning.recovery import Training

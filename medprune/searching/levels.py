@@ -17,11 +17,12 @@ from torch import nn
 from medprune.device import choose_device, release
 from medprune.models.families import attention, names, parts
 from medprune.models.loading import load_blockwise, save
+from medprune.models.sizes import OPTIONS
 from medprune.pruning.plan import Plan as Kept
 from medprune.pruning.plan import apply_plan
 from medprune.quantizing import checkpoint, quantize
 from medprune.quantizing.packed import PackedLinear, PackedTable
-from medprune.searching.budget import DROP, FULL, HEAD, OPTIONS, TABLE, TOWER, Plan, Space
+from medprune.searching.budget import DROP, FULL, HEAD, TABLE, TOWER, Plan, Space
 from medprune.store import content, context, made
 
 METHOD = "awq"
