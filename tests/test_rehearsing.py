@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pandas as pd
 import pytest
+import true_size
 
 from medprune import cli
+from medprune.models import loading
+from medprune.models.families import parts
+from medprune.models.loading import load_processor
+from medprune.models.sizes import account, base_config
 from medprune.rehearsing import rehearsal
 from medprune.settings import PROFILES, REPO, STAGES
 
@@ -76,6 +82,24 @@ def test_what_does_not_fit_a_machine_is_said():
         rehearsal.stages(["09"])
     with pytest.raises(ValueError, match="07_budget_search is not rehearsed"):
         rehearsal.stages(["02", "07"])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "smolvlm"])
+def test_any_folder_s_model_is_written_as_holes_which_load(family, tmp_path):
+    source = families.save(family, tmp_path / "source")
+    for file in source.glob("*.safetensors"):
+        file.unlink()  # weights need not be there
+    model, processor = loading.load(rehearsal.hollow(source, tmp_path / "base"))
+    assert len(parts(model).blocks) == families.BLOCKS and processor.chat_template
+    assert not any(p.any() for p in parts(model).blocks.parameters()), "holes read as zeros"
+
+
+@pytest.mark.parametrize("name", true_size.MADE)
+def test_checkpoints_are_written_at_their_true_size(name, tmp_path):
+    folder = rehearsal.hollow(true_size.save(name, tmp_path / "source"), tmp_path / "base")
+    wanted = account(base_config(folder)).weights_bytes
+    assert 0 <= (folder / "model.safetensors").stat().st_size - wanted < 2**19, "names and shapes come on top"
+    assert load_processor(folder).image_token_ids
 
 
 def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path, monkeypatch):

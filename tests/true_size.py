@@ -19,11 +19,11 @@ from medprune.models.sizes import named_config
 
 def tokenizer(*marks: str, **named: str):
     """Return SmolLM2's tokenizer, as the base of `local` has it, with further marks, some by name."""
-    made = load_processor(prepare_base("smollm2")).tokenizer
+    whole = load_processor(prepare_base("smollm2")).tokenizer
+    own = {name: getattr(whole, name) for name in ("eos_token", "pad_token", "bos_token")}
+    own |= {"extra_special_tokens": named} if named else {}
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=whole.backend_tokenizer, **own)
     made.add_tokens([hf.AddedToken(mark, special=True, normalized=False) for mark in (*marks, *named.values())])
-    for name, mark in named.items():
-        setattr(made, name, mark)
-        setattr(made, f"{name}_id", made.convert_tokens_to_ids(mark))
     return made
 
 
