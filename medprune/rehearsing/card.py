@@ -142,6 +142,9 @@ class Pretend(torch.Tensor):
         return self.cpu().tolist()
 
 
+COUNTS, FEW = (aten.sum.default, aten.sum.dim_IntList), 4096  # truths that are counted: a few pictures', no pixels'
+
+
 def is_card(device) -> bool:
     return device is not None and torch.device(device).type == NAME
 
@@ -177,6 +180,8 @@ def run(func, args, kwargs):
         return _view(func, args, kwargs)
     if func in BY_INDEX:
         args = (args[0], [number for index in args[1] for number in _as_numbers(index)], *args[2:])
+    if func in COUNTS and args[0].dtype == torch.bool and args[0].truth is None and args[0].numel() <= FEW:
+        args[0].truth = torch.ones(args[0].shape, dtype=torch.bool)  # as each reads by itself
     key, flat = _form(func, args, kwargs)
     ours = [x for x in flat if isinstance(x, Pretend)]
     known = torch.Tag.nondeterministic_seeded not in func.tags and all(x.truth is not None for x in ours)
@@ -468,7 +473,7 @@ class _Cards(_DummyBackendModule):
         ledger.begun[_number(device or NAME)] = ledger.now[_number(device or NAME)]
 
     def is_bf16_supported(self, *_):
-        return False
+        return True  # emulated on a T4
 
     def get_amp_supported_dtype(self):
         return [torch.float16, torch.bfloat16]
