@@ -10,7 +10,7 @@ import torch
 from exported import batch_of, retold
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from medprune.exporting.folders import open_source
+from medprune.exporting.folders import export_hub, open_source
 from medprune.exporting.gguf import MMPROJ, TEXT, export_gguf, paired, q4_1, vision_layers_run
 from medprune.exporting.vocabulary import MARKER, modelfile, pre_tokenizer, scores, server_template
 from medprune.models.loading import load, save
@@ -130,6 +130,40 @@ def test_codes_are_kept_in_q4_1(tiny, rows, tmp_path, method, group_size):
         error = (torch.from_numpy(text_weight(tensors, name, config, True)) - layer.fake_quantized_weight()).abs()
         errors.append(float((error / step).max()))
     assert len(errors) == 6 * 7 and 0 < max(errors) <= 0.01
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mixed_widths_a_tower_and_a_table_are_kept_as_near_as_gguf_has_them(family, tmp_path, tied):
+    model, processor = load(family("llama", tied), dtype=torch.bfloat16)
+    options = {"quantize_vision": 8, "quantize_embeddings": 4, "quantize_head": False if tied else 8}
+    widths = [3, 8]
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model, info = quantize(model, "rtn", widths, 32, **options)
+    save_quantized(model, tmp_path / "in", "rtn", info, processor)
+    lines = export_gguf(open_source(tmp_path / "in"), tmp_path / "out")
+    assert any("rounded anew to Q8_0" in line for line in lines) and any("where the plan has" in line for line in lines)
+    model, config, seen = load_quantized(tmp_path / "in"), model.config.text_config, {}
+    tensors = read(tmp_path / "out" / TEXT)[1]
+    assert ("output.weight" in tensors) != tied
+    for name, tensor in tensors.items():
+        found = torch.from_numpy(text_weight(tensors, name, config, True))
+        if name.startswith("blk.") and "norm" not in name:
+            _, block, part, _ = name.split(".")
+            layer = model.get_submodule(f"model.language_model.layers.{block}.{OURS[part]}")
+        elif name in ("token_embd.weight", "output.weight"):
+            layer = model.get_input_embeddings() if name[0] == "t" else model.lm_head
+        else:
+            assert np.array_equal(tensor, ours_of(model, name).detach().float().numpy()), name
+            continue
+        step = layer.parts()[1].float().t().repeat_interleave(32, 1)
+        error = float(((found - layer.fake_quantized_weight()).abs() / step).max())
+        seen[layer.bits] = max(seen.get(layer.bits, 0), error)
+    assert seen.keys() == {3, 4, 8} and 0 < max(seen[3], seen[4]) <= 0.01 and 0.1 < seen[8] < 1.1
+    pictures = read(tmp_path / "out" / MMPROJ)[1]
+    whole, tower = plain["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].float(), pictures["v.blk.0.ffn_up.weight"]
+    assert 0 < (torch.from_numpy(tower) - whole).abs().max() < 3 * float(whole.abs().max()) / 127
+    with pytest.raises(ValueError, match="has mixed widths or a packed table, head or tower, which GGUF alone stores"):
+        export_hub(open_source(tmp_path / "in"), tmp_path / "hub")
 
 
 def test_q4_1_keeps_codes_and_says_its_error():

@@ -16,11 +16,11 @@ from transformers import LlavaConfig
 
 from medprune.device import choose_device
 from medprune.models.assembled import base_card
-from medprune.models.families import current_name, hub_name
+from medprune.models.families import current_name, hub_name, names
 from medprune.models.loading import check_loading, load, load_processor, stored_tensors
-from medprune.models.sizes import named_config, skeleton
+from medprune.models.sizes import OPTIONS, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
-from medprune.quantizing.quantize import target_linears
+from medprune.quantizing.quantize import TABLES, fewest, target_linears
 from medprune.store import read_json, run_root, write_folder, write_json, write_text
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
@@ -34,7 +34,7 @@ _UNSAID = ("is_local", "local_files_only", "backend")  # of this machine, not of
 @dataclass(frozen=True)
 class Source:
     """A checked folder: its config.json, that of text model and tower with the defaults filled in, where each tensor is
-    by transformers 5's name, AWQ's group size or None, and the processor."""
+    by transformers 5's name, the group size of packed layers or None, their bits by name, and the processor."""
 
     folder: Path
     config: dict
@@ -42,11 +42,17 @@ class Source:
     vision: dict
     tensors: dict[str, tuple[Path, str]]
     group_size: int | None
+    packed: dict[str, int]
     processor: object
 
     @property
     def dtype(self) -> str:
         return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
+    @property
+    def standard(self) -> bool:
+        """Whether what is packed is in AWQ's layout, 4 bits in all blocks, which others load."""
+        return self.config.get("quantization_config", {}).get("quant_method", "awq") == "awq"
 
 
 def find_model(name: str, runs_dir: str | None = None) -> Path:
@@ -87,16 +93,17 @@ def open_source(folder: str | Path) -> Source:
         if (kind := config.get(part, {}).get("model_type", known[0])) not in known:
             what = f"{part} is of model_type {kind!r}, which the engines do not take here"
             raise ValueError(f"{folder}: {what}; exported are {', '.join(known)}.")
-    quantized = config.get("quantization_config")
-    if quantized and (quantized.get("quant_method"), quantized.get("bits")) != ("awq", 4):
+    quantized = config.get("quantization_config") or {}
+    awq = quantized.get("quant_method") == "awq" and quantized.get("bits") == 4
+    if quantized and not awq and quantized.get("method") not in TABLES:
         how = " ".join(str(quantized[k]) for k in ("quant_method", "method", "bits") if k in quantized)
-        raise ValueError(f"{folder} is stored as {how}; exported are 16 bits, and awq and rtn of 4 bits in all blocks.")
+        raise ValueError(f"{folder} is stored as {how}; exported are 16 bits, awq and rtn.")
     whole = LlavaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
-    tensors, group_size = stored_tensors(folder), (quantized or {}).get("group_size")
-    _check_tensors(folder, whole, tensors, group_size)
+    tensors = stored_tensors(folder)
+    packed = _check_tensors(folder, whole, tensors, quantized)
     text, vision = (whole.to_dict()[part] for part in ("text_config", "vision_config"))
-    source = Source(folder, config, text, vision, tensors, group_size, load_processor(folder))
-    return source
+    group_size = quantized.get("group_size")
+    return Source(folder, config, text, vision, tensors, group_size, packed, load_processor(folder))
 
 
 def load_folder(folder: Path, dtype=None):
@@ -111,14 +118,23 @@ def load_folder(folder: Path, dtype=None):
     return (model if dtype is None else model.to(dtype)), load_processor(folder)
 
 
-def _check_tensors(folder: Path, config: LlavaConfig, tensors: dict, group_size: int | None) -> None:
+def _check_tensors(folder: Path, config: LlavaConfig, tensors: dict, quantized: dict) -> dict[str, int]:
+    """Return the bits of the packed layers by name; ValueError where tensors are not those that they should be."""
     model = skeleton(config)
     stored = model.state_dict().keys() - model.all_tied_weights_keys.keys()
     expected = {name: list(t.shape) for name, t in model.state_dict().items() if name in stored}
-    for name in target_linears(model, 4) if group_size else ():
+    tower, head, table = (quantized.get(option, False) for option in OPTIONS.values())
+    packed = target_linears(model, quantized["bits"], head, tower, quantized["group_size"]) if quantized else {}
+    if table:
+        packed |= {names(model).table: fewest(quantized["bits"], table)}
+        expected |= {f"{names(model).table}.multiplier": []}
+    for name, bits in packed.items():
         n_out, n_in = expected.pop(f"{name}.weight")
-        groups = n_in // group_size
+        groups = n_in // quantized["group_size"]
         shapes = {"qweight": [n_in, n_out // 8], "qzeros": [groups, n_out // 8], "scales": [groups, n_out]}
+        if quantized["quant_method"] != "awq":
+            zeros = [groups, n_out * bits // 8]
+            shapes = {"qweight": [n_out, n_in * bits // 8], "zero_point": zeros, "scale": [groups, n_out]}
         expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
     found = shapes_of(tensors)
     known = expected.keys() & found.keys()
@@ -128,6 +144,7 @@ def _check_tensors(folder: Path, config: LlavaConfig, tensors: dict, group_size:
         "mismatched_keys": [name for name in known if found[name] != expected[name]],
     }
     check_loading(misfits, folder)
+    return packed
 
 
 def shapes_of(tensors: dict[str, tuple[Path, str]]) -> dict[str, list[int]]:
@@ -150,8 +167,11 @@ def check_new(out: Path) -> Path:
 def export_hub(source: Source, out: Path) -> list[str]:
     """Write names, configuration and processor files as LLaVA's checkpoints on the hub have them; return its size said.
 
-    Plain transformers, older ones and vLLM load the folder, by its README.md.
+    Plain transformers, older ones and vLLM load the folder, by its README.md. Raises ValueError for widths that none of
+    them knows.
     """
+    if not source.standard:
+        raise ValueError(f"{source.folder} has mixed widths or a packed table, head or tower, which GGUF alone stores.")
     with write_folder(check_new(out)) as temporary:
         for file in sorted({file for file, _ in source.tensors.values()}):
             rename_tensors(file, temporary / file.name)
@@ -225,7 +245,10 @@ def model_card(source: Source, what: str, how: str) -> str:
     if not said:
         base = base_card(str(source.folder))
         said = [f"- Base: {base['name']}", f"- Licence: {base['licence']}"]
-    stored = f"AWQ's layout, groups of {source.group_size}" if source.group_size else f"{source.dtype}, not quantized"
+    stored = f"{source.dtype}, not quantized"
+    if source.group_size:
+        widths = " and ".join(map(str, sorted(set(source.packed.values()))))
+        stored = f"groups of {source.group_size}, {widths} bits where packed"
     said = "\n".join([f"- Blocks: {source.text['num_hidden_layers']}, stored as {stored}", *said])
     return f"# A LLaVA exported {what}\n\n{NOT_CLINICAL}\n\n{said}\n\n## How to use it\n{how}\n"
 

@@ -1,8 +1,9 @@
 """A LLaVA as llama.cpp reads it: a GGUF of the text model and one of tower and projector, with the gguf package alone.
 
-Tensors are read, turned and written one at a time. Weights of 16 bits keep their bits; AWQ's codes go into Q4_1, blocks
-of 32 weights `code * d + m` of which d is our scale, exactly, and m = -zero_point * scale rounded to fp16: an error of
-at most 1% of a step (0.7% where nothing is subnormal).
+Tensors are read, turned and written one at a time. Weights of 16 bits keep their bits; codes of 3 and 4 bits go into
+Q4_1, blocks of 32 weights `code * d + m` of which d is our scale, exactly, and m = -zero_point * scale rounded to fp16:
+an error of at most 1% of a step (0.7% where nothing is subnormal). Those of 8 bits, which no format keeps as they are,
+are rounded anew to Q8_0. So are mixed widths written, and a packed tower, head and embedding table.
 """
 
 import math
@@ -19,12 +20,14 @@ from medprune.exporting.folders import Source, check_new, model_card, shapes_of
 from medprune.exporting.vocabulary import add_tokenizer, modelfile
 from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS
 from medprune.models.loading import read_tensor
-from medprune.models.sizes import account
+from medprune.models.sizes import OPTIONS, account
 from medprune.quantizing.packed import from_awq, unpack_codes
 from medprune.store import write_folder, write_text
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"
-BLOCK = 32  # weights of a Q4_1 block: 16 bytes of codes, d and m in fp16
+BLOCK = 32  # weights of a block
+BLOCK_BYTES = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # codes, and d, of Q4_1 m too, in fp16
+PARTS = ("qzeros", "scales", "scale", "zero_point", "multiplier")  # of a packed layer, beside its qweight
 MAX_STEP_ERROR = 0.01  # of a step
 _USE = """```bash
 llama-server -m text.gguf --mmproj mmproj.gguf --jinja --temp 0 --host 127.0.0.1
@@ -72,7 +75,7 @@ def export_gguf(source: Source, out: Path) -> list[str]:
     _check(source)
     with write_folder(check_new(out)) as temporary:
         worst = _write(text_writer(source), text_tensors(source), temporary / TEXT)
-        _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
+        worst |= _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
         write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
         write_text(temporary / "README.md", model_card(source, "to GGUF", _USE))
         sizes = {name: (temporary / name).stat().st_size for name in (TEXT, MMPROJ)}
@@ -80,20 +83,24 @@ def export_gguf(source: Source, out: Path) -> list[str]:
     return lines + notes(source, sum(sizes.values()), worst)
 
 
-def notes(source: Source, n_bytes: int, worst: float, context: int = 840) -> list[str]:
-    """Return lines that put the files beside the plan, and say what of AWQ's storage costs bytes in Q4_1."""
+def notes(source: Source, n_bytes: int, worst: dict[Kind, float], context: int = 840) -> list[str]:
+    """Return lines that put the files beside the plan, and say what of our storage costs bytes or steps there."""
     lines = []
     if source.text["model_type"] != "qwen2":  # whose biases the plan does not count
-        storage = {"bits": 4, "group_size": source.group_size} if source.group_size else {}
+        storage = source.config.get("quantization_config") or {}
+        known = ("bits", "group_size", *OPTIONS.values())
+        storage = {name: storage[name] for name in known if name in storage}
         plan = account(source.config, 0, context=context, **storage)
         cache = plan.kv_cache_bytes / 2**20
         lines += [f"in all {n_bytes / 2**20:.1f} MiB, where the plan has {plan.weights_bytes / 2**20:.1f}"]
         lines += [
             f"with a KV cache of {context} tokens in 16 bits ({cache:.1f} MiB): {n_bytes / 2**20 + cache:.1f} MiB"
         ]
-    if source.group_size:
-        lines += [f"codes and scales are AWQ's, offsets within {worst:.2%} of a step"]
-    if (source.group_size or BLOCK) > BLOCK:
+    if Kind.Q4_1 in worst:
+        lines += [f"codes and scales are kept in Q4_1, offsets within {worst[Kind.Q4_1]:.2%} of a step"]
+    if Kind.Q8_0 in worst:
+        lines += [f"what had 8 bits is rounded anew to Q8_0, within {worst[Kind.Q8_0]:.2f} of a step"]
+    if (source.group_size or BLOCK) > BLOCK and Kind.Q4_1 in worst:
         lines += [
             f"Q4_1 takes 5 bits a weight for groups of {source.group_size} as for {BLOCK}: "
             f"`medprune quantize --group-size {BLOCK}` keeps more in the same file."
@@ -119,7 +126,7 @@ def _check(source: Source) -> None:
             choices = " or ".join(map(str, known))
             raise ValueError(f"{source.folder} has {name} {value!r}, of which llama.cpp's LLaVA knows {choices} only.")
     if (source.group_size or BLOCK) % BLOCK:
-        raise ValueError(f"groups of {source.group_size} are no multiple of Q4_1's {BLOCK} weights.")
+        raise ValueError(f"groups of {source.group_size} are no multiple of a block's {BLOCK} weights.")
 
 
 # ---- text
@@ -144,7 +151,9 @@ def text_writer(source: Source) -> gguf.GGUFWriter:
     writer.add_rope_freq_base((text.get("rope_parameters") or text)["rope_theta"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_vocab_size(text["vocab_size"])
-    name = "MOSTLY_Q4_1" if source.group_size else _FILE_TYPES[getattr(torch, source.dtype)]
+    widths = set(source.packed.values())
+    packed = "MOSTLY_Q8_0" if widths == {8} else "MOSTLY_Q4_1"
+    name = packed if widths else _FILE_TYPES[getattr(torch, source.dtype)]
     writer.add_file_type(gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, source)
@@ -159,16 +168,23 @@ def text_tensors(source: Source) -> list[Tensor]:
     shapes, found = shapes_of(source.tensors), []
     for key, shape in shapes.items():
         module, _, part = key.rpartition(".")
-        if module not in names or part in ("qzeros", "scales"):
+        if module not in names or part in PARTS:
             continue
         heads = _rotated_heads(source, module)
         if part == "qweight":
-            n_in, n_out = shape[0], shape[1] * 8
-            read = partial(_read_q4_1, source, module, heads)
-            found.append(Tensor(f"{names[module]}.weight", Kind.Q4_1, (n_out, n_in // BLOCK * 20), read))
+            found.append(_packed(source, module, names[module], shape, heads))
         else:
             found.append(_floats(source, key, f"{names[module]}.{part}", shape, heads))
     return found
+
+
+def _packed(source: Source, module: str, name: str, shape, heads: int | None = None) -> Tensor:
+    """Return a packed layer's weight: in Q8_0 where it has 8 bits, else in Q4_1. shape: of its qweight."""
+    bits = source.packed[module]
+    n_out, n_in = (shape[1] * 8, shape[0]) if source.standard else (shape[0], shape[1] * 8 // bits)
+    kind = Kind.Q8_0 if bits == 8 else Kind.Q4_1
+    read = partial(_read_packed, source, module, heads)
+    return Tensor(f"{name}.weight", kind, (n_out, n_in // BLOCK * BLOCK_BYTES[kind]), read)
 
 
 def _rotated_heads(source: Source, module: str) -> int | None:
@@ -205,12 +221,16 @@ def _read_floats(source: Source, key: str, heads: int | None, kind: Kind) -> np.
     return (found if kind == Kind.F32 else found.view(torch.uint8)).numpy()
 
 
-def _read_q4_1(source: Source, module: str, heads: int | None) -> tuple[np.ndarray, float]:
-    """Return (blocks (out, in / 32 * 20) uint8, the worst error as a share of a step)."""
-    stored = [read_tensor(*source.tensors[f"{module}.{part}"]) for part in ("qweight", "qzeros", "scales")]
-    layer = from_awq(*stored)
-    codes, zeros = unpack_codes(layer["qweight"], 4), unpack_codes(layer["zero_point"], 4)
-    data, worst = q4_1(*(paired(part, heads) for part in (codes, layer["scale"].t(), zeros.t())))
+def _read_packed(source: Source, module: str, heads: int | None) -> tuple[np.ndarray, float]:
+    """Return (blocks (out, bytes) uint8, the worst error as a share of a step)."""
+    parts = ("qweight", "qzeros", "scales") if source.standard else ("qweight", "zero_point", "scale")
+    stored, bits = [read_tensor(*source.tensors[f"{module}.{part}"]) for part in parts], source.packed[module]
+    layer = from_awq(*stored) if source.standard else dict(zip(parts, stored, strict=True))
+    codes, zeros = unpack_codes(layer["qweight"], bits), unpack_codes(layer["zero_point"], bits)
+    codes, scale, zeros = (paired(part, heads) for part in (codes, layer["scale"].t(), zeros.t()))
+    if bits == 8:
+        return q8_0(codes, scale, zeros)
+    data, worst = q4_1(codes, scale, zeros)
     if not worst <= MAX_STEP_ERROR:
         raise ValueError(f"{module}: Q4_1 would be off by {worst:.1%} of a step, more than {MAX_STEP_ERROR:.0%}.")
     return data, worst
@@ -229,6 +249,19 @@ def q4_1(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> 
     d, m = (part.repeat_interleave(times, 1)[..., None].contiguous().view(torch.uint8) for part in (scale.half(), m))
     halves = codes.reshape(len(codes), -1, 2, BLOCK // 2)  # (out, blocks, halves, 16)
     return torch.cat([d, m, halves[:, :, 0] | (halves[:, :, 1] << 4)], -1).reshape(len(codes), -1).numpy(), worst
+
+
+def q8_0(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Return 8-bit codes, as `q4_1` takes them, rounded anew to Q8_0, and the worst error as a share of their step.
+
+    Blocks are (out, in / 32 * 34) bytes: d, then 32 signed codes; d is the largest weight's size over 127.
+    """
+    grouped = codes.reshape(*scale.shape, -1).float()
+    weight = ((grouped - zero_point.float()[..., None]) * scale.float()[..., None]).reshape(codes.shape)
+    data = gguf.quants.quantize(weight.numpy(), Kind.Q8_0)
+    again = torch.from_numpy(gguf.quants.dequantize(data, Kind.Q8_0))
+    steps = (again - weight).abs().reshape(grouped.shape) / scale.float()[..., None]
+    return data, float(steps.max())
 
 
 # ---- tower and projector
@@ -279,27 +312,29 @@ def vision_tensors(source: Source) -> list[Tensor]:
     found = [_floats(source, f"{embeddings}.class_embedding", "v.class_embd", shapes[f"{embeddings}.class_embedding"])]
     for key, shape in shapes.items():
         module, _, part = key.rpartition(".")
-        if module in names:
+        if module in names and part == "qweight":
+            found.append(_packed(source, module, names[module], shape))
+        elif module in names and part not in PARTS:
             kind = Kind.F16 if _half(source) and "position" not in module else Kind.F32
             found.append(_floats(source, key, f"{names[module]}.{part}", shape, kind=kind))
     return found
 
 
-def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> float:
-    """Write a file, a tensor in memory at a time; return the worst error of those in Q4_1, as a share of a step."""
+def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> dict[Kind, float]:
+    """Write a file, a tensor in memory at a time; return the worst error of packed ones, as a share of a step."""
     for t in tensors:
         dtype = np.dtype(np.float32 if t.kind == Kind.F32 else np.uint8)
         writer.add_tensor_info(t.name, t.shape, dtype, t.n_bytes, raw_dtype=t.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    worst = 0.0
+    worst = {}
     try:
         for t in tensors:
             data = t.read()
-            if t.kind == Kind.Q4_1:
+            if t.kind in BLOCK_BYTES:
                 data, error = data
-                worst = max(worst, error)
+                worst[t.kind] = max(worst.get(t.kind, 0.0), error)
             writer.write_tensor_data(np.ascontiguousarray(data))
     finally:
         writer.close()
