@@ -306,7 +306,7 @@ def quantize(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN of 4 bits, or RUN:METHOD")],
+    model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN, or RUN:METHOD")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option(help="hub, vllm (the same files) or gguf (llama.cpp, Ollama)")],
     runs_dir: Runs = None,
