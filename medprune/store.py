@@ -380,8 +380,8 @@ def open_stage(stage, run_name, runs_dir=None, profile="auto", settings=None, **
     return run, run.config
 
 
-def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
-    """Return a run's settings as the stages before `stage` left them; ValueError where it has another profile."""
+def settings_before(root: Path, stage: str | None = None, profile: str = "auto") -> dict:
+    """Return a run's settings as the stages before `stage`, or all, left them; ValueError where its profile differs."""
     if not (root / "run.json").exists():
         raise ValueError(f"run {root.name!r} has no run.json: run {STAGES[0]} first.")
     values = read_parts(root / "run.json", settings=dict)["settings"]
@@ -396,7 +396,7 @@ def settings_before(root: Path, stage: str, profile: str = "auto") -> dict:
             f"run {root.name!r} was made with profile {values['name']!r}, not {profile!r}: "
             f"pass profile={values['name']!r}, or another run_name."
         )
-    for earlier in STAGES[1 : STAGES.index(stage)]:
+    for earlier in STAGES[1 : stage and STAGES.index(stage)]:
         if (root / earlier / "manifest.json").exists():
             values |= read_manifest(root, earlier)["overrides"]
     return values

@@ -86,12 +86,16 @@ def play(task, say=lambda line: None):
     return task.root
 
 
+MANIFEST = {"settings": {}, "overrides": {}, "inputs": {}, "code": "", "versions": {}, "outputs": {}, "contexts": [],
+            "seconds": 1.0, "finished": ""}  # fmt: skip
+
+
 def play_run(root, seed, settings=None, base="x"):
     rng = np.random.default_rng([seed, 3])
     whole = values_of(resolve("smoke", {"seed": seed, **(settings or {})}))
     write_json(root / "run.json", {"settings": whole})
     for stage in STAGES:
-        write_json(root / stage / "manifest.json", {"stage": stage})
+        write_json(root / stage / "manifest.json", MANIFEST | {"stage": stage})
     right = {"original": 0.9, "pruned-0": 0.9, "pruned-1": 0.6, "recovered-1": 0.8, "awq-original": 0.85, "rtn-original": 0.5,
              "rtn-pruned-1": 0.3}
     rows = []
@@ -344,3 +348,12 @@ def test_without_ray_one_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'medprune\[ray\]'"):
         list(study.on_ray([], print))
+
+
+def test_what_a_later_stage_changed_is_what_a_run_was_made_with(tmp_path):
+    for seed in range(3):
+        play_run(tmp_path / str(seed), seed, None if seed == 0 else {"finalists": 1})
+    changed = MANIFEST | {"stage": STAGES[-1], "overrides": {"finalists": 1}}
+    write_json(tmp_path / "0" / STAGES[-1] / "manifest.json", changed)
+    across.report_over([tmp_path / str(seed) for seed in range(3)], tmp_path / "out.md", "Played")
+    assert "3 runs with the seeds 0, 1, 2" in (text := (tmp_path / "out.md").read_text()) and "finalists" not in text

@@ -15,7 +15,7 @@ from medprune.results.groups import BY, LEAST_IMAGES, group_table, least_harm, n
 from medprune.results.page import html_report, markdown_table, with_interval
 from medprune.results.tables import among_random, sweep_means
 from medprune.settings import METHODS, STAGES, at_count
-from medprune.store import Run, read_json, write_csv, write_text
+from medprune.store import Run, read_json, settings_before, write_csv, write_text
 
 SIZES = ("03_prune_sweep/sweep.csv", "04_sft_recovery/recovery.csv", "05_awq_vs_bnb/quantization.csv",
          "07_budget_search/search.csv")  # fmt: skip
@@ -152,7 +152,7 @@ def _read(root: Path) -> dict:
     """Return what the report needs of a finished run."""
     for stage in STAGES[:6]:  # of what the search found there need be nothing
         Run(root, STAGES[-1]).of(stage)
-    settings = read_json(root / "run.json")["settings"]
+    settings = settings_before(root)
     scores = scores_of(root)
     scores = scores[scores["method"] != "pruned-0"]  # the original, once more
     pictures = scores.drop_duplicates("cluster").set_index("cluster")["asked"]
