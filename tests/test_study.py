@@ -352,8 +352,8 @@ def test_without_ray_one_sentence_says_so(tmp_path, monkeypatch):
 
 def test_what_a_later_stage_changed_is_what_a_run_was_made_with(tmp_path):
     for seed in range(3):
-        play_run(tmp_path / str(seed), seed, None if seed == 0 else {"finalists": 1})
-    changed = MANIFEST | {"stage": STAGES[-1], "overrides": {"finalists": 1}}
+        play_run(tmp_path / str(seed), seed, None if seed == 0 else {"finalists": 3})
+    changed = MANIFEST | {"stage": STAGES[-1], "overrides": {"finalists": 3}}
     write_json(tmp_path / "0" / STAGES[-1] / "manifest.json", changed)
     across.report_over([tmp_path / str(seed) for seed in range(3)], tmp_path / "out.md", "Played")
     assert "3 runs with the seeds 0, 1, 2" in (text := (tmp_path / "out.md").read_text()) and "finalists" not in text
