@@ -160,10 +160,12 @@ def make_images(folder: Path, n_train: int, n_test: int) -> Path:
     return folder
 
 
-def short(settings: dict, root: Path) -> dict:
-    """Return what a rehearsal asks for beside a profile's settings: loops cut, lifetimes and sizes kept."""
+def short(settings: dict, root: Path, blocks: int) -> dict:
+    """Return what a rehearsal asks for beside a profile's settings: loops cut, lifetimes and sizes kept.
+
+    blocks: of the base.
+    """
     images, most = -(-settings["batch_rows"] // 3) + 1, max(settings["recover"])  # they fill a batch, and begin another
-    blocks = shape_of(base_config(root / "base")).blocks
     first = blocks // 3
     asked = {
         "base": str(root / "base"), "images": str(root / "dermnet"), "embedding": "minilm",
@@ -194,9 +196,9 @@ def rehearse(machine: Machine, root: Path, stages=REHEARSED, settings: dict | No
         make_images(root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1)
     if asked.get("judge", "reference") != "reference" and not (root / "judge").exists():
         make_judge(root / "judge")
-    found = []
+    found, blocks = [], shape_of(base_config(root / "base")).blocks
     for stage in stages:
-        found.append(_stage(stage, machine, root, asked | short(asked, root)))
+        found.append(_stage(stage, machine, root, asked | short(asked, root, blocks)))
         if say:
             say(found[-1])
         if found[-1]["misfit"]:
