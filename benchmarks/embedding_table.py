@@ -23,11 +23,11 @@ from medprune.models.sizes import account
 from medprune.progress import quiet
 from medprune.quantizing.quantize import quantize
 from medprune.results import stats
+from medprune.searching.budget import FULL
 from medprune.settings import Config
 from medprune.store import Run, describe_machine, settings_before, write_json
 
 RESULTS = Path(__file__).parent / "results" / "embedding_table.json"
-FEWEST = 16  # bits of the blocks, which stay as they are
 
 
 def answers(root: Path, bits: list[int], scratch: Path) -> tuple[pd.DataFrame, list[dict]]:
@@ -39,12 +39,12 @@ def answers(root: Path, bits: list[int], scratch: Path) -> tuple[pd.DataFrame, l
     here = Run(scratch / root.name, "01_finetune")
     here.dir.mkdir(parents=True)
     rows, costs = [], []
-    for width in (FEWEST, *bits):
+    for width in (FULL, *bits):
         llava, processor = loading.load(folder)
-        if width != FEWEST:
-            llava, _ = quantize(llava, "rtn", FEWEST, config.group_size, quantize_embeddings=width)
-        packed = {} if width == FEWEST else {"quantize_embeddings": width, "method": "rtn"}
-        counted = account(llava.config, 0, FEWEST, config.group_size, 0, **packed).weights_bytes
+        if width != FULL:
+            llava, _ = quantize(llava, "rtn", FULL, config.group_size, quantize_embeddings=width)
+        packed = {} if width == FULL else {"quantize_embeddings": width, "method": "rtn"}
+        counted = account(llava.config, 0, FULL, config.group_size, 0, **packed).weights_bytes
         label = f"{width} bits"
         said, speed = timing.evaluate(llava, processor, label, asked, here.units(label), config)
         rows += said
@@ -59,7 +59,7 @@ def measure(roots: list[Path], bits: list[int]) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         found = [answers(root, bits, Path(scratch)) for root in roots]
     table = pd.concat([scores for scores, _ in found], ignore_index=True)
-    pairs = [(f"{width} bits", f"{FEWEST} bits") for width in bits]
+    pairs = [(f"{width} bits", f"{FULL} bits") for width in bits]
     costs = pd.DataFrame([cost for _, several in found for cost in several]).groupby("method", sort=False).mean()
     return {
         "runs": [root.name for root in roots],

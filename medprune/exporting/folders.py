@@ -18,9 +18,9 @@ from medprune.device import choose_device
 from medprune.models.assembled import base_card
 from medprune.models.families import current_name, hub_name, names
 from medprune.models.loading import check_loading, load, load_processor, stored_tensors
-from medprune.models.sizes import OPTIONS, named_config, skeleton
+from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
-from medprune.quantizing.quantize import TABLES, fewest, target_linears
+from medprune.quantizing.quantize import fewest, target_linears
 from medprune.store import read_json, run_root, write_folder, write_json, write_text
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")

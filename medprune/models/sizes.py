@@ -25,6 +25,7 @@ STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the sca
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
 # What may be stored in fewer bits beside the blocks, and the option that says so, which takes true or the bits.
 OPTIONS = {"vision tower": "quantize_vision", "head": "quantize_head", "embedding table": "quantize_embeddings"}
+TABLES = ("rtn", "awq")  # whose codes an embedding table can be looked up in
 TIED_TABLE = "the head is the embedding table (tied): leave quantize_head out, quantize_embeddings packs it for both."
 ODD_LINEARS = "no linear of the vision tower has a width that groups of {} divide: leave quantize_vision out."
 
@@ -436,8 +437,8 @@ def _check_storage(shape, bits: set[float], group_size: int, method: str, head, 
     if bits == {16} and True in (head, vision, embeddings):
         ways = f"by rtn or hqq in fewer than 16 bits, not by {method} in 16"
         raise ValueError(f"head, vision tower and embedding table are quantized {ways}.")
-    if embeddings and method not in ("rtn", "awq"):
-        raise ValueError(f"quantize_embeddings works with rtn and awq, not with {method}.")
+    if embeddings and method not in TABLES:
+        raise ValueError(f"quantize_embeddings works with {' and '.join(TABLES)}, not with {method}.")
     if embeddings and head and shape.tied:
         raise ValueError(TIED_TABLE)
     if vision and not shape.vision_linears:

@@ -14,13 +14,12 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import conversation
 from medprune.models.families import block_number, names, parts
 from medprune.models.loading import weight_bytes
-from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, TIED_TABLE, packable
+from medprune.models.sizes import NO_LINEARS, ODD_LINEARS, TABLES, TIED_TABLE, packable
 from medprune.quantizing.packed import PackedLinear, PackedTable
 from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 
 CHOICES = (*BITS, 16)  # 16: the block is left as it is
 MIXING = tuple(m for m in METHODS if len(WIDTHS[m]) > 1)  # take bits for each block, and head and tower too
-TABLES = ("rtn", "awq")  # whose codes an embedding table can be looked up in
 MIN_CALIBRATION_ROWS = 4
 
 
