@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: test lint setup demo study photos lab rehearse faults families bump counts
+.PHONY: test lint setup demo study photos deploy lab rehearse faults families bump counts
 setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml
@@ -35,6 +35,20 @@ photos: $(READY)
 	'blocks_removed: [0, 2, 4]' 'recover: [2]' 'methods: [awq, bnb]' 'recipes: [lora, last_blocks]' \
 	'random_draws: 5' 'evaluations: 24' 'finalists: 1' > runs/photos.yaml
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/photos.yaml --out runs/photos.md
+
+# A local run, RUN=demo or another, to its end, with notebook 08 asking llama.cpp and vLLM, which are installed in
+# environments of their own.
+RUN ?= demo
+ENGINES := $(CURDIR)/.venv-engines
+deploy: $(READY) $(ENGINES)/ready
+	export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
+	$(BIN)/medprune run --profile local --name $(RUN) --to 07_budget_search && \
+	MEDPRUNE_LLAMACPP=$(ENGINES)/llamacpp/bin/python MEDPRUNE_VLLM=$(ENGINES)/vllm/bin/python \
+	$(BIN)/medprune run --profile local --name $(RUN) --from 08_deploy
+
+$(ENGINES)/ready: install_engines.sh
+	PYTHON=$(PYTHON) bash install_engines.sh $(ENGINES)
+	touch $@
 
 # Profile t4 at full size on pretended GPUs: two T4s, as on Kaggle, and one with little host memory, as on Colab.
 rehearse: $(READY)

@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
 STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recovery", "05_awq_vs_bnb", "06_judge_eval",
-          "07_budget_search")  # fmt: skip
+          "07_budget_search", "08_deploy")  # fmt: skip
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTHS = {"rtn": (3, 4, 8), "awq": (3, 4, 8), "bnb": (4,), "hqq": (3, 4, 8)}  # bits that each method stores
 METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
+ENGINES = ("llama.cpp", "vLLM")
+MIXTURES = ("Q4_K_M", "Q4_0", "Q3_K_M")  # of llama.cpp's types, that its users take
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
 BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
@@ -50,24 +52,24 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    name: str = _setting("local", "1234567", "the profile: smoke, local or t4")
-    seed: int = _setting(0, "1234567", "of every random draw", ge=0, lt=2**32)
+    name: str = _setting("local", "12345678", "the profile: smoke, local or t4")
+    seed: int = _setting(0, "12345678", "of every random draw", ge=0, lt=2**32)
     # data
-    images: str = _setting("synthetic", "167", '"synthetic", or a folder or table of photographs')
+    images: str = _setting("synthetic", "1678", '"synthetic", or a folder or table of photographs')
     modality: Literal["clinical", "dermoscopic", "both"] | None = _setting(
         None, "1", "of the photographs taken; null takes what there is, but mixes none"
     )
-    conditions: str | None = _setting(None, "1234567", "facts file of other conditions, as data/conditions.json")
+    conditions: str | None = _setting(None, "12345678", "facts file of other conditions, as data/conditions.json")
     n_train: Count | None = _setting(None, "1", "training images; null takes all there are")
     n_test: Count | None = _setting(None, "1", "test images; null takes a third")
     history: bool = _setting(False, "1", "what a patient says of it goes before every question, where the images know")
     image_size: int = _setting(96, "1", "side of synthetic images, pixels", ge=32, le=1024)
     # base model
-    base: str = _setting("smollm2", "157", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
+    base: str = _setting("smollm2", "1578", f"{', '.join(BASES)}, or a hub id or folder in the LLaVA layout")
     base_bits: Literal[4, 16] = _setting(16, "147", "4: QLoRA over an NF4 base")
-    held_bits: Literal[4, 16] = _setting(16, "1234567", "of 16-bit models while they answer; 4: as NF4, to fit a card")
+    held_bits: Literal[4, 16] = _setting(16, "12345678", "of 16-bit models while they answer; 4: as NF4, to fit a card")
     vision_steps: Whole = _setting(0, "1", "optimizer steps of an assembled base's vision tower")
-    embedding: str = _setting("minilm", "1234567", '"minilm" (the wheel\'s), or a sentence-transformers name or folder')
+    embedding: str = _setting("minilm", "12345678", '"minilm" (the wheel\'s), a sentence-transformers name or folder')
     # fine-tuning (the paper: QLoRA, r 16, alpha 8)
     lora_r: Count = _setting(16, "147", "rank of the adapters")
     lora_alpha: Count = _setting(8, "147", "their scale, over the rank")
@@ -95,7 +97,7 @@ class Settings(BaseModel):
     data_fractions: tuple[Share, ...] = _setting((1.0,), "4", "shares of the images, for each recipe", min_length=1)
     equal_time: bool = _setting(False, "4", "also give each recipe the time that lora takes")
     # answers
-    max_new_tokens: Count = _setting(38, "13457", "length of an answer")
+    max_new_tokens: Count = _setting(38, "134578", "length of an answer")
     batch_rows: Count = _setting(128, "123457", "answers decoded at once; halved where they do not fit")
     # importance and pruning
     n_calibration: Count = _setting(8, "2", "training images, three questions each, that score the blocks")
@@ -103,38 +105,45 @@ class Settings(BaseModel):
     random_draws: Count = _setting(20, "2", "random orders of removal, among which notebook 03 places every criterion")
     protected_blocks: tuple[int, ...] = _setting((0, 1, -1), "237", "never removed; the paper's 1, 2 and 32, from 0")
     blocks_removed: tuple[int, ...] = _setting((0, 1, 2, 3, 4, 6), "234", "counts that notebook 03 tries")
-    recover: tuple[Count, ...] = _setting((2, 4), "234567", "counts that notebook 04 recovers", min_length=1)
+    recover: tuple[Count, ...] = _setting((2, 4), "2345678", "counts that notebook 04 recovers", min_length=1)
     # quantization
     methods: tuple[Literal[METHODS], ...] = _setting(("awq", "bnb", "rtn"), "5", "of 4 bits, compared")
     kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
     group_size: Literal[GROUP_SIZES] = _setting(64, "57", f"weights that share a scale; NF4 always {NF4_GROUP}")
-    awq_rows: int = _setting(8, "57", "calibration conversations", ge=4, le=MOST)
-    awq_tokens: Count = _setting(1024, "57", "of each, at most")
+    awq_rows: int = _setting(8, "578", "calibration conversations", ge=4, le=MOST)
+    awq_tokens: Count = _setting(1024, "578", "of each, at most")
     # search for the best model within a budget
     budget_mib: Positive | None = _setting(
         None, "7", "most memory of the model found, KV cache and working memory in it; null: the paper's pipeline's"
     )
-    context_tokens: Count = _setting(256, "7", "of the KV cache that the budget holds")
+    context_tokens: Count = _setting(256, "78", "of the KV cache that the budget holds")
     search_images: Count = _setting(8, "7", "training images that plans are measured on")
     selection_images: Count = _setting(16, "7", "other training images, on which the best are chosen among")
     evaluations: Count = _setting(40, "7", "plans that each searcher may measure")
     finalists: Count = _setting(2, "7", "best plans that are recovered, and chosen among with and without it")
+    # other engines
+    deployed: tuple[str, ...] = _setting(
+        ("awq-recovered", "found"), "8", "models that other engines are given, each without its count", min_length=1
+    )
+    engines: tuple[Literal[ENGINES], ...] = _setting(ENGINES, "8", "asked, where they are installed", min_length=1)
+    mixtures: tuple[Literal[MIXTURES], ...] = _setting(MIXTURES, "8", "of llama.cpp's own types, beside ours")
     # judge
     primary: tuple[str, str] = _setting(
         ("awq-recovered", "awq-magnitude"), "6", "the one comparison named beforehand, a - b, each without its count"
     )
-    judge: str = _setting("reference", "134567", '"reference", "server", a chat model, or several with + between')
-    judges_combined: Literal["median", "mean"] = _setting("median", "134567", "of several judges' scores")
-    judge_model: str | None = _setting(None, "134567", "the model that a server is asked for")
-    judge_url: str | None = _setting(None, "134567", "an OpenAI-compatible server, such as http://localhost:8000/v1")
-    judge_key_env: str = _setting("OPENAI_API_KEY", "134567", "the environment variable or secret with a server's key")
-    judge_bits: Literal[4, 16] = _setting(16, "134567", "of a chat model in this process")
+    judge: str = _setting("reference", "1345678", '"reference", "server", a chat model, or several with + between')
+    judges_combined: Literal["median", "mean"] = _setting("median", "1345678", "of several judges' scores")
+    judge_model: str | None = _setting(None, "1345678", "the model that a server is asked for")
+    judge_url: str | None = _setting(None, "1345678", "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    judge_key_env: str = _setting("OPENAI_API_KEY", "1345678", "the environment variable or secret with a server's key")
+    judge_bits: Literal[4, 16] = _setting(16, "1345678", "of a chat model in this process")
     card_images: Count = _setting(8, "6", "test images whose answers the judge card is made of")
     card_judges: tuple[str, ...] = _setting(("cosine",), "6", "further judges, for the card and for agreement only")
 
     @model_validator(mode="after")
     def _possible(self):
-        for rule in (_check_images, _check_training, _check_counts, _check_primary, _check_names, _check_judges):
+        rules = (_check_images, _check_training, _check_counts, _check_primary, _check_deployed, _check_names)
+        for rule in (*rules, _check_judges):
             rule(self)
         return self
 
@@ -250,7 +259,7 @@ def protected_numbers(n_blocks: int, blocks: tuple[int, ...]) -> tuple[int, ...]
 
 def at_count(model: str, n: int) -> str:
     """Return the method that `primary` means, n blocks removed: "awq-recovered" is awq-recovered-2."""
-    return model if model.endswith("original") else f"{model}-{n}"
+    return model if model.endswith(("original", "found")) else f"{model}-{n}"
 
 
 def values_of(config) -> dict:
@@ -359,7 +368,8 @@ def _check_training(c: Settings) -> None:
 
 
 def _check_counts(c: Settings) -> None:
-    for name in ("recipes", "data_fractions", "methods", "lora_targets", "recover"):
+    once = ("recipes", "data_fractions", "methods", "lora_targets", "recover", "deployed", "engines", "mixtures")
+    for name in once:
         if len(set(getattr(c, name))) < len(getattr(c, name)):
             raise ValueError(f"{name}={list(getattr(c, name))} must name each once.")
     counts = c.blocks_removed
@@ -376,6 +386,13 @@ def _check_primary(c: Settings) -> None:
     known |= {f"{method}-{model}" for method in c.methods for model in ("original", "pruned", "recovered")}
     if not set(c.primary) <= known or len(set(c.primary)) < 2:
         raise ValueError(f"primary={list(c.primary)} must name two of {', '.join(sorted(known))}.")
+
+
+def _check_deployed(c: Settings) -> None:
+    known = {"original", "recovered", "magnitude", "found"}
+    known |= {f"{method}-{model}" for method in c.kept_methods for model in ("original", "recovered")}
+    if unknown := set(c.deployed) - known:
+        raise ValueError(f"deployed has {min(unknown)!r}, of which no folder is kept: name {', '.join(sorted(known))}.")
 
 
 def _check_names(c: Settings) -> None:

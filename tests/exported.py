@@ -106,12 +106,13 @@ def complete(model, processor, template: str, asked: dict) -> dict:
     while len(said) < asked["max_tokens"]:
         logits = forward(model, ids, cache, shown)[0].float().log_softmax(-1)
         first, shown = logits if first is None else first, None
-        if (token := int(logits.argmax())) == processor.tokenizer.eos_token_id:
+        if (token := int(logits.argmax())) == processor.tokenizer.eos_token_id and not asked.get("ignore_eos"):
             break
         said.append(token)
         ids = torch.tensor([[token]])
-    top = first.topk(asked["top_logprobs"])
+    top = first.topk(asked.get("top_logprobs", 1))
     likely = [{"id": t, "token": "", "logprob": p} for t, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
     words = processor.tokenizer.decode(said, skip_special_tokens=True)
-    choice = {"message": {"content": words}, "logprobs": {"content": [{"top_logprobs": likely}]}}
-    return {"choices": [choice], "usage": {"prompt_tokens": n}}
+    choice = {"finish_reason": "length" if len(said) == asked["max_tokens"] else "stop"}
+    choice |= {"message": {"content": words}, "logprobs": {"content": [{"top_logprobs": likely}]}}
+    return {"choices": [choice], "usage": {"prompt_tokens": n, "completion_tokens": len(said)}}

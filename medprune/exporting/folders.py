@@ -164,15 +164,15 @@ def check_new(out: Path) -> Path:
     return Path(out)
 
 
-def export_hub(source: Source, out: Path) -> list[str]:
+def export_hub(source: Source, out: Path, **record) -> list[str]:
     """Write names, configuration and processor files as LLaVA's checkpoints on the hub have them; return its size said.
 
-    Plain transformers, older ones and vLLM load the folder, by its README.md. Raises ValueError for widths that none of
-    them knows.
+    record: as `write_folder` takes it. Plain transformers, older ones and vLLM load the folder, by its README.md.
+    Raises ValueError for widths that none of them knows.
     """
     if not source.standard:
         raise ValueError(f"{source.folder} has mixed widths or a packed table, head or tower, which GGUF alone stores.")
-    with write_folder(check_new(out)) as temporary:
+    with write_folder(check_new(out), **record) as temporary:
         for file in sorted({file for file, _ in source.tensors.values()}):
             rename_tensors(file, temporary / file.name)
         if (source.folder / INDEX).exists():

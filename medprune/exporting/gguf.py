@@ -7,6 +7,8 @@ are rounded anew to Q8_0. So are mixed widths written, and a packed tower, head 
 """
 
 import math
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +18,15 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from medprune.exporting.engines import MMPROJ, TEXT, quantizer
 from medprune.exporting.folders import Source, check_new, model_card, shapes_of
 from medprune.exporting.vocabulary import add_tokenizer, modelfile
-from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS
+from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS, parts
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import OPTIONS, account
 from medprune.quantizing.packed import from_awq, unpack_codes
 from medprune.store import write_folder, write_text
 
-TEXT, MMPROJ = "text.gguf", "mmproj.gguf"
 BLOCK = 32  # weights of a block
 BLOCK_BYTES = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # codes, and d, of Q4_1 m too, in fp16
 PARTS = ("qzeros", "scales", "scale", "zero_point", "multiplier")  # of a packed layer, beside its qweight
@@ -67,13 +69,15 @@ class Tensor:
         return int(np.prod(self.shape)) * (4 if self.kind == Kind.F32 else 1)
 
 
-def export_gguf(source: Source, out: Path) -> list[str]:
+def export_gguf(source: Source, out: Path, **record) -> list[str]:
     """Write text.gguf, mmproj.gguf, a Modelfile and README.md; return lines on their bytes, beside the plan's.
+
+    record: as `write_folder` takes it.
 
     Raises ValueError in one sentence, and leaves nothing, for what llama.cpp would compute otherwise.
     """
     _check(source)
-    with write_folder(check_new(out)) as temporary:
+    with write_folder(check_new(out), **record) as temporary:
         worst = _write(text_writer(source), text_tensors(source), temporary / TEXT)
         worst |= _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
         write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
@@ -130,8 +134,8 @@ def _check(source: Source) -> None:
 
 
 # ---- text
-def text_writer(source: Source) -> gguf.GGUFWriter:
-    """Return a writer with the text model's keys, tokenizer and chat template put in."""
+def text_writer(source: Source, stored: gguf.LlamaFileType | None = None) -> gguf.GGUFWriter:
+    """Return a writer with the text model's keys, tokenizer and chat template put in; stored: how, or as the source."""
     text = source.text
     heads = text["num_attention_heads"]
     size = text.get("head_dim") or text["hidden_size"] // heads
@@ -154,7 +158,7 @@ def text_writer(source: Source) -> gguf.GGUFWriter:
     widths = set(source.packed.values())
     packed = "MOSTLY_Q8_0" if widths == {8} else "MOSTLY_Q4_1"
     name = packed if widths else _FILE_TYPES[getattr(torch, source.dtype)]
-    writer.add_file_type(gguf.LlamaFileType[name])
+    writer.add_file_type(stored or gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, source)
     return writer
@@ -332,10 +336,111 @@ def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> dict[K
     try:
         for t in tensors:
             data = t.read()
-            if t.kind in BLOCK_BYTES:
+            if isinstance(data, tuple):  # of a packed layer, with its error
                 data, error = data
                 worst[t.kind] = max(worst.get(t.kind, 0.0), error)
             writer.write_tensor_data(np.ascontiguousarray(data))
     finally:
         writer.close()
     return worst
+
+
+# ---- llama.cpp's own types, which its users would take instead
+# The codes come out of llama.cpp's library. Which tensor gets which type is decided by the rules of its llama-quantize
+# (src/llama-quant.cpp), a program that no wheel has: they are stated here for Llama-like text models without experts.
+_USUAL = {"Q4_K_M": Kind.Q4_K, "Q4_0": Kind.Q4_0, "Q3_K_M": Kind.Q3_K}
+_INSTEAD = {Kind.Q3_K: Kind.IQ4_NL, Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}  # odd columns
+
+
+def kind_of(name: str, columns: int, mixture: str, blocks: int, tied: bool, weighted: bool) -> Kind:
+    """Return the type that llama-quantize gives a matrix of this name, where there are so many blocks.
+
+    weighted: whether there is an importance matrix. Types whose blocks the columns do not fill are replaced.
+    """
+    words = name.split(".")
+    block, part = (int(words[1]), words[2]) if words[0] == "blk" else (0, words[0])
+    kind = _USUAL[mixture]
+    ends = block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+    more = mixture == "Q4_K_M" and part in ("attn_v", "ffn_down") and ends
+    if part == "output" or tied and part == "token_embd" or more:
+        kind = Kind.Q6_K
+    elif mixture == "Q4_0" and part == "ffn_down" and weighted and block < blocks // 8:
+        kind = Kind.Q4_1
+    elif mixture == "Q3_K_M" and part == "attn_v":
+        kind = Kind.Q5_K if block < 2 else Kind.Q4_K
+    elif mixture == "Q3_K_M" and part == "ffn_down":
+        kind = Kind.Q5_K if block < blocks // 16 else Kind.Q4_K
+    elif mixture == "Q3_K_M" and part == "attn_output":
+        kind = Kind.Q4_K
+    return kind if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0 else _INSTEAD[kind]
+
+
+def export_kquant(source: Source, out: Path, mixture: str, importance: dict | None, **record) -> list[str]:
+    """Write a 16-bit model as `export_gguf` does, its text model's matrices in a mixture of types; return those said.
+
+    importance: of each linear's input columns, as `input_importance` returns it, or None. A tensor is in memory at a
+    time. Raises ValueError for a packed folder, and without xllamacpp.
+    """
+    if source.packed:
+        raise ValueError(f"{source.folder} is quantized already: llama.cpp's types are for 16 bits.")
+    _check(source)
+    floats, blocks, counts = text_tensors(source), source.text["num_hidden_layers"], Counter()
+    tied = "output.weight" not in [t.name for t in floats]
+    with quantizer() as quantize, write_folder(check_new(out), **record) as temporary:
+        tensors = []
+        for t in floats:
+            if len(t.shape) == 2:
+                columns = t.shape[1] // (1 if t.kind == Kind.F32 else 2)
+                kind = kind_of(t.name, columns, mixture, blocks, tied, bool(importance))
+                counts[kind.name] += 1
+                per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+                read = partial(_quantized, t, quantize, kind, (importance or {}).get(t.name.removesuffix(".weight")))
+                t = Tensor(t.name, kind, (t.shape[0], columns // per_block * n_bytes), read)
+            tensors.append(t)
+        _write(text_writer(source, gguf.LlamaFileType[f"MOSTLY_{mixture}"]), tensors, temporary / TEXT)
+        _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
+        write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
+        how = f"to GGUF, {mixture}{' with an importance matrix' if importance else ''}, the tower in 16 bits"
+        write_text(temporary / "README.md", model_card(source, how, _USE))
+    return [", ".join(f"{n} {kind}" for kind, n in counts.most_common())]
+
+
+def _quantized(tensor: Tensor, quantize, kind: Kind, importance) -> np.ndarray:
+    stored = torch.from_numpy(np.array(tensor.read()))
+    types = {Kind.BF16: torch.bfloat16, Kind.F16: torch.float16, Kind.F32: torch.float32}
+    rows = (stored if tensor.kind == Kind.F32 else stored.view(types[tensor.kind])).float().numpy()
+    return quantize(kind.value, rows, importance)
+
+
+@contextmanager
+def _watched(model, found: dict):
+    """Add up the squares of what comes into each linear of the blocks, in `found`, by GGUF's names."""
+    hooks = []
+    for number, block in enumerate(parts(model).blocks):
+        for ours, theirs in _OF_BLOCK.items():
+            if "norm" not in ours:
+                name = f"blk.{number}.{theirs}"
+                add = partial(_add_squares, found, name)
+                hooks.append(block.get_submodule(ours).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add_squares(found: dict, name: str, _, inputs, __) -> None:
+    found[name] = found[name] + inputs[0].float().square().flatten(0, -2).sum(0).cpu()
+
+
+@torch.inference_mode()
+def input_importance(model, batch: dict) -> dict[str, torch.Tensor]:
+    """Return the sum of squares of each linear's inputs over a calibration batch, (columns,) by GGUF's names.
+
+    Only what the columns have in proportion matters. batch: of `quantize.quantization_batch`.
+    """
+    found: dict = defaultdict(float)
+    with _watched(model, found):
+        for i in range(len(batch["input_ids"])):
+            model(**{name: values[i : i + 1].to(model.device) for name, values in batch.items()}, use_cache=False)
+    return dict(found)

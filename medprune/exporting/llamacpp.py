@@ -2,10 +2,12 @@
 
     python llamacpp.py serve TEXT.gguf MMPROJ.gguf HOST PORT THREADS   an OpenAI-compatible server on this machine
     python llamacpp.py embed TEXT.gguf MMPROJ.gguf IMAGES OUT          what its tower and projector make of images
+    python llamacpp.py quantize                                        rows of floats, as its formats hold them
 
 IMAGES is a folder of N.rgb files, sides in their first eight bytes; OUT gets N.f32 of (image tokens, hidden) floats.
-The second goes through the C functions of libmtmd that the wheel exports. Their options are passed as they come, so
-that nothing here depends on their layout.
+The last reads requests from its input, `TYPE ROWS COLUMNS WEIGHTED` and that many float32 (with WEIGHTED 1 the columns'
+importance first), and writes each one's bytes to its output, after their number. Both go through the C functions that
+the wheel exports. Options are passed as they come, so that nothing here depends on their layout.
 """
 
 import ctypes
@@ -87,8 +89,24 @@ def embed(text: str, mmproj: str, images: str, out: str) -> None:
                 (Path(out) / f"{file.stem}.f32").write_bytes(found)
 
 
+def quantize() -> None:
+    """Quantize what comes in until it ends."""
+    library = ctypes.CDLL(importlib.import_module("xllamacpp.xllamacpp").__file__)
+    library.ggml_quantize_chunk.restype, size, pointer = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
+    while line := sys.stdin.buffer.readline():
+        kind, rows, columns, weighted = map(int, line.split())
+        importance = sys.stdin.buffer.read(4 * columns * weighted) or None
+        values, out = sys.stdin.buffer.read(4 * rows * columns), ctypes.create_string_buffer(4 * rows * columns)
+        written = library.ggml_quantize_chunk(kind, values, out, 0, rows, columns, importance)
+        sys.stdout.buffer.write(b"%d\n" % written + out.raw[:written])
+        sys.stdout.buffer.flush()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:5], *map(int, sys.argv[5:7]))
-    else:
+    elif sys.argv[1] == "embed":
         embed(*sys.argv[2:6])
+    else:
+        quantize()

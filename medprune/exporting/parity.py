@@ -7,7 +7,10 @@ llama.cpp the image embeddings are taken as well, in which its class token behin
 shows by itself.
 """
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +24,12 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import TESTED, load_questions
 from medprune.data.synthetic import write_images
 from medprune.exporting import engines
-from medprune.exporting.folders import load_folder
+from medprune.exporting.folders import export_hub, load_folder, open_source
+from medprune.exporting.gguf import export_gguf
 from medprune.models.families import n_blocks, parts
-from medprune.store import write_text
+from medprune.progress import progress
+from medprune.quantizing.compared import write_quantized
+from medprune.store import RECORD, Run, content, context, fingerprint, made, read_json, write_text
 
 MAX_EMBEDDING_ERROR = 0.002  # relative, of an image's embeddings; a build that is right shows 0.0007
 KL_OF_FLOOR = 10  # times the floor's divergence that an engine's may reach, or
@@ -31,15 +37,34 @@ KL_NATS = 0.002  # so many nats, whichever is more
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 HEADING = "## Parity"
 SHOWN = 3  # answers in the card, beside ours
+PROBED = 8  # pictures whose embeddings are compared
 
 
 @dataclass(frozen=True)
 class Ours:
-    """What our decoder makes of rows: texts, first tokens' log-probabilities (rows, vocab), lengths of prompts."""
+    """What our decoder makes of rows: texts, which ended by themselves, first tokens' log-probabilities (rows, vocab),
+    lengths of prompts."""
 
     texts: list[str]
+    ended: list[bool]
     first: torch.Tensor
     prompt_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a folder's model makes of rows here.
+
+    exact: in 32 bits; floor: in its own type; pictures by path, as our processor cuts them; embeddings of the first
+    PROBED: (images, floats), and `misplaced`, those with the class token behind the patches.
+    """
+
+    exact: Ours
+    floor: Ours
+    pictures: dict[str, Image.Image]
+    embeddings: torch.Tensor
+    misplaced: torch.Tensor
+    tokenizer: object
 
 
 def rows_of(images: str | None, n: int, folder: Path, side: int) -> list[dict]:
@@ -69,6 +94,11 @@ def square(processor, path: str) -> Image.Image:
     return Image.fromarray(np.asarray(cut).astype(np.uint8).transpose(1, 2, 0))
 
 
+def pictures_of(processor, rows: list[dict]) -> dict[str, Image.Image]:
+    """Return the pictures of rows by path, as `square` cuts them."""
+    return {path: square(processor, path) for path in dict.fromkeys(row["path"] for row in rows)}
+
+
 @torch.inference_mode()
 def ours(model, processor, rows: list[dict], max_new_tokens: int) -> Ours:
     """Answer rows with our decoder."""
@@ -79,8 +109,8 @@ def ours(model, processor, rows: list[dict], max_new_tokens: int) -> Ours:
         logits = forward(model, prompt.ids[None], cache, inputs_of([prompt]))
         first.append(logits[0].float().log_softmax(-1).cpu())
         lengths.append(len(prompt.ids))
-    texts = [said.text for said in answer(model, processor, rows, max_new_tokens)]
-    return Ours(texts, torch.stack(first), lengths)
+    said = answer(model, processor, rows, max_new_tokens)
+    return Ours([a.text for a in said], [a.ended for a in said], torch.stack(first), lengths)
 
 
 def equal_tokens(tokenizer, ours: list[str], theirs: list[str]) -> float:
@@ -93,17 +123,21 @@ def equal_tokens(tokenizer, ours: list[str], theirs: list[str]) -> float:
     return equal / longest
 
 
-def divergence(first: torch.Tensor, theirs: dict[int, float]) -> float:
-    """Return KL(ours || theirs) in nats of a first token, over the tokens that an engine tells and all others as one.
+def divergence(ours: dict[int, float], theirs: dict[int, float]) -> float:
+    """Return KL(ours || theirs) in nats of a first token, over the tokens that both tell and all others as one.
 
-    first: log-probabilities (vocab,). Lumping can only lower it: it is at least 0 and at most the full divergence.
+    Both: log-probabilities by token. Lumping can only lower it: it is at least 0 and at most the full divergence.
     """
-    tokens = [t for t in theirs if t < len(first)]
-    p = first[tokens].double().exp()
-    q = torch.tensor([theirs[t] for t in tokens], dtype=torch.float64).exp()
+    tokens = [token for token in theirs if token in ours]
+    p, q = (torch.tensor([said[t] for t in tokens], dtype=torch.float64).exp() for said in (ours, theirs))
     p, q = (torch.cat([x, (1 - x.sum()).clamp(min=0)[None]]) for x in (p, q))
     known = p > 0
     return float((p[known] * (p[known].log() - q[known].clamp(min=1e-12).log())).sum())
+
+
+def _at(first: torch.Tensor, theirs: dict[int, float]) -> dict[int, float]:
+    """Return our log-probabilities (vocab,) of the tokens that another tells."""
+    return {token: float(first[token]) for token in theirs if token < len(first)}
 
 
 def _top(first: torch.Tensor) -> dict[int, float]:
@@ -147,56 +181,71 @@ def parity(folder: Path, exported: Path, rows: list[dict], url=None, threads=1, 
     embedding_error (worst, relative; None where the engine does not tell), faults (sentences; none where all holds) and
     table (a row for each prompt). Raises ValueError where the engine is not installed or does not take the folder.
     """
-    engine = "server" if url else engines.engine_of(exported)
     if not url:
-        engines.program(engine)
-    exact, processor = load_folder(folder, torch.float32)
-    pictures = {path: square(processor, path) for path in dict.fromkeys(row["path"] for row in rows)}
-    wanted = ours(exact, processor, rows, max_new_tokens)
-    faults, error = ([], None) if url else _probe(exact, processor, exported, list(pictures.values()))
-    del exact
+        engines.program(engines.engine_of(exported))
+    here = ask_here(folder, rows, max_new_tokens)
+    probed = ([], None) if url else probe(here, exported)
+    if url:
+        replies = _ask(url.removesuffix("/").removesuffix("/v1"), here, rows, max_new_tokens)
+    else:
+        with engines.running(exported, threads) as server:
+            replies = _ask(server.address, here, rows, max_new_tokens)
+    return compared(here, rows, replies, "server" if url else engines.engine_of(exported), *probed)
+
+
+def _ask(address: str, here: Here, rows: list[dict], max_new_tokens: int) -> list[engines.Reply]:
+    return [engines.ask_server(address, here.pictures[r["path"]], r["question"], max_new_tokens) for r in rows]
+
+
+def ask_here(folder: Path, rows: list[dict], max_new_tokens: int) -> Here:
+    """Answer rows with a folder's model here, which takes 4 bytes a weight."""
+    model, processor = load_folder(folder, torch.float32)
+    pictures = pictures_of(processor, rows)
+    exact, some = ours(model, processor, rows, max_new_tokens), list(pictures.values())[:PROBED]
+    right = image_embeddings(model, some, processor)
+    hook = class_token_last(model)
+    wrong = image_embeddings(model, some, processor)
+    hook.remove()
+    del model
     floor = ours(load_folder(folder)[0], processor, rows, max_new_tokens)
-    replies = _replies(exported, rows, pictures, url, threads, max_new_tokens)
+    return Here(exact, floor, pictures, right, wrong, processor.tokenizer)
+
+
+def compared(here: Here, rows, replies: list[engines.Reply], engine: str, faults: list[str], error) -> dict:
+    """Return what `parity` does of replies to rows; faults and error: of `probe`."""
+    wanted, floor = here.exact, here.floor
     table = pd.DataFrame(rows)
     table["ours"], table["theirs"] = wanted.texts, [reply.text for reply in replies]
     table["prompt_tokens"], table["their_prompt_tokens"] = wanted.prompt_tokens, [r.prompt_tokens for r in replies]
     table["kl_nats"] = [
-        divergence(w, r.first) if r.first else np.nan for w, r in zip(wanted.first, replies, strict=True)
+        divergence(_at(w, r.first), r.first) if r.first else np.nan for w, r in zip(wanted.first, replies, strict=True)
     ]
-    floor_kl = np.mean([divergence(w, _top(f)) for w, f in zip(wanted.first, floor.first, strict=True)])
-    found = {"engine": engine, "images": len(pictures), "prompts": len(rows)}
-    found |= {"equal_tokens": equal_tokens(processor.tokenizer, wanted.texts, table["theirs"].tolist())}
-    found |= {"floor_equal_tokens": equal_tokens(processor.tokenizer, wanted.texts, floor.texts)}
+    tops = map(_top, floor.first)
+    floor_kl = np.mean([divergence(_at(w, top), top) for w, top in zip(wanted.first, tops, strict=True)])
+    found = {"engine": engine, "images": len(here.pictures), "prompts": len(rows)}
+    found |= {"equal_tokens": equal_tokens(here.tokenizer, wanted.texts, table["theirs"].tolist())}
+    found |= {"floor_equal_tokens": equal_tokens(here.tokenizer, wanted.texts, floor.texts)}
     found |= {"kl_nats": float(table["kl_nats"].mean()), "floor_kl_nats": float(floor_kl), "embedding_error": error}
     return found | {"faults": faults + _faults(found, table), "table": table}
 
 
-def _probe(model, processor, exported: Path, pictures: list[Image.Image]) -> tuple[list[str], float | None]:
-    """Return (faults, worst relative error of the runtime's image embeddings or None)."""
-    found = engines.embeddings(exported, pictures)
+def probe(here: Here, exported: Path) -> tuple[list[str], float | None]:
+    """Return (faults, worst relative error) of the image embeddings in an exported folder's engine.
+
+    The error is None where the engine does not tell them.
+    """
+    found = engines.embeddings(exported, list(here.pictures.values())[:PROBED])
     if found is None:
         return [], None
-    worst = float(embedding_errors(found, image_embeddings(model, pictures, processor)).max())
+    worst = float(embedding_errors(found, here.embeddings).max())
     if worst <= MAX_EMBEDDING_ERROR:
         return [], worst
-    hook = class_token_last(model)
-    misplaced = float(embedding_errors(found, image_embeddings(model, pictures, processor)).max())
-    hook.remove()
+    misplaced = float(embedding_errors(found, here.misplaced).max())
     off = f"the runtime's image embeddings are off by {worst:.4f}, more than {MAX_EMBEDDING_ERROR}"
     if misplaced <= MAX_EMBEDDING_ERROR:
         why = f"it puts CLIP's class token behind the patches (llama.cpp issue 25814): so misplaced, {misplaced:.4f}"
         return [f"{off}; {why}."], worst
     return [f"{off}; tower, projector or pictures are not the model's."], worst
-
-
-def _replies(exported, rows, pictures, url, threads, max_new_tokens) -> list[engines.Reply]:
-    def ask(address):
-        return [engines.ask_server(address, pictures[r["path"]], r["question"], max_new_tokens) for r in rows]
-
-    if url:
-        return ask(url.removesuffix("/").removesuffix("/v1"))
-    with engines.running(exported, threads) as address:
-        return ask(address)
 
 
 def _faults(found: dict, table: pd.DataFrame) -> list[str]:
@@ -238,3 +287,77 @@ def add_parity(exported: Path, lines: list[str]) -> None:
     file = exported / "README.md"
     card = file.read_text(encoding="utf-8") if file.exists() else ""
     write_text(file, "\n".join([card.partition(HEADING)[0].rstrip(), "", HEADING, *lines]) + "\n")
+
+
+# ---- a run's models in other engines, each exported once and asked the test questions once
+WAYS = {"llama.cpp": export_gguf, "vLLM": export_hub}
+
+
+def awq_once(run: Run, source: Path, group_size: int, calibration: dict, **card) -> Path:
+    """Quantize a model by AWQ in 4 bits with another group size, unless that is done; return its folder."""
+    hashes = {k: sha256(v.contiguous().view(torch.uint8).numpy()).hexdigest() for k, v in calibration.items()}
+    folder = run.weights("quantized") / f"awq-{group_size}"
+    mark = context("medprune.quantizing.checkpoint", content(source), group_size, hashes)
+    if not made(folder, mark):
+        write_quantized(folder, mark, source, None, ("awq", 4, group_size), calibration, card)
+    return folder
+
+
+def export_once(run: Run, source: Path, name: str, engine: str, write: Callable | None = None, **how) -> Path:
+    """Export a model's folder for an engine, unless that is done; return where. ValueError where it takes none such.
+
+    write: how, else as `medprune export` does; it is given `how`. The folder is named after the engine and `name`.
+    """
+    folder = run.weights("exported") / f"{engine.replace('.', '')}-{name}"
+    given = fingerprint({k: [v[n].tolist() for n in sorted(v)] if isinstance(v, dict) else v for k, v in how.items()})
+    mark = context(__name__, content(source), engine, given)
+    if not made(folder, mark):
+        opened = open_source(source)
+        shutil.rmtree(folder, ignore_errors=True)
+        (write or WAYS[engine])(opened, folder, context=mark, **how)
+    return folder
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of an exported folder's weights."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".gguf", ".safetensors"))
+
+
+def ask_engine(run: Run, folder: Path, label: str, pictures: dict, asked: list[dict], most: int, threads: int):
+    """Ask an exported model the test questions in its engine; return (answers' rows, replies, costs).
+
+    pictures: by path, as `pictures_of`; most: tokens of an answer. Replies are written as they come, and those
+    that there are already are not asked for again. costs: load_s, ms_per_token, peak_bytes and the engine's version.
+    """
+    version, questions = engines.version(engines.engine_of(folder)), [(q["id"], q["asked"]) for q in asked]
+    mark = context(__name__, read_json(folder / RECORD)["context"], version, questions, most, threads)
+    units, keys = run.units(mark), [f"{label} {q['id']}" for q in asked]
+    todo = [(key, q) for key, q in zip(keys, asked, strict=True) if key not in units]
+    if todo or f"{label} costs" not in units:
+        with engines.running(folder, threads) as server, progress(len(todo), label, "answer") as bar:
+            for key, q in todo:
+                units.add(key, asdict(engines.ask_server(server.address, pictures[q["path"]], q["question"], most)))
+                bar.update()
+            speed = engines.ms_per_token(server.address, pictures[asked[0]["path"]], asked[0]["question"])
+            costs = {"ms_per_token": speed, "load_s": server.load_s, "peak_bytes": server.peak_bytes()}
+            units.add(f"{label} costs", costs | {"version": version})
+    replies = [_reply(units[key]) for key in keys]
+    rows = answers_of(label, asked, [r.text for r in replies], [r.ended for r in replies])
+    return rows, replies, units[f"{label} costs"]
+
+
+def answers_of(label: str, asked: list[dict], texts: list[str], ended: list[bool]) -> list[dict]:
+    """Return test questions with answers, as a judge reads them."""
+    said = ({"method": label, "answer": text, "ended": end} for text, end in zip(texts, ended, strict=True))
+    return [q | a for q, a in zip(asked, said, strict=True)]
+
+
+def _reply(stored: dict) -> engines.Reply:
+    return engines.Reply(**stored | {"first": {int(token): logprob for token, logprob in stored["first"].items()}})
+
+
+def against(tokenizer, replies: list[engines.Reply], others: list[engines.Reply]) -> dict:
+    """Return what replies share with others of the same engine: equal_tokens (a share) and kl_nats of first tokens."""
+    kl = [divergence(b.first, a.first) for a, b in zip(replies, others, strict=True) if a.first and b.first]
+    texts = ([r.text for r in both] for both in (others, replies))
+    return {"equal_tokens": equal_tokens(tokenizer, *texts), "kl_nats": float(np.mean(kl)) if kl else np.nan}

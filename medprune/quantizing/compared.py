@@ -52,7 +52,7 @@ def quantize_once(run, method, name, source, plan, bits, calibration, asked, con
     release()
     if any(key not in units for key in wanted) or (kept and not made(folder, mark)):
         if not made(folder, mark):
-            _quantize(folder, mark, source, plan, how, calibration, card)
+            write_quantized(folder, mark, source, plan, how, calibration, card)
         units.add("costs", made(folder, mark)["costs"])
         model, processor = checkpoint.load_quantized(folder, choose_device()), load_processor(folder)
     rows, speed = timing.evaluate(model, processor, label, asked, units, config)
@@ -61,8 +61,11 @@ def quantize_once(run, method, name, source, plan, bits, calibration, asked, con
     return rows, units["costs"] | speed
 
 
-def _quantize(folder, mark, source, plan, how, calibration, card) -> None:
-    """Prune and quantize a model a block at a time, and save it with its costs; how: method, bits, group size."""
+def write_quantized(folder, mark, source, plan, how, calibration, card) -> None:
+    """Prune and quantize a model a block at a time, and save it with its costs; how: method, bits, group size.
+
+    The other arguments are as `quantize_once` takes them.
+    """
     model, processor, fetch = load_blockwise(source)
     if plan:
         apply_plan(model, plan)

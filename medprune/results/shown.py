@@ -14,6 +14,7 @@ from medprune.store import Run, describe_machine, read_csv, read_json, write_csv
 CHAPTERS = {
     "06_judge_eval": "What it cost (notebook 06)",
     "07_budget_search": "The best model within a budget (07)",
+    "08_deploy": "In other engines (08)",
     "01_finetune": "Fine-tuning (01)",
     "02_layer_importance": "Importance of the blocks (02)",
     "03_prune_sweep": "Pruning (03)",

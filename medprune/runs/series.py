@@ -235,4 +235,4 @@ def publish(root: Path) -> None:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         write_text(NOTEBOOKS / f"{stage}.ipynb", nbformat.writes(notebook) + "\n")
     (REPO / "docs").mkdir(exist_ok=True)
-    shutil.copyfile(root / STAGES[-1] / "shown" / "Score against memory.png", REPO / "docs" / "results.png")
+    shutil.copyfile(root / "07_budget_search" / "shown" / "Score against memory.png", REPO / "docs" / "results.png")
