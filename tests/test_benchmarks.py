@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import asdict
 
+import gguf
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from medprune.models import loading
 from medprune.models.assembled import prepare_base
 from medprune.models.families import parts
 from medprune.models.loading import save
+from medprune.models.sizes import account
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import quantize
@@ -46,6 +48,21 @@ def test_seven_b_holds_what_the_plan_says(seven_b, removed, bits, whole):
     assert case["plan_total_bytes"] - case["plan_held_bytes"] == case["kv_cache_bytes"]
     assert case["peak_bytes"] >= case["overhead_bytes"] > 0 and case["ms_per_token"] > 0
     json.dumps(case)
+
+
+@pytest.mark.parametrize("removed,bits", [(0, 16), (7, 4)])
+def test_seven_b_for_llama_cpp_reads_what_the_plan_says(monkeypatch, tmp_path, removed, bits):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    llama = script("seven_b_llamacpp")
+    config, table = llama.shape(tiny=True), 1024 * 256 * 2
+    read = llama.write(config, removed, bits, tmp_path / "text.gguf")
+    parts_of = account(config, removed, 16).part_bytes
+    planned = parts_of["block_weights"]
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "text.gguf").tensors}
+    linears = sum(int(t.n_bytes) for name, t in tensors.items() if name.startswith("blk.") and "norm" not in name)
+    assert linears == planned * (5 if bits == 4 else 16) / 16
+    assert sum(int(t.n_bytes) for t in tensors.values()) - table == pytest.approx(read, rel=0.02)
+    assert len(tensors) == 3 + 9 * (12 - removed)
 
 
 def test_seven_b_s_own_size_is_the_plan_s_and_blocks_are_packed_one_by_one(seven_b, monkeypatch):

@@ -1,6 +1,8 @@
 """The parity check passes an engine that answers as the model does, and names what is wrong with one that does not."""
 
+import copy
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,6 +16,8 @@ from medprune.exporting.folders import export_hub, open_source
 from medprune.exporting.gguf import MMPROJ, export_gguf
 from medprune.exporting.vocabulary import server_template
 from medprune.models.loading import load
+from medprune.quantizing.checkpoint import save_quantized
+from medprune.quantizing.quantize import quantize
 
 
 @pytest.fixture
@@ -83,6 +87,16 @@ def test_the_class_token_s_fault_is_named(exported, monkeypatch):
     assert "off by 0.1000" in fault and "are not the model's" in fault
     (fault,), worst = probe([e[:-64] for e in right.numpy()])
     assert worst == float("inf")
+    packed = replace(here, limit=parity.MAX_ROUNDED_ERROR)
+    monkeypatch.setattr(engines, "embeddings", lambda *_: [e * 1.005 for e in right.numpy()])
+    assert parity.probe(here, out)[0] and not parity.probe(packed, out)[0]
+
+
+def test_a_tower_that_gguf_rounds_anew_may_differ_more(tiny, rows, tmp_path):
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    model, info = quantize(model, "rtn", 4, 32, quantize_vision=8)
+    save_quantized(model, tmp_path / "q", "rtn", info, processor)
+    assert parity.ask_here(tmp_path / "q", rows[:1], 2).limit == parity.MAX_ROUNDED_ERROR
 
 
 def test_tokens_count_to_the_first_that_differs(tiny):

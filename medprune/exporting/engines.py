@@ -147,7 +147,7 @@ def running(folder: Path, threads: int = 1):
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
         try:
             address = f"http://{LOOPBACK}:{port}"
-            _wait(address, process, log, folder)
+            wait(address, process, log, f"{engine_of(folder)} does not serve {folder}")
             yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
         finally:
             process.terminate()
@@ -158,14 +158,15 @@ def running(folder: Path, threads: int = 1):
                 process.wait()
 
 
-def _wait(address: str, process, log, folder: Path) -> None:
+def wait(address: str, process, log, failure: str) -> None:
+    """Wait until a server is ready; ValueError, `failure` and the last it said in `log`, where it ends by itself."""
     until = time.monotonic() + START_S
     while not _healthy(address):
         if process.poll() is not None or time.monotonic() > until:
             log.seek(0)
             said = [line.strip() for line in log.read().splitlines() if line.strip()]
             errors = [line for line in said if "rror" in line] or said
-            raise ValueError(f"{engine_of(folder)} does not serve {folder}: {' '.join(errors[-1:])[-400:]}")
+            raise ValueError(f"{failure}: {' '.join(errors[-1:])[-400:]}")
         time.sleep(0.2)
 
 
@@ -214,15 +215,16 @@ def _question(address: str, picture, question: str) -> dict:
     picture.save(held, "PNG")
     url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    served = _post(f"{address}/v1/models")["data"][0]["id"]
+    served = post(f"{address}/v1/models")["data"][0]["id"]
     return {"model": served, "messages": [{"role": "user", "content": content}], "temperature": 0}
 
 
 def _complete(address: str, body: dict) -> dict:
-    return _post(f"{address}/v1/chat/completions", body)
+    return post(f"{address}/v1/chat/completions", body)
 
 
-def _post(url: str, body: dict | None = None) -> dict:
+def post(url: str, body: dict | None = None) -> dict:
+    """Return what a server answers, to a GET without a body; ValueError with its words where it refuses."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
