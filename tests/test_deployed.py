@@ -20,7 +20,7 @@ from medprune.exporting.engines import TEXT
 from medprune.exporting.folders import open_source
 from medprune.exporting.vocabulary import server_template
 from medprune.models.families import parts
-from medprune.models.loading import load, load_processor
+from medprune.models.loading import load, load_processor, save
 from medprune.store import Run
 
 
@@ -169,10 +169,11 @@ def plain_quantizer():
     yield lambda kind, rows, importance=None: gguf.quants.quantize(rows, Kind(kind))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_file_of_llama_cpp_s_types_holds_our_weights(family, tmp_path, monkeypatch, tied):
+@pytest.mark.parametrize("tied,dtype", [(True, torch.bfloat16), (False, torch.float32), (False, torch.float16)])
+def test_a_file_of_llama_cpp_s_types_holds_our_weights(family, tmp_path, monkeypatch, tied, dtype):
     monkeypatch.setattr(ours, "quantizer", plain_quantizer)
-    folder = family("llama", tied)
+    folder = tmp_path / "in"
+    save(*load(family("llama", tied), dtype=dtype), folder)
     source = open_source(folder)
     (said,) = ours.export_kquant(source, tmp_path / "out", "Q4_0", None)
     model, _ = load(folder, dtype=torch.float32)
