@@ -55,7 +55,7 @@ class Settings(BaseModel):
     name: str = _setting("local", "12345678", "the profile: smoke, local or t4")
     seed: int = _setting(0, "12345678", "of every random draw", ge=0, lt=2**32)
     # data
-    images: str = _setting("synthetic", "1678", '"synthetic", or a folder or table of photographs')
+    images: str = _setting("synthetic", "167", '"synthetic", or a folder or table of photographs')
     modality: Literal["clinical", "dermoscopic", "both"] | None = _setting(
         None, "1", "of the photographs taken; null takes what there is, but mixes none"
     )
@@ -116,7 +116,7 @@ class Settings(BaseModel):
     budget_mib: Positive | None = _setting(
         None, "7", "most memory of the model found, KV cache and working memory in it; null: the paper's pipeline's"
     )
-    context_tokens: Count = _setting(256, "78", "of the KV cache that the budget holds")
+    context_tokens: Count = _setting(256, "7", "of the KV cache that the budget holds")
     search_images: Count = _setting(8, "7", "training images that plans are measured on")
     selection_images: Count = _setting(16, "7", "other training images, on which the best are chosen among")
     evaluations: Count = _setting(40, "7", "plans that each searcher may measure")

@@ -99,7 +99,7 @@ def test_the_folder_holds_what_somebody_needs(series):
     kept = {f.name for f in (root / "05_awq_vs_bnb" / "quantized").iterdir()}
     assert kept == {"awq-original", "awq-recovered-1", "awq-recovered-2"}
     table = upkeep.list_runs(root.parent).set_index("run").loc["first"]
-    assert (table["profile"], table["stages"]) == ("smoke", "01 02 03 04 05 06 07") and 0 <= table["score"] <= 100
+    assert (table["profile"], table["stages"]) == ("smoke", "01 02 03 04 05 06 07 08") and 0 <= table["score"] <= 100
 
 
 def test_cards_name_the_true_base(series):
