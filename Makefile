@@ -36,15 +36,16 @@ photos: $(READY)
 	'random_draws: 5' 'evaluations: 24' 'finalists: 1' > runs/photos.yaml
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/medprune study runs/photos.yaml --out runs/photos.md
 
-# A local run, RUN=demo or another, to its end, with notebook 08 asking llama.cpp and vLLM, which are installed in
-# environments of their own.
+# Notebook 08 of a run, RUN=demo or another, made first where it is not there: llama.cpp and vLLM, installed in
+# environments of their own, answer its test questions.
 RUN ?= demo
 ENGINES := $(CURDIR)/.venv-engines
 deploy: $(READY) $(ENGINES)/ready
 	export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false && \
-	$(BIN)/medprune run --profile local --name $(RUN) --to 07_budget_search && \
+	{ test -e runs/$(RUN)/07_budget_search/manifest.json || \
+	$(BIN)/medprune run --profile local --name $(RUN) --to 07_budget_search; } && \
 	MEDPRUNE_LLAMACPP=$(ENGINES)/llamacpp/bin/python MEDPRUNE_VLLM=$(ENGINES)/vllm/bin/python \
-	$(BIN)/medprune run --profile local --name $(RUN) --from 08_deploy
+	$(BIN)/medprune run --name $(RUN) --from 08_deploy
 
 $(ENGINES)/ready: install_engines.sh
 	PYTHON=$(PYTHON) bash install_engines.sh $(ENGINES)
