@@ -482,6 +482,19 @@ def test_runs_on_images_of_their_own_are_compared_by_the_t_test_of_their_means()
     assert part["mean"] == pytest.approx(np.mean([a[r][uneven[runs[uneven] == r] % 30].mean() for r in range(5)]))
 
 
+def test_p_over_runs_is_below_alpha_where_the_limits_leave_0_out():
+    rng, told = np.random.default_rng(5), []
+    images, runs = places(3, 16)
+    for gain in np.linspace(-30, 30, 24):
+        a = np.clip(80 + gain + 6 * rng.normal(size=(3, 1)) + 15 * rng.normal(size=(3, 16)), 0, 100)
+        b = np.clip(80 + 15 * rng.normal(size=(3, 16)), 0, 100)
+        for alpha in (0.2, 0.05, 0.01):
+            found = stats.paired_difference(a.ravel(), b.ravel(), images, alpha, runs)
+            told.append(not found["low"] <= 0 <= found["high"])
+            assert (found["p"] < alpha) == told[-1], (gain, alpha, found)
+    assert 10 < sum(told) < 60, "both happen"
+
+
 def test_one_run_among_runs_is_a_run_and_two_have_no_interval():
     scores = crossed(np.random.default_rng(7), 3, 24)
     images, runs = places(3, 24)

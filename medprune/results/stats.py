@@ -111,7 +111,7 @@ def paired_difference(a, b, clusters, alpha: float = ALPHA, runs=None) -> dict:
     is right for differences either way, and of those that gains and losses give, each with `mean_score`'s limits,
     put together by Zou and Donner's MOVER (2008; Newcombe 1998 for shares), which is right where few images differ,
     and much. They hold 0 where p is at least alpha.
-    runs (n,), as `mean_score` has them: of several, p is the t test that their limits are of.
+    runs (n,), as `mean_score` has them: of several, p is the least alpha for which the limits leave 0 out.
     NaN limits where fewer than LEAST_DIFFERENT images differ or all differ by the same; one cluster, or two runs, have
     no p either.
     A loss on so few images that none was drawn is in no interval. Raises ValueError as `clustered_mean` does, and
@@ -132,6 +132,8 @@ def paired_difference(a, b, clusters, alpha: float = ALPHA, runs=None) -> dict:
     if np.unique(cells.image[means != 0]).size >= LEAST_DIFFERENT and variance(means, cells)[0] > 0:
         scale = 100 if sides.min() >= 0 else 200
         limits = np.array([_t_limits(means, cells, alpha), scale * _gain_limits(means / scale, cells, alpha)])
+        if cells.runs > 1:
+            found["p"] = max(found["p"], _p_of_gains(means / scale, cells))
         hold = [0.0] if found["p"] >= alpha else []
         found["low"] = float(max(-scale, min([*limits[:, 0], *hold])))
         found["high"] = float(min(scale, max([*limits[:, 1], *hold])))
@@ -342,6 +344,20 @@ def _gain_limits(means, cells: Cells, alpha: float) -> np.ndarray:
     least_gain, most_gain = _share_limits(gains, cells, alpha, 0)
     least_loss, most_loss = _share_limits(losses, cells, alpha, 0)
     return cells.shares @ means + np.array([-arm(least_gain, most_loss), arm(most_gain, least_loss)])
+
+
+def _p_of_gains(means, cells: Cells) -> float:
+    """Return the least alpha for which `_gain_limits` leave 0 out; means (cells,) of -1 to 1."""
+    side = 0 if cells.shares @ means > 0 else 1
+
+    def beyond(log_alpha: float) -> float:
+        limit = _gain_limits(means, cells, math.exp(log_alpha))[side]
+        return -limit if side else limit
+
+    most, least = math.log(0.999), math.log(1e-12)
+    if beyond(most) <= 0:
+        return 1.0
+    return math.exp(brentq(beyond, least, most)) if beyond(least) < 0 else math.exp(least)
 
 
 def _p_of_no_difference(means, cells: Cells) -> float:
