@@ -1,5 +1,5 @@
 """`python -m medprune`: the command line."""
 
-from medprune.cli import main
+from medprune.cli import console
 
-main()
+console()

@@ -4,7 +4,9 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 --debug a traceback.
 """
 
+import gc
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,26 @@ Threads = Annotated[int, typer.Option(help="threads of the engine")]
 Runs = Annotated[str | None, typer.Option(envvar="MEDPRUNE_RUNS", help="where runs are kept; else runs/ here")]
 
 
+def console() -> None:
+    """Run the command line as a program; looking for garbage in what torch imports is two of the five seconds of `ask`.
+
+    So it is not looked for there, and the process ends without freeing anything.
+    """
+    quick = sys.argv[1:2] == ["ask"]
+    if quick:
+        gc.disable()
+    try:
+        main()
+    except SystemExit as ended:
+        if quick:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
+        raise
+
+
 def main() -> None:
+    """Run the command line; it ends with SystemExit, whose code is the status."""
     debug = "--debug" in sys.argv
     words = _join_parameters([word for word in sys.argv[1:] if word != "--debug"])
     try:
@@ -366,8 +387,9 @@ def ask(
     from unittest.mock import patch
 
     begun = time.perf_counter()
-    # hqq takes a second to import, for quantized caches, of which there are none here
-    with patch("transformers.utils.is_hqq_available", return_value=False):
+    # hqq takes a second to import, for quantized caches, scipy half of one, for losses of detectors: neither is used
+    missing = dict.fromkeys(("is_hqq_available", "is_scipy_available"), lambda: False)
+    with patch.multiple("transformers.utils", **missing):
         from medprune.exporting.asking import ask as put
 
     started = time.perf_counter() - begun

@@ -1,5 +1,8 @@
 """`medprune ask` says in one sentence what cannot be asked."""
 
+import subprocess
+import sys
+
 import pytest
 from test_cli import medprune
 
@@ -37,3 +40,21 @@ def test_what_cannot_be_asked_is_said_before_loading(runs, rows, tmp_path, monke
     assert medprune(monkeypatch, "ask", *(places.get(w, w) for w in words), "--runs-dir", runs) == 2
     said = capsys.readouterr().err
     assert why in said and said.strip().count("\n") == 0
+
+
+def test_the_program_ends_with_what_it_said_and_its_status(runs, rows, tmp_path):
+    words = [sys.executable, "-m", "medprune", "ask", "demo:original", rows[0]["path"], "What is it?", "--tokens", "2"]
+    said = subprocess.run([*words, "--runs-dir", str(runs)], capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout.strip() and "nanobind" not in said.stderr, said.stderr
+    words[5] = str(tmp_path / "nowhere.png")
+    said = subprocess.run([*words, "--runs-dir", str(runs)], capture_output=True, text=True)
+    assert said.returncode == 2 and said.stderr.strip().endswith("nowhere.png is not there, or no file: give a picture.")
+
+
+def test_two_models_answer_side_by_side(runs, rows, monkeypatch, capsys):
+    words = ("ask", "demo:original", rows[0]["path"], "What is it?", "--tokens", "2", "--timing", "--runs-dir", runs)
+    assert medprune(monkeypatch, *words, "--beside", "demo:original") == 0
+    said = capsys.readouterr()
+    lines = said.out.strip().splitlines()
+    assert len(lines) == 2 and all(line.startswith("demo:original: ") for line in lines) and lines[0] == lines[1]
+    assert said.err.count("for 2 tokens") + said.err.count("for 1 tokens") == 2 and "to load" in said.err

@@ -13,7 +13,6 @@ from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
-from scipy.cluster.hierarchy import DisjointSet
 
 from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
@@ -285,6 +284,8 @@ def repeat_rare(records: list[Record], balance: float) -> list[Record]:
 
 def _group(by_key: dict[str, Record], same: list[list[str]], dropped) -> list[list[Record]]:
     """Return the groups that must stay on one side, of one patient or of the same picture, without what is dropped."""
+    from scipy.cluster.hierarchy import DisjointSet  # half a second that `medprune ask` need not wait
+
     patients = defaultdict(list)
     for key, record in by_key.items():
         patients[record.group or ("only", key)].append(key)
