@@ -22,6 +22,7 @@ STAGES = ("01_finetune", "02_layer_importance", "03_prune_sweep", "04_sft_recove
           "07_budget_search", "08_deploy")  # fmt: skip
 N_CONDITIONS = 8  # the conditions that synthetic images show, as many of each
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NOT_QUANTIZED = ("original", "recovered", "magnitude", "found")  # by notebook 05; other models have a method in front
 WIDTHS = {"rtn": (3, 4, 8), "awq": (3, 4, 8), "bnb": (4,), "hqq": (3, 4, 8)}  # bits that each method stores
 METHODS = tuple(WIDTHS)
 BITS = (3, 4, 8)
@@ -233,13 +234,18 @@ def build(whole: dict, given: dict) -> Settings:
     """Return `whole`, settings by name, with those given put in.
 
     Where blocks_removed is given and recover is not, the counts to recover that are among them stay, or else the
-    largest is recovered.
+    largest is recovered. Where kept_methods is given and deployed is not, models of other methods are not deployed.
     """
     removed = given.get("blocks_removed")
     counts = [n for n in removed if isinstance(n, int) and n > 0] if isinstance(removed, list | tuple) else []
     recover = [n for n in whole.get("recover", (2, 4)) if n in counts] or [max(counts, default=None)]
+    fitted = {"recover": recover} if counts else {}
+    if isinstance(kept := given.get("kept_methods"), list | tuple):
+        usual = whole.get("deployed", Settings.model_fields["deployed"].default)
+        there = [name for name in usual if name.partition("-")[0] in (*kept, *NOT_QUANTIZED)]
+        fitted["deployed"] = there or ["original"]
     try:
-        return Settings(**{**whole, **({"recover": recover} if counts else {}), **given})
+        return Settings(**{**whole, **fitted, **given})
     except ValidationError as error:
         raise ValueError(_sentence(error)) from None
 
@@ -389,8 +395,8 @@ def _check_primary(c: Settings) -> None:
 
 
 def _check_deployed(c: Settings) -> None:
-    known = {"original", "recovered", "magnitude", "found"}
-    known |= {f"{method}-{model}" for method in c.kept_methods for model in ("original", "recovered")}
+    known = {f"{method}-{model}" for method in c.kept_methods for model in ("original", "recovered")}
+    known |= set(NOT_QUANTIZED)
     if unknown := set(c.deployed) - known:
         raise ValueError(f"deployed has {min(unknown)!r}, of which no folder is kept: name {', '.join(sorted(known))}.")
 

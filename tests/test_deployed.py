@@ -21,6 +21,7 @@ from medprune.exporting.folders import open_source
 from medprune.exporting.vocabulary import server_template
 from medprune.models.families import parts
 from medprune.models.loading import load, load_processor, save
+from medprune.settings import resolve
 from medprune.store import Run
 
 
@@ -99,6 +100,14 @@ def test_an_export_is_made_once_and_anew_for_other_weights(run, family, monkeypa
     stamp = (one / "config.json").stat().st_mtime_ns
     again = parity.export_once(run, folder, "x", "vLLM", lambda source, out, scale, **record: write(source, out, **record), scale={"a": torch.zeros(2)})
     assert (again / "config.json").stat().st_mtime_ns != stamp, "other importances make another file"
+
+
+def test_models_whose_folders_are_not_kept_are_not_deployed():
+    assert resolve("smoke").deployed == ("awq-recovered", "found")
+    assert resolve("smoke", kept_methods=["rtn"]).deployed == ("found",)
+    assert resolve("smoke", kept_methods=["awq", "rtn"], deployed=["rtn-recovered"]).deployed == ("rtn-recovered",)
+    with pytest.raises(ValueError, match="deployed has 'awq-original', of which no folder is kept: name found, "):
+        resolve("smoke", kept_methods=["rtn"], deployed=["awq-original"])
 
 
 def test_replies_are_held_against_others_of_the_engine(tiny):
