@@ -11,23 +11,23 @@ it runs once for a picture. Random weights take the time and the memory of real 
 import argparse
 import json
 import os
-import subprocess
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
-import psutil
 from seven_b import RESULTS, TEXT_TOKENS, in_own_process, shape
 
 from medprune.exporting import engines, llamacpp
+from medprune.exporting.gguf import BLOCK, BLOCK_BYTES, Kind, Tensor
+from medprune.exporting.gguf import write as save
 from medprune.models.sizes import GIB
 from medprune.store import describe_machine, write_json
 
 CASES = ((0, 16), (0, 4), (7, 4))  # blocks removed, bits
 OUT = RESULTS.with_name("seven_b_llamacpp.json")
-KINDS = {16: gguf.GGMLQuantizationType.F16, 4: gguf.GGMLQuantizationType.Q4_1}
+KINDS = {16: Kind.F16, 4: Kind.Q4_1}
 
 
 def write(config: dict, removed: int, bits: int, path: Path) -> int:
@@ -35,7 +35,7 @@ def write(config: dict, removed: int, bits: int, path: Path) -> int:
     text, random = config["text_config"], np.random.default_rng(0)
     hidden, inner, vocab = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
     heads, blocks = text["num_attention_heads"], text["num_hidden_layers"] - removed
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(None, "llama")
     writer.add_block_count(blocks)
     writer.add_context_length(4096)
     writer.add_embedding_length(hidden)
@@ -58,26 +58,18 @@ def write(config: dict, removed: int, bits: int, path: Path) -> int:
     for block in range(blocks):
         shapes |= {f"blk.{block}.{name}": made for name, made in linears.items()}
         shapes |= {f"blk.{block}.{name}_norm": (hidden,) for name in ("attn", "ffn")}
-    for name, made in shapes.items():
-        if len(made) == 1:
-            writer.add_tensor_info(f"{name}.weight", made, np.dtype(np.float32), 4 * made[0])
-        else:
-            row = made[1] * 2 if made[2] == 16 else made[1] // 32 * 20
-            writer.add_tensor_info(f"{name}.weight", (made[0], row), np.dtype(np.uint8), made[0] * row, raw_dtype=KINDS[made[2]])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     some = random.normal(0, 0.02, 1 << 20).astype(np.float16)
-    packed = random.integers(0, 256, (1 << 16, 20), np.uint8)
+    packed = random.integers(0, 256, (1 << 16, BLOCK_BYTES[Kind.Q4_1]), np.uint8)
     packed[:, :4] = np.array([0.005, -0.04], np.float16).view(np.uint8)
-    for made in shapes.values():
-        if len(made) == 1:
-            writer.write_tensor_data(np.ones(made, np.float32))
-        elif made[2] == 16:
-            writer.write_tensor_data(np.resize(some, made[:2]).view(np.uint8))
-        else:
-            writer.write_tensor_data(np.resize(packed.reshape(-1), (made[0], made[1] // 32 * 20)))
-    writer.close()
+    values = {16: some.view(np.uint8), 4: packed.reshape(-1)}
+
+    def tensor(name: str, rows: int, columns: int = 0, width: int = 0) -> Tensor:
+        if not columns:  # of a norm
+            return Tensor(name, Kind.F32, (rows,), partial(np.ones, rows, np.float32))
+        row = columns * 2 if width == 16 else columns // BLOCK * BLOCK_BYTES[Kind.Q4_1]
+        return Tensor(name, KINDS[width], (rows, row), partial(np.resize, values[width], (rows, row)))
+
+    save(writer, [tensor(f"{name}.weight", *made) for name, made in shapes.items()], path)
     return path.stat().st_size - vocab * hidden * 2
 
 
@@ -85,19 +77,12 @@ def ask(path: Path, prompt: int, new_tokens: int, threads: int) -> dict:
     """Serve a file and ask once; return ms_per_token, prefill_s, load_s and peak_bytes of the server."""
     port = engines.free_port()
     words = [*engines.program("llama.cpp"), llamacpp.__file__, "serve", str(path), "", engines.LOOPBACK, str(port), str(threads)]
-    begun = time.monotonic()
-    with tempfile.TemporaryFile() as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
-        address = f"http://{engines.LOOPBACK}:{port}"
-        try:
-            engines.wait(address, process, log, f"llama.cpp does not serve {path.name}")
-            server = engines.Server(address, time.monotonic() - begun, psutil.Process(process.pid))
-            body = {"prompt": [1, *range(300, 299 + prompt)], "n_predict": new_tokens, "ignore_eos": True, "temperature": 0}
-            said = engines.post(f"{address}/completion", body)["timings"]
-            assert said["predicted_n"] == new_tokens and said["prompt_n"] == prompt, said
-            costs = {"ms_per_token": said["predicted_per_token_ms"], "prefill_s": said["prompt_ms"] / 1e3}
-            return costs | {"load_s": server.load_s, "peak_bytes": server.peak_bytes()}
-        finally:
-            process.terminate()
+    with engines.started(words, port, threads, f"llama.cpp does not serve {path.name}") as server:
+        body = {"prompt": [1, *range(300, 299 + prompt)], "n_predict": new_tokens, "ignore_eos": True, "temperature": 0}
+        said = engines.post(f"{server.address}/completion", body)["timings"]
+        assert said["predicted_n"] == new_tokens and said["prompt_n"] == prompt, said
+        costs = {"ms_per_token": said["predicted_per_token_ms"], "prefill_s": said["prompt_ms"] / 1e3}
+        return costs | {"load_s": server.load_s, "peak_bytes": server.peak_bytes()}
 
 
 def main() -> None:

@@ -143,8 +143,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self):
-        rules = (_check_images, _check_training, _check_counts, _check_primary, _check_deployed, _check_names)
-        for rule in (*rules, _check_judges):
+        checks = (_check_images, _check_training, _check_counts, _check_primary, _check_deployed)
+        for rule in (*checks, _check_names, _check_judges):
             rule(self)
         return self
 

@@ -140,14 +140,22 @@ def running(folder: Path, threads: int = 1):
 
     Raises ValueError with the last of what the engine said where it ends by itself.
     """
-    port, own = free_port(), {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    words = command(folder, LOOPBACK, port, threads)
+    port = free_port()
+    words, failure = command(folder, LOOPBACK, port, threads), f"{engine_of(folder)} does not serve {folder}"
+    with started(words, port, threads, failure) as server:
+        yield server
+
+
+@contextmanager
+def started(words: list[str], port: int, threads: int, failure: str):
+    """Start a server on this machine by its command line, as `running` does; failure: how its error begins."""
+    own = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         begun = time.monotonic()
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
         try:
             address = f"http://{LOOPBACK}:{port}"
-            wait(address, process, log, f"{engine_of(folder)} does not serve {folder}")
+            _wait(address, process, log, failure)
             yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
         finally:
             process.terminate()
@@ -158,8 +166,7 @@ def running(folder: Path, threads: int = 1):
                 process.wait()
 
 
-def wait(address: str, process, log, failure: str) -> None:
-    """Wait until a server is ready; ValueError, `failure` and the last it said in `log`, where it ends by itself."""
+def _wait(address: str, process, log, failure: str) -> None:
     until = time.monotonic() + START_S
     while not _healthy(address):
         if process.poll() is not None or time.monotonic() > until:

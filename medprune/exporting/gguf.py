@@ -8,9 +8,10 @@ are rounded anew to Q8_0. So are mixed widths written, and a packed tower, head 
 
 import math
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import gguf
@@ -52,6 +53,7 @@ _OF_VISION_LAYER = {
     f"{ATTENTION}.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
     "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
 }  # fmt: skip
+_DTYPES = {Kind.BF16: torch.bfloat16, Kind.F16: torch.float16, Kind.F32: torch.float32}
 _FILE_TYPES = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16", torch.float32: "ALL_F32"}
 
 
@@ -78,13 +80,22 @@ def export_gguf(source: Source, out: Path, **record) -> list[str]:
     """
     _check(source)
     with write_folder(check_new(out), **record) as temporary:
-        worst = _write(text_writer(source), text_tensors(source), temporary / TEXT)
-        worst |= _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
-        write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
-        write_text(temporary / "README.md", model_card(source, "to GGUF", _USE))
+        worst = _write_pair(source, text_tensors(source), "to GGUF", temporary)
         sizes = {name: (temporary / name).stat().st_size for name in (TEXT, MMPROJ)}
     lines = [f"{out / name}: {size / 2**20:.1f} MiB" for name, size in sizes.items()]
     return lines + notes(source, sum(sizes.values()), worst)
+
+
+def _write_pair(source: Source, tensors: list[Tensor], what: str, folder: Path, stored=None) -> dict[Kind, float]:
+    """Write both files, the Modelfile and the card into a folder; return what `write` does of both.
+
+    tensors: the text model's; stored: as `text_writer` takes it; what: as `model_card` does.
+    """
+    worst = write(text_writer(source, stored), tensors, folder / TEXT)
+    worst |= write(vision_writer(source), vision_tensors(source), folder / MMPROJ)
+    write_text(folder / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
+    write_text(folder / "README.md", model_card(source, what, _USE))
+    return worst
 
 
 def notes(source: Source, n_bytes: int, worst: dict[Kind, float], context: int = 840) -> list[str]:
@@ -216,9 +227,8 @@ def _floats(source: Source, key: str, name: str, shape, heads=None, kind: Kind |
 
 
 def _read_floats(source: Source, key: str, heads: int | None, kind: Kind) -> np.ndarray:
-    types = {Kind.BF16: torch.bfloat16, Kind.F16: torch.float16, Kind.F32: torch.float32}
     stored = paired(read_tensor(*source.tensors[key]), heads)
-    found = stored.to(types[kind])
+    found = stored.to(_DTYPES[kind])
     if not torch.isfinite(found).all():
         raise ValueError(f"{key} holds NaN, or a number that {kind.name} does not reach.")
     found = found.contiguous()
@@ -324,7 +334,7 @@ def vision_tensors(source: Source) -> list[Tensor]:
     return found
 
 
-def _write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> dict[Kind, float]:
+def write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> dict[Kind, float]:
     """Write a file, a tensor in memory at a time; return the worst error of packed ones, as a share of a step."""
     for t in tensors:
         dtype = np.dtype(np.float32 if t.kind == Kind.F32 else np.uint8)
@@ -397,36 +407,14 @@ def export_kquant(source: Source, out: Path, mixture: str, importance: dict | No
                 read = partial(_quantized, t, quantize, kind, (importance or {}).get(t.name.removesuffix(".weight")))
                 t = Tensor(t.name, kind, (t.shape[0], columns // per_block * n_bytes), read)
             tensors.append(t)
-        _write(text_writer(source, gguf.LlamaFileType[f"MOSTLY_{mixture}"]), tensors, temporary / TEXT)
-        _write(vision_writer(source), vision_tensors(source), temporary / MMPROJ)
-        write_text(temporary / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
-        how = f"to GGUF, {mixture}{' with an importance matrix' if importance else ''}, the tower in 16 bits"
-        write_text(temporary / "README.md", model_card(source, how, _USE))
+        what = f"to GGUF, {mixture}{' with an importance matrix' if importance else ''}, the tower in 16 bits"
+        _write_pair(source, tensors, what, temporary, gguf.LlamaFileType[f"MOSTLY_{mixture}"])
     return [", ".join(f"{n} {kind}" for kind, n in counts.most_common())]
 
 
 def _quantized(tensor: Tensor, quantize, kind: Kind, importance) -> np.ndarray:
-    stored = torch.from_numpy(np.array(tensor.read()))
-    types = {Kind.BF16: torch.bfloat16, Kind.F16: torch.float16, Kind.F32: torch.float32}
-    rows = (stored if tensor.kind == Kind.F32 else stored.view(types[tensor.kind])).float().numpy()
-    return quantize(kind.value, rows, importance)
-
-
-@contextmanager
-def _watched(model, found: dict):
-    """Add up the squares of what comes into each linear of the blocks, in `found`, by GGUF's names."""
-    hooks = []
-    for number, block in enumerate(parts(model).blocks):
-        for ours, theirs in _OF_BLOCK.items():
-            if "norm" not in ours:
-                name = f"blk.{number}.{theirs}"
-                add = partial(_add_squares, found, name)
-                hooks.append(block.get_submodule(ours).register_forward_hook(add))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    rows = torch.from_numpy(np.array(tensor.read())).view(_DTYPES[tensor.kind])
+    return quantize(kind.value, rows.float().numpy(), importance)
 
 
 def _add_squares(found: dict, name: str, _, inputs, __) -> None:
@@ -439,8 +427,11 @@ def input_importance(model, batch: dict) -> dict[str, torch.Tensor]:
 
     Only what the columns have in proportion matters. batch: of `quantize.quantization_batch`.
     """
-    found: dict = defaultdict(float)
-    with _watched(model, found):
+    found, linears = defaultdict(float), {ours: theirs for ours, theirs in _OF_BLOCK.items() if "norm" not in ours}
+    with ExitStack() as hooks:
+        for (number, block), (ours, theirs) in product(enumerate(parts(model).blocks), linears.items()):
+            add = partial(_add_squares, found, f"blk.{number}.{theirs}")
+            hooks.enter_context(block.get_submodule(ours).register_forward_hook(add))
         for i in range(len(batch["input_ids"])):
             model(**{name: values[i : i + 1].to(model.device) for name, values in batch.items()}, use_cache=False)
     return dict(found)

@@ -10,7 +10,6 @@ shows by itself.
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ from medprune.models.families import n_blocks, parts
 from medprune.progress import progress
 from medprune.quantizing.compared import write_quantized
 from medprune.quantizing.packed import PackedLinear
-from medprune.store import RECORD, Run, content, context, fingerprint, made, read_json, write_text
+from medprune.quantizing.quantize import batch_hashes
+from medprune.store import RECORD, Run, content, context, made, read_json, write_text
 
 MAX_EMBEDDING_ERROR = 0.002  # relative, of an image's embeddings; a build that is right shows 0.0007
 MAX_ROUNDED_ERROR = 0.01  # the same of a tower in 8 bits, which GGUF rounds anew: 0.0044 was seen
@@ -302,7 +302,7 @@ WAYS = {"llama.cpp": export_gguf, "vLLM": export_hub}
 
 def awq_once(run: Run, source: Path, group_size: int, calibration: dict, **card) -> Path:
     """Quantize a model by AWQ in 4 bits with another group size, unless that is done; return its folder."""
-    hashes = {k: sha256(v.contiguous().view(torch.uint8).numpy()).hexdigest() for k, v in calibration.items()}
+    hashes = batch_hashes(calibration)
     folder = run.weights("quantized") / f"awq-{group_size}"
     mark = context("medprune.quantizing.checkpoint", content(source), group_size, hashes)
     if not made(folder, mark):
@@ -316,7 +316,7 @@ def export_once(run: Run, source: Path, name: str, engine: str, write: Callable 
     write: how, else as `medprune export` does; it is given `how`. The folder is named after the engine and `name`.
     """
     folder = run.weights("exported") / f"{engine.replace('.', '')}-{name}"
-    given = fingerprint({k: [v[n].tolist() for n in sorted(v)] if isinstance(v, dict) else v for k, v in how.items()})
+    given = {name: batch_hashes(value) if isinstance(value, dict) else value for name, value in how.items()}
     mark = context(__name__, content(source), engine, given)
     if not made(folder, mark):
         opened = open_source(source)

@@ -1,9 +1,6 @@
 """The models that notebook 05 compares: each quantized once, saved, loaded again and asked."""
 
 import shutil
-from hashlib import sha256
-
-import torch
 
 from medprune.answers import decoding, timing
 from medprune.device import choose_device, release
@@ -40,8 +37,7 @@ def quantize_once(run, method, name, source, plan, bits, calibration, asked, con
     """
     quantizer, label = method.split("_")[0], f"{method}-{name}"
     group_size = NF4_GROUP if quantizer == "bnb" else config.group_size
-    tensors = {k: v.contiguous().view(torch.uint8).numpy() for k, v in (calibration or {}).items()}
-    hashes = {k: sha256(v).hexdigest() for k, v in tensors.items()}
+    hashes = quantize.batch_hashes(calibration or {})
     how = (quantizer, bits, group_size)
     mark = context("medprune.quantizing.checkpoint", content(source), plan and list(plan.kept), *how, hashes)
     units = run.units(decoding.answers_context(mark, asked, config.max_new_tokens))

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from torch import nn
@@ -313,3 +314,9 @@ def quantization_batch(processor, records, conditions, questions, dtype, seed: i
     batch = {"input_ids": torch.stack([row["input_ids"][:shortest] for row in rows])}
     batch |= {name: torch.stack([row["kinds"][name][:shortest] for row in rows]) for name in seen[0].kinds}
     return batch | {name: torch.cat([s.inputs[name] for s in seen]) for name in seen[0].inputs}
+
+
+def batch_hashes(batch: dict) -> dict[str, str]:
+    """Return a hash of each tensor's bytes, by name: what depends on a calibration batch depends on these."""
+    tensors = {name: tensor.contiguous().view(torch.uint8).numpy() for name, tensor in batch.items()}
+    return {name: sha256(tensor).hexdigest() for name, tensor in tensors.items()}

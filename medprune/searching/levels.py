@@ -8,7 +8,6 @@ import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -44,8 +43,7 @@ class Levels:
 
     def context(self) -> str:
         """Return what the parts depend on."""
-        tensors = {k: v.contiguous().view(torch.uint8).numpy() for k, v in self.calibration.items()}
-        hashes = {k: sha256(v).hexdigest() for k, v in tensors.items()}
+        hashes = quantize.batch_hashes(self.calibration)
         return context(__name__, content(self.source), self.group_size, hashes, str(self.dtype))
 
     @cached_property
