@@ -330,9 +330,13 @@ def export(
     model: Annotated[str, typer.Argument(help="a folder in 16 bits, AWQ or RTN, or RUN:METHOD")],
     out: Annotated[Path, typer.Argument(help="the folder to write")],
     to: Annotated[str, typer.Option(help="hub, vllm (the same files) or gguf (llama.cpp, Ollama)")],
+    apart: Annotated[bool, typer.Option("--apart", help="engines are sent what the tower makes of pictures")] = False,
     runs_dir: Runs = None,
 ) -> None:
-    """Write a model as others load it: with the names of LLaVA's checkpoints on the hub, or as GGUF."""
+    """Write a model as others load it: with the names of LLaVA's checkpoints on the hub, or as GGUF.
+
+    A tower that engines do not know goes apart, into a folder of its own.
+    """
     from medprune.exporting.folders import check_new, export_hub, find_model, open_source
     from medprune.exporting.gguf import export_gguf
 
@@ -340,7 +344,11 @@ def export(
     if to not in ways:
         raise ValueError(f"--to {to} is not known: give {', '.join(ways)}.")
     check_new(out)
-    for line in ways[to](open_source(find_model(model, runs_dir)), out):
+    source = open_source(find_model(model, runs_dir), apart)
+    if source.apart and to == "hub":
+        kind = source.vision["model_type"]
+        raise ValueError(f"{source.folder}: plain transformers loads no tower apart ({kind}): give --to vllm or gguf.")
+    for line in ways[to](source, out):
         typer.echo(line)
 
 
@@ -380,12 +388,20 @@ def ask(
     beside: Annotated[str | None, typer.Option(help="another model, to answer the same")] = None,
     tokens: Annotated[int, typer.Option(help="of the answer, at most")] = 96,
     timing: Annotated[bool, typer.Option("--timing", help="say what took how long")] = False,
+    url: Annotated[str | None, typer.Option(help="a server that has MODEL, then a folder that was exported")] = None,
     runs_dir: Runs = None,
 ) -> None:
     """Ask a model, or two side by side, about a picture. Not for clinical use."""
     import time
     from unittest.mock import patch
 
+    if url is not None:
+        if beside is not None:
+            raise ValueError("--url has one model: leave --beside out.")
+        from medprune.exporting.asking import ask_served
+
+        typer.echo(ask_served(Path(model), image, question, tokens, url))
+        return
     begun = time.perf_counter()
     # hqq takes a second to import, for quantized caches, scipy half of one, for losses of detectors: neither is used
     missing = dict.fromkeys(("is_hqq_available", "is_scipy_available"), lambda: False)

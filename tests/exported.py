@@ -5,10 +5,13 @@ import io
 import json
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from transformers import LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
@@ -61,6 +64,7 @@ def served(model, processor, template: str):
     """Give the address of a server on this machine that answers with a model as llama.cpp's does.
 
     It joins a message's parts to one text, an image's its marker, and renders `template`; so was seen of the real one.
+    Embeddings stand for a picture, as vLLM takes them.
     """
 
     class Engine(BaseHTTPRequestHandler):
@@ -92,19 +96,24 @@ def served(model, processor, template: str):
 
 @torch.inference_mode()
 def complete(model, processor, template: str, asked: dict) -> dict:
-    pictures, text = [], ""
+    pictures, text, seen = [], "", nullcontext()
     for part in asked["messages"][0]["content"]:
         if part["type"] == "image_url":
             data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
             pictures.append(Image.open(io.BytesIO(data)))
-        text += "<__media_Zz9__>" if part["type"] == "image_url" else part["text"]
+        if part["type"] == "image_embeds":
+            found = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(part["image_embeds"]))))
+            pictures.append(Image.new("RGB", (96, 96)))  # for its tokens alone
+            seen = patch.object(model.model, "get_image_features", return_value=SimpleNamespace(pooler_output=[found]))
+        text += part["text"] if part["type"] == "text" else "<__media_Zz9__>"
     prompt = jinja2.Template(template).render(messages=[{"role": "user", "content": text}], add_generation_prompt=True)
     prompt = re.sub("<__media.*?__>", processor.image_token, prompt)
     batch = dict(processor(text=prompt, images=pictures, return_tensors="pt"))
     ids, shown, said, first = batch["input_ids"], {"pixel_values": batch["pixel_values"].to(model.dtype)}, [], None
     cache, n = RoomyCache(n_blocks(model.config), ids.shape[1] + asked["max_tokens"]), ids.shape[1]
     while len(said) < asked["max_tokens"]:
-        logits = forward(model, ids, cache, shown)[0].float().log_softmax(-1)
+        with seen:
+            logits = forward(model, ids, cache, shown)[0].float().log_softmax(-1)
         first, shown = logits if first is None else first, None
         if (token := int(logits.argmax())) == processor.tokenizer.eos_token_id and not asked.get("ignore_eos"):
             break

@@ -110,7 +110,7 @@ def without(folder, start):
 @pytest.mark.parametrize("spoil,why", [
     (lambda f: without(f, "vision_tower."), "lacks model.vision_tower."),
     (lambda f: without(f, "multi_modal_projector.linear_2.bias"), "lacks model.multi_modal_projector.linear_2.bias"),
-    (lambda f: retold(f, "vision_config", model_type="siglip_vision_model"), "vision_config is of model_type 'siglip"),
+    (lambda f: retold(f, "vision_config", model_type="siglip_vision_model"), "lacks model.vision_tower"),
     (lambda f: retold(f, "text_config", model_type="gemma"), "text_config is of model_type 'gemma'"),
     (lambda f: retold(f, "text_config", num_hidden_layers=1), "has, beyond what its config.json describes"),
     (lambda f: retold(f, "text_config", intermediate_size=64), "in the wrong shape"),

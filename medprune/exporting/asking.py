@@ -4,9 +4,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import ImageOps
+
 from medprune.answers.decoding import answer
 from medprune.data.pictures import open_image
-from medprune.exporting.folders import find_model, load_folder
+from medprune.exporting import engines
+from medprune.exporting.folders import embed, find_model, load_folder
 from medprune.progress import quiet
 
 
@@ -33,6 +36,17 @@ def check_question(image: str | Path, question: str, max_new_tokens: int) -> str
         raise ValueError(f"{image} is not there, or no file: give a picture.")
     open_image(image)
     return question.strip()
+
+
+def ask_served(exported: Path, image: str, question: str, max_new_tokens: int, url: str) -> str:
+    """Ask a server that has an exported folder, and is sent pictures as that folder's engine takes them."""
+    question = check_question(image, question, max_new_tokens)
+    picture = open_image(image)
+    if engines.is_apart(exported):
+        picture = embed(exported, [image])[image]
+    elif engines.engine_of(exported) == "llama.cpp":  # which would pad it
+        picture = ImageOps.fit(picture, (min(picture.size),) * 2)
+    return engines.ask_server(url.removesuffix("/").removesuffix("/v1"), picture, question, max_new_tokens).text
 
 
 def ask(names: list[str], image: str, question: str, max_new_tokens: int, runs_dir: str | None = None) -> list[Said]:

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from medprune.exporting import llamacpp
 from medprune.store import read_json
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"  # of a folder for llama.cpp
+APART = "tower"  # of any: tower and projector, where the engine is sent what they make of pictures
 LOOPBACK = "127.0.0.1"
 TOP = 20  # of the first token's probabilities that are asked for, which is vLLM's most
 START_S = 600  # a server may take to load
@@ -68,12 +70,17 @@ class Server:
 def engine_of(folder: Path) -> str:
     """Return which engine serves a folder; ValueError where it holds neither a GGUF pair nor a config.json."""
     if (folder / TEXT).is_file():
-        if not (folder / MMPROJ).is_file():
+        if not (folder / MMPROJ).is_file() and not is_apart(folder):
             raise ValueError(f"{folder} has no {MMPROJ}: without its tower the model sees no image; export it again.")
         return "llama.cpp"
     if (folder / "config.json").is_file():
         return "vLLM"
     raise ValueError(f"{folder} is no exported folder: it holds neither {TEXT} nor config.json.")
+
+
+def is_apart(folder: Path) -> bool:
+    """Return whether an exported folder's engine is sent image embeddings, which `folders.embed` makes."""
+    return (folder / APART).is_dir()
 
 
 def program(engine: str) -> list[str]:
@@ -114,6 +121,11 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
     engine = engine_of(folder)
     start = program(engine)
     if engine == "llama.cpp":
+        if is_apart(folder):
+            if not _is_python(start):
+                what = "takes no image embeddings, which this folder needs"
+                raise ValueError(f"{start[0]} {what}: let MEDPRUNE_LLAMACPP name a python that has xllamacpp.")
+            return [*start, str(_SCRIPT), "answer", str(folder / TEXT), host, str(port), str(threads)]
         files = [str(folder / TEXT), str(folder / MMPROJ)]
         if _is_python(start):
             return [*start, str(_SCRIPT), "serve", *files, host, str(port), str(threads)]
@@ -125,6 +137,8 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
     options = ["--host", host, "--port", str(port), "--max-model-len", str(most), "--enforce-eager"]
     if "quantization_config" in config:
         options += ["--quantization", "awq", "--dtype", "float16"]
+    if is_apart(folder):
+        options += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}']
     return [*start, str(folder), "--served-model-name", folder.name, *options]
 
 
@@ -186,7 +200,10 @@ def _healthy(address: str) -> bool:
 
 
 def ask_server(address: str, picture, question: str, max_new_tokens: int) -> Reply:
-    """Ask an OpenAI-compatible server about a picture (PIL), greedily; ValueError with its words where it refuses."""
+    """Ask an OpenAI-compatible server about a picture, greedily; ValueError with its words where it refuses.
+
+    picture: PIL's, or its embeddings (image tokens, hidden) float32.
+    """
     told = {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
     said = _complete(address, _question(address, picture, question) | {"max_tokens": max_new_tokens} | told)
     choice = said["choices"][0]
@@ -219,9 +236,15 @@ def ms_per_token(address: str, picture, question: str, new_tokens: int = 32) -> 
 def _question(address: str, picture, question: str) -> dict:
     """Return the body of a request about a picture, but for what is to be told and how long."""
     held = io.BytesIO()
-    picture.save(held, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    if isinstance(picture, np.ndarray):
+        np.save(held, picture.astype("<f4"))
+    else:
+        picture.save(held, "PNG")
+    data = base64.b64encode(held.getvalue()).decode()
+    seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    if isinstance(picture, np.ndarray):
+        seen = {"type": "image_embeds", "image_embeds": data}
+    content = [seen, {"type": "text", "text": question}]
     served = post(f"{address}/v1/models")["data"][0]["id"]
     return {"model": served, "messages": [{"role": "user", "content": content}], "temperature": 0}
 
@@ -248,8 +271,6 @@ def embeddings(folder: Path, pictures: list) -> list | None:
 
     Only xllamacpp gives them, through the library's own functions.
     """
-    import numpy as np
-
     if engine_of(folder) != "llama.cpp" or not _is_python(start := program("llama.cpp")):
         return None
     with tempfile.TemporaryDirectory() as temporary:
@@ -271,8 +292,6 @@ def quantizer():
     It takes the columns' importance (columns,) float32 too, or None, and returns (rows, bytes) uint8. Only xllamacpp
     has it, through the library's own functions; ValueError without.
     """
-    import numpy as np
-
     start = program("llama.cpp")
     if not _is_python(start):
         raise ValueError(f"{start[0]} is no python that has xllamacpp, whose library quantizes: name one that has.")

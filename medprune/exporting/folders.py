@@ -3,6 +3,8 @@
 transformers 5.23 flattened CLIP's names, and what it saves has `vision_tower.embeddings` where the hub's checkpoints,
 older transformers and vLLM have `vision_tower.vision_model.embeddings`. The weights stay as they are, byte for byte:
 only the headers of their files are written anew, so that no tensor is ever in memory.
+
+A tower that the engines do not know is written apart, with the projector: they are sent what `embed` makes of pictures.
 """
 
 import json
@@ -11,13 +13,18 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import safe_open
-from transformers import LlavaConfig
+from safetensors.torch import load_file
+from transformers import AutoModel, LlavaConfig
 
+from medprune.data.pictures import open_image
 from medprune.device import choose_device
+from medprune.exporting.engines import APART
 from medprune.models.assembled import base_card
-from medprune.models.families import current_name, hub_name, names
-from medprune.models.loading import check_loading, load, load_processor, stored_tensors
+from medprune.models.families import PROJECTOR, current_name, hub_name, names
+from medprune.models.loading import check_loading, load, load_processor, save_processor, stored_tensors
 from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.quantize import fewest, target_linears
@@ -26,6 +33,7 @@ from medprune.store import read_json, run_root, write_folder, write_json, write_
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 TOWER = "clip_vision_model"
 INDEX = "model.safetensors.index.json"
+COPIED = 2**24  # bytes at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "generation_config.json")
 NOT_CLINICAL = "Not for clinical use: a research artefact, evaluated on teaching images only."
 _UNSAID = ("is_local", "local_files_only", "backend")  # of this machine, not of the tokenizer
@@ -34,7 +42,8 @@ _UNSAID = ("is_local", "local_files_only", "backend")  # of this machine, not of
 @dataclass(frozen=True)
 class Source:
     """A checked folder: its config.json, that of text model and tower with the defaults filled in, where each tensor is
-    by transformers 5's name, the group size of packed layers or None, their bits by name, and the processor."""
+    by transformers 5's name, the group size of packed layers or None, their bits by name, the processor, and whether
+    tower and projector go apart, engines being sent what these make of pictures."""
 
     folder: Path
     config: dict
@@ -44,6 +53,7 @@ class Source:
     group_size: int | None
     packed: dict[str, int]
     processor: object
+    apart: bool
 
     @property
     def dtype(self) -> str:
@@ -79,20 +89,20 @@ def find_model(name: str, runs_dir: str | None = None) -> Path:
     return kept[method]
 
 
-def open_source(folder: str | Path) -> Source:
+def open_source(folder: str | Path, apart: bool = False) -> Source:
     """Check a folder for export, and say where its tensors are; nothing but configuration and headers is read.
 
-    Raises ValueError in one sentence for what no engine takes: another kind of model, tower, text model or storage, a
-    folder without chat template, and tensors that are absent, too many or of another shape than config.json says.
+    apart: have the engines sent image embeddings, though they know the tower. Raises ValueError in one sentence for
+    what no engine takes: another kind of model, text model or storage, a folder without chat template, and tensors
+    that are absent, too many or of another shape than config.json says.
     """
     folder = Path(folder)
     config = named_config(folder)
     if config["model_type"] != "llava":
         raise ValueError(f"{folder} is of model_type {config['model_type']!r}; exported are LLaVAs, 'llava'.")
-    for part, known in (("text_config", TEXT_MODELS), ("vision_config", (TOWER,))):
-        if (kind := config.get(part, {}).get("model_type", known[0])) not in known:
-            what = f"{part} is of model_type {kind!r}, which the engines do not take here"
-            raise ValueError(f"{folder}: {what}; exported are {', '.join(known)}.")
+    if (kind := config.get("text_config", {}).get("model_type", TEXT_MODELS[0])) not in TEXT_MODELS:
+        what = f"text_config is of model_type {kind!r}, which the engines do not take here"
+        raise ValueError(f"{folder}: {what}; exported are {', '.join(TEXT_MODELS)}.")
     quantized = config.get("quantization_config") or {}
     awq = quantized.get("quant_method") == "awq" and quantized.get("bits") == 4
     if quantized and not awq and quantized.get("method") not in TABLES:
@@ -102,8 +112,16 @@ def open_source(folder: str | Path) -> Source:
     tensors = stored_tensors(folder)
     packed = _check_tensors(folder, whole, tensors, quantized)
     text, vision = (whole.to_dict()[part] for part in ("text_config", "vision_config"))
+    apart |= vision["model_type"] != TOWER
+    if apart and (inside := [name for name in packed if of_tower(name)]):
+        raise ValueError(f"{folder} has {inside[0]} in {packed[inside[0]]} bits: a tower goes apart in 16 bits only.")
     group_size = quantized.get("group_size")
-    return Source(folder, config, text, vision, tensors, group_size, packed, load_processor(folder))
+    return Source(folder, config, text, vision, tensors, group_size, packed, load_processor(folder), apart)
+
+
+def of_tower(name: str) -> bool:
+    """Return whether a module or tensor, by transformers 5's name, is the tower's or the projector's."""
+    return name.startswith(("model.vision_tower.", f"model.{PROJECTOR}."))
 
 
 def load_folder(folder: Path, dtype=None):
@@ -167,34 +185,92 @@ def check_new(out: Path) -> Path:
 def export_hub(source: Source, out: Path, **record) -> list[str]:
     """Write names, configuration and processor files as LLaVA's checkpoints on the hub have them; return its size said.
 
-    record: as `write_folder` takes it. Plain transformers, older ones and vLLM load the folder, by its README.md.
-    Raises ValueError for widths that none of them knows.
+    record: as `write_folder` takes it. Plain transformers, older ones and vLLM load the folder, by its README.md; one
+    whose tower is apart only vLLM. Raises ValueError for widths that none of them knows.
     """
     if not source.standard:
         raise ValueError(f"{source.folder} has mixed widths or a packed table, head or tower, which GGUF alone stores.")
     with write_folder(check_new(out), **record) as temporary:
-        for file in sorted({file for file, _ in source.tensors.values()}):
-            rename_tensors(file, temporary / file.name)
-        if (source.folder / INDEX).exists():
-            index = read_json(source.folder / INDEX)
-            index["weight_map"] = {hub_name(current_name(k)): file for k, file in index["weight_map"].items()}
-            write_json(temporary / INDEX, index)
+        copy_tensors(source, temporary, hub_name, lambda name: not (source.apart and of_tower(name)))
         write_json(temporary / "config.json", hub_config(source))
         _write_processor(source, temporary)
+        if source.apart:
+            write_tower(source, temporary)
         write_text(temporary / "README.md", model_card(source, "with the names of the hub", _vllm_use(source)))
-    return [f"{out}: {sum(f.stat().st_size for f in out.iterdir()) / 2**20:.1f} MiB"]
+    return [f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 2**20:.1f} MiB"]
 
 
-def rename_tensors(file: Path, out: Path) -> None:
-    """Copy a safetensors file with the hub's names: a new header, then the old file's bytes as they are."""
-    with open(file, "rb") as old, open(out, "wb") as new:
+def copy_tensors(source: Source, out: Path, name_of, kept) -> None:
+    """Copy the files of a source's tensors, those alone that are kept, and their index, as `name_of` names them.
+
+    kept, name_of: of a name of transformers 5. Bytes are copied as they are.
+    """
+    found = {}
+    for file in sorted({file for file, _ in source.tensors.values()}):
+        found |= dict.fromkeys(copy_file(file, out / file.name, name_of, kept), file.name)
+    if (source.folder / INDEX).exists():
+        index = read_json(source.folder / INDEX)
+        write_json(out / INDEX, {"metadata": index.get("metadata", {}), "weight_map": found})
+
+
+def copy_file(file: Path, out: Path, name_of, kept) -> list[str]:
+    """Copy a safetensors file as `copy_tensors` does, unless nothing in it is kept; return the names written."""
+    with open(file, "rb") as old:
         (length,) = struct.unpack("<Q", old.read(8))
-        header = json.loads(old.read(length))
-        header = {hub_name(current_name(name)): value for name, value in header.items()}
+        stored = json.loads(old.read(length))
+        header = {key: stored.pop(key) for key in ("__metadata__",) if key in stored}
+        chosen = [(current_name(key), value) for key, value in stored.items() if kept(current_name(key))]
+        chosen.sort(key=lambda item: item[1]["data_offsets"])
+        ends = 0
+        for name, value in chosen:
+            begin, end = value["data_offsets"]
+            header[name_of(name)] = value | {"data_offsets": [ends, ends := ends + end - begin]}
+        if not chosen:
+            return []
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as safetensors writes them
-        new.write(struct.pack("<Q", len(text)) + text)
-        shutil.copyfileobj(old, new, 2**24)
+        with open(out, "wb") as new:
+            new.write(struct.pack("<Q", len(text)) + text)
+            for begin, end in (value["data_offsets"] for _, value in chosen):
+                old.seek(8 + length + begin)
+                for at in range(begin, end, COPIED):
+                    new.write(old.read(min(COPIED, end - at)))
+    return [name_of(name) for name, _ in chosen]
+
+
+# ---- a tower apart
+def write_tower(source: Source, out: Path) -> None:
+    """Write tower, projector and processor into a folder of their own, for whoever asks the engine."""
+    folder = out / APART
+    folder.mkdir()
+    copy_tensors(source, folder, lambda name: name, of_tower)
+    write_json(folder / "config.json", {k: v for k, v in source.config.items() if k != "quantization_config"})
+    save_processor(source.processor, folder)
+
+
+@torch.inference_mode()
+def image_embeddings(model, processor, paths: list[str]) -> dict[str, np.ndarray]:
+    """Return what a LLaVA's tower and projector make of pictures, each (image tokens, hidden) float32, by path."""
+    device, found = next(model.model.vision_tower.parameters()).device, {}
+    for path in dict.fromkeys(paths):
+        pixels = torch.as_tensor(np.asarray(processor.image_processor(open_image(path))["pixel_values"][0]))
+        (seen,) = model.model.get_image_features(pixels[None].to(device, model.dtype)).pooler_output
+        found[path] = seen.float().cpu().numpy()
+    return found
+
+
+def embed(exported: Path, paths: list[str]) -> dict[str, np.ndarray]:
+    """Return what the tower of an exported folder makes of pictures, as `image_embeddings` does, in 32 bits."""
+    folder = exported / APART
+    config = LlavaConfig.from_dict(named_config(folder))
+    model = skeleton(config)
+    model.model.vision_tower = AutoModel.from_config(config.vision_config)
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    wanted = {name for name in model.state_dict() if of_tower(name)}
+    check_loading({"missing_keys": wanted - tensors.keys(), "unexpected_keys": tensors.keys() - wanted}, folder)
+    return image_embeddings(model.eval(), load_processor(folder), paths)
 
 
 def hub_config(source: Source) -> dict:
@@ -209,6 +285,11 @@ def hub_config(source: Source) -> dict:
         out["text_config"]["rope_theta"] = scaling.pop("rope_theta")
         plain = scaling.get("rope_type", "default") == "default"
         out["text_config"]["rope_scaling"] = None if plain else scaling
+    if source.apart:  # vLLM wants a tower that it knows, and does not build it where it may be sent no image
+        sides = {k: v for k, v in source.vision.items() if k in ("image_size", "patch_size")}
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim"), 64)
+        out["vision_config"] = {"model_type": TOWER, "num_hidden_layers": 1, "num_attention_heads": 1} | sizes | sides
+        out["vision_feature_layer"] = -1
     return out
 
 
@@ -232,6 +313,12 @@ def _write_processor(source: Source, out: Path) -> None:
     write_json(out / "processor_config.json", said)
     write_text(out / "chat_template.jinja", processor.chat_template)
     write_json(out / "chat_template.json", {"chat_template": processor.chat_template})
+
+
+APART_USE = f"""The engine gets no picture but what tower and projector (`{APART}/`) make of it, as `image_embeds`:
+```bash
+medprune ask FOLDER picture.jpg "What is the name of this disease?" --url http://127.0.0.1:8080
+```"""
 
 
 def model_card(source: Source, what: str, how: str) -> str:
@@ -258,6 +345,9 @@ def _vllm_use(source: Source) -> str:
     options = " --quantization awq --dtype float16" if source.group_size else ""
     lengths = f"--max-model-len {min(source.text['max_position_embeddings'], 4096)}"
     needs = " (with gptqmodel)" if source.group_size else ""
+    if source.apart:
+        asked = " --enable-mm-embeds --limit-mm-per-prompt '{\"image\": 0}'"
+        return f"```bash\nvllm serve FOLDER{options} {lengths}{asked}\n```\n{APART_USE}"
     return (
         f"```bash\nvllm serve FOLDER{options} {lengths}\n```\n"
         f"or plain transformers{needs}:\n"

@@ -20,8 +20,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from medprune.exporting.engines import MMPROJ, TEXT, quantizer
-from medprune.exporting.folders import Source, check_new, model_card, shapes_of
-from medprune.exporting.vocabulary import add_tokenizer, modelfile
+from medprune.exporting.folders import APART_USE, Source, check_new, model_card, shapes_of, write_tower
+from medprune.exporting.llamacpp import CHAT
+from medprune.exporting.vocabulary import add_tokenizer, chat_pieces, modelfile
 from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS, parts
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import OPTIONS, account
@@ -74,24 +75,30 @@ class Tensor:
 def export_gguf(source: Source, out: Path, **record) -> list[str]:
     """Write text.gguf, mmproj.gguf, a Modelfile and README.md; return lines on their bytes, beside the plan's.
 
-    record: as `write_folder` takes it.
+    Tower and projector that go apart stay safetensors. record: as `write_folder` takes it.
 
     Raises ValueError in one sentence, and leaves nothing, for what llama.cpp would compute otherwise.
     """
     _check(source)
     with write_folder(check_new(out), **record) as temporary:
         worst = _write_pair(source, text_tensors(source), "to GGUF", temporary)
-        sizes = {name: (temporary / name).stat().st_size for name in (TEXT, MMPROJ)}
+        files = [f for kind in ("gguf", "safetensors") for f in sorted(temporary.rglob(f"*.{kind}"), reverse=True)]
+        sizes = {str(f.relative_to(temporary)): f.stat().st_size for f in files}
     lines = [f"{out / name}: {size / 2**20:.1f} MiB" for name, size in sizes.items()]
     return lines + notes(source, sum(sizes.values()), worst)
 
 
 def _write_pair(source: Source, tensors: list[Tensor], what: str, folder: Path, stored=None) -> dict[Kind, float]:
-    """Write both files, the Modelfile and the card into a folder; return what `write` does of both.
+    """Write both files, the Modelfile and the card into a folder; return what `write` does of them.
 
     tensors: the text model's; stored: as `text_writer` takes it; what: as `model_card` does.
     """
     worst = write(text_writer(source, stored), tensors, folder / TEXT)
+    if source.apart:
+        write_tower(source, folder)
+        use = f"```bash\nmedprune serve FOLDER\n```\nwith xllamacpp. {APART_USE}"
+        write_text(folder / "README.md", model_card(source, what, use))
+        return worst
     worst |= write(vision_writer(source), vision_tensors(source), folder / MMPROJ)
     write_text(folder / "Modelfile", modelfile(source.processor, TEXT, MMPROJ))
     write_text(folder / "README.md", model_card(source, what, _USE))
@@ -130,12 +137,15 @@ def _check(source: Source) -> None:
     wanted = {
         "rope_type": (rope.get("rope_type", "default"), ["default"]),
         "hidden_act of the text model": (text["hidden_act"], ["silu"]),
-        "vision_feature_select_strategy": (config.get("vision_feature_select_strategy", "default"), ["default"]),
-        "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), ["gelu"]),
-        "hidden_act of the tower": (vision["hidden_act"], ["quick_gelu", "gelu"]),
-        "vision_feature_layer": (type(layer).__name__, ["int"]),
         "mlp_bias": (bool(text.get("mlp_bias")), [False]),
     }
+    if not source.apart:
+        wanted |= {
+            "vision_feature_select_strategy": (config.get("vision_feature_select_strategy", "default"), ["default"]),
+            "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), ["gelu"]),
+            "hidden_act of the tower": (vision["hidden_act"], ["quick_gelu", "gelu"]),
+            "vision_feature_layer": (type(layer).__name__, ["int"]),
+        }
     for name, (value, known) in wanted.items():
         if value not in known:
             choices = " or ".join(map(str, known))
@@ -172,6 +182,9 @@ def text_writer(source: Source, stored: gguf.LlamaFileType | None = None) -> ggu
     writer.add_file_type(stored or gguf.LlamaFileType[name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, source)
+    if source.apart:  # whoever serves it has no other template, for llama.cpp's own server takes no embeddings
+        for name, said in chat_pieces(source.processor).items():
+            writer.add_string(f"{CHAT}{name}", said)
     return writer
 
 

@@ -23,7 +23,7 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import TESTED, load_questions
 from medprune.data.synthetic import write_images
 from medprune.exporting import engines
-from medprune.exporting.folders import export_hub, load_folder, open_source
+from medprune.exporting.folders import TOWER, embed, export_hub, image_embeddings, load_folder, open_source
 from medprune.exporting.gguf import export_gguf
 from medprune.models.families import n_blocks, parts
 from medprune.progress import progress
@@ -58,14 +58,14 @@ class Here:
     """What a folder's model makes of rows here.
 
     exact: in 32 bits; floor: in its own type; pictures by path, as our processor cuts them; embeddings of the first
-    PROBED: (images, floats), and `misplaced`, those with the class token behind the patches; limit: of their error.
+    PROBED: (images, floats), and `misplaced`, those with CLIP's class token behind the patches; limit: of their error.
     """
 
     exact: Ours
     floor: Ours
     pictures: dict[str, Image.Image]
     embeddings: torch.Tensor
-    misplaced: torch.Tensor
+    misplaced: torch.Tensor | None
     limit: float
     tokenizer: object
 
@@ -149,13 +149,14 @@ def _top(first: torch.Tensor) -> dict[int, float]:
 
 
 # ---- image embeddings
-@torch.inference_mode()
-def image_embeddings(model, pictures: list[Image.Image], processor) -> torch.Tensor:
-    """Return the projected image tokens of pictures, (images, tokens x hidden) float32."""
-    pixels = processor.image_processor(pictures)["pixel_values"]
-    pixels = torch.stack([torch.as_tensor(np.asarray(p)) for p in pixels]).to(model.device, model.dtype)
-    found = model.model.get_image_features(pixels).pooler_output
-    return torch.stack([f.float().flatten().cpu() for f in found])
+def _flat(found: dict[str, np.ndarray]) -> torch.Tensor:
+    """Return image embeddings by path as (images, tokens x hidden)."""
+    return torch.from_numpy(np.stack([e.flatten() for e in found.values()]))
+
+
+def shown(exported: Path, pictures: dict) -> dict:
+    """Return what an exported folder's engine is sent, by path: pictures, or what its own tower makes of them."""
+    return embed(exported, list(pictures)) if engines.is_apart(exported) else pictures
 
 
 def class_token_last(model):
@@ -189,27 +190,29 @@ def parity(folder: Path, exported: Path, rows: list[dict], url=None, threads=1, 
         engines.program(engines.engine_of(exported))
     here = ask_here(folder, rows, max_new_tokens)
     probed = ([], None) if url else probe(here, exported)
+    pictures = shown(exported, here.pictures)
     if url:
-        replies = _ask(url.removesuffix("/").removesuffix("/v1"), here, rows, max_new_tokens)
+        replies = _ask(url.removesuffix("/").removesuffix("/v1"), pictures, rows, max_new_tokens)
     else:
         with engines.running(exported, threads) as server:
-            replies = _ask(server.address, here, rows, max_new_tokens)
+            replies = _ask(server.address, pictures, rows, max_new_tokens)
     return compared(here, rows, replies, "server" if url else engines.engine_of(exported), *probed)
 
 
-def _ask(address: str, here: Here, rows: list[dict], max_new_tokens: int) -> list[engines.Reply]:
-    return [engines.ask_server(address, here.pictures[r["path"]], r["question"], max_new_tokens) for r in rows]
+def _ask(address: str, pictures: dict, rows: list[dict], max_new_tokens: int) -> list[engines.Reply]:
+    return [engines.ask_server(address, pictures[r["path"]], r["question"], max_new_tokens) for r in rows]
 
 
 def ask_here(folder: Path, rows: list[dict], max_new_tokens: int) -> Here:
     """Answer rows with a folder's model here, which takes 4 bytes a weight."""
     model, processor = load_folder(folder, torch.float32)
     pictures = pictures_of(processor, rows)
-    exact, some = ours(model, processor, rows, max_new_tokens), list(pictures.values())[:PROBED]
-    right = image_embeddings(model, some, processor)
-    hook = class_token_last(model)
-    wrong = image_embeddings(model, some, processor)
-    hook.remove()
+    exact, some, wrong = ours(model, processor, rows, max_new_tokens), list(pictures)[:PROBED], None
+    right = _flat(image_embeddings(model, processor, some))
+    if model.config.vision_config.model_type == TOWER:
+        hook = class_token_last(model)
+        wrong = _flat(image_embeddings(model, processor, some))
+        hook.remove()
     widths = [m.bits for m in parts(model).vision_tower.modules() if isinstance(m, PackedLinear)]
     limit = MAX_ROUNDED_ERROR if 8 in widths else MAX_EMBEDDING_ERROR
     del model
@@ -239,15 +242,19 @@ def compared(here: Here, rows, replies: list[engines.Reply], engine: str, faults
 def probe(here: Here, exported: Path) -> tuple[list[str], float | None]:
     """Return (faults, worst relative error) of the image embeddings in an exported folder's engine.
 
-    The error is None where the engine does not tell them.
+    Where the tower is apart it is asked instead. The error is None where the engine does not tell them.
     """
-    found = engines.embeddings(exported, list(here.pictures.values())[:PROBED])
+    some = dict(list(here.pictures.items())[:PROBED])
+    if engines.is_apart(exported):
+        found = [e.flatten() for e in embed(exported, list(some)).values()]
+    else:
+        found = engines.embeddings(exported, list(some.values()))
     if found is None:
         return [], None
     worst = float(embedding_errors(found, here.embeddings).max())
     if worst <= here.limit:
         return [], worst
-    misplaced = float(embedding_errors(found, here.misplaced).max())
+    misplaced = float("inf") if here.misplaced is None else float(embedding_errors(found, here.misplaced).max())
     off = f"the runtime's image embeddings are off by {worst:.4f}, more than {here.limit}"
     if misplaced <= here.limit:
         why = f"it puts CLIP's class token behind the patches (llama.cpp issue 25814): so misplaced, {misplaced:.4f}"
@@ -326,8 +333,8 @@ def export_once(run: Run, source: Path, name: str, engine: str, write: Callable 
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of an exported folder's weights."""
-    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".gguf", ".safetensors"))
+    """Return the bytes of an exported folder's weights, those of a tower apart too."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".gguf", ".safetensors"))
 
 
 def ask_engine(run: Run, folder: Path, label: str, pictures: dict, asked: list[dict], most: int, threads: int):
@@ -341,6 +348,7 @@ def ask_engine(run: Run, folder: Path, label: str, pictures: dict, asked: list[d
     units, keys = run.units(mark), [f"{label} {q['id']}" for q in asked]
     todo = [(key, q) for key, q in zip(keys, asked, strict=True) if key not in units]
     if todo or f"{label} costs" not in units:
+        pictures = shown(folder, pictures)
         with engines.running(folder, threads) as server, progress(len(todo), label, "answer") as bar:
             for key, q in todo:
                 units.add(key, asdict(engines.ask_server(server.address, pictures[q["path"]], q["question"], most)))
