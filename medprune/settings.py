@@ -126,7 +126,9 @@ class Settings(BaseModel):
     deployed: tuple[str, ...] = _setting(
         ("awq-recovered", "found"), "8", "models that other engines are given, each without its count", min_length=1
     )
-    engines: tuple[Literal[ENGINES], ...] = _setting(ENGINES, "8", "asked, where they are installed", min_length=1)
+    engines: tuple[str, ...] = _setting(
+        ENGINES, "8", f"{' and '.join(ENGINES)}, where installed, and addresses of servers that run", min_length=1
+    )
     mixtures: tuple[Literal[MIXTURES], ...] = _setting(MIXTURES, "8", "of llama.cpp's own types, beside ours")
     # judge
     primary: tuple[str, str] = _setting(
@@ -399,6 +401,10 @@ def _check_deployed(c: Settings) -> None:
     known |= set(NOT_QUANTIZED)
     if unknown := set(c.deployed) - known:
         raise ValueError(f"deployed has {min(unknown)!r}, of which no folder is kept: name {', '.join(sorted(known))}.")
+    for engine in c.engines:
+        if engine not in ENGINES and not re.fullmatch(r"https?://[^\s/]+(/v1)?/?", engine):
+            choices = ", ".join(ENGINES)
+            raise ValueError(f"engines has {engine!r}: give {choices} or an address such as http://localhost:8000.")
 
 
 def _check_names(c: Settings) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exported import write_family
+from exported import write_family, write_odd
 from PIL import Image
 
 from medprune.data.questions import load_conditions
@@ -28,6 +28,12 @@ def tiny(base):
 def family(tiny, tmp_path):
     """Return make(kind, tied) -> the folder of the tiny base with a text model of this kind, its weights random."""
     return lambda kind, tied: write_family(*tiny, tmp_path / f"{kind}-{tied}", kind, tied)
+
+
+@pytest.fixture
+def odd(tiny, tmp_path):
+    """Return the folder of the tiny base with a tower that no engine knows."""
+    return write_odd(*tiny, tmp_path / "odd")
 
 
 @pytest.fixture(scope="session")

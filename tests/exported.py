@@ -1,6 +1,7 @@
 """What the tests of exporting share: small LLaVAs of several text models, and a server that stands in for an engine."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.answers.decoding import RoomyCache, forward
 from medprune.answers.prompts import see
+from medprune.exporting.folders import of_tower
+from medprune.models.eyes import EyesConfig
 from medprune.models.families import n_blocks
 from medprune.models.loading import save
 
@@ -46,6 +50,25 @@ def write_family(model, processor, folder, kind: str, tied: bool, blocks: int = 
     return folder
 
 
+def write_odd(model, processor, folder):
+    """Write the tiny base with eyes that no engine knows, to which pictures are cut from larger ones."""
+    model, processor = copy.deepcopy((model, processor))
+    config, stages = model.config, [(1, 3, 1, 1, 8), *[(1, 3, 2, 2, 8)] * 4]
+    config.vision_config = EyesConfig(hidden_size=48, image_size=64, patch_size=32, stem_size=8, stages=stages, views=2)
+    config.vision_feature_layer, config.image_seq_length = -1, 4
+    torch.manual_seed(2)
+    made = LlavaForConditionalGeneration(config)
+    for name, parameter in made.named_parameters():
+        parameter.data *= 3
+        if parameter.dim() > 1 and of_tower(name):  # transformers' beginnings would leave nothing of a picture
+            torch.nn.init.kaiming_normal_(parameter)
+    made.generation_config = model.generation_config
+    cut = {"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 64}}
+    processor.image_processor, processor.files, processor.patch_size = CLIPImageProcessorPil(**cut), None, 32
+    save(made, processor, folder)
+    return folder
+
+
 def retold(folder, part=None, **values):
     """Change values of a folder's config.json."""
     config = json.loads((folder / "config.json").read_text())
@@ -67,16 +90,20 @@ def served(model, processor, template: str):
     Embeddings stand for a picture, as vLLM takes them.
     """
 
+    one = threading.Lock()  # a picture's embeddings are put into the model
+
     class Engine(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
         def do_GET(self):
-            self.reply({"data": [{"id": "tiny"}]})
+            self.reply({"data": [{"id": "other"}, {"id": "tiny"}]})
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.reply(complete(model, processor, template, asked))
+            with one:
+                said = complete(model, processor, template, asked)
+            self.reply(said)
 
         def reply(self, said):
             data = json.dumps(said).encode()

@@ -1,7 +1,6 @@
 """A tower that engines do not know goes apart: they are sent what it makes of pictures, and answer as here."""
 
 import base64
-import copy
 import io
 import json
 import os
@@ -10,47 +9,20 @@ import types
 import numpy as np
 import pytest
 import torch
-from exported import served
+from exported import retold, served
 from safetensors.torch import load_file, save_file
 from test_cli import medprune
 from test_gguf import read
 from test_parity import here
-from transformers import LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.exporting import engines, llamacpp, parity
 from medprune.exporting.folders import APART, embed, export_hub, image_embeddings, of_tower, open_source
 from medprune.exporting.gguf import TEXT, export_gguf
 from medprune.exporting.vocabulary import chat_pieces, server_template
-from medprune.models.eyes import EyesConfig
 from medprune.models.families import hub_name
-from medprune.models.loading import load, save
+from medprune.models.loading import load
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.quantize import quantize
-
-STAGES = [(1, 3, 1, 1, 8), *[(1, 3, 2, 2, 8)] * 4]
-CLIP_FILES = {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
-
-
-@pytest.fixture
-def odd(tiny, tmp_path):
-    """Return the folder of the tiny base with eyes that no engine knows, to which pictures are cut from larger ones."""
-    model, processor = copy.deepcopy(tiny)
-    config = model.config
-    config.vision_config = EyesConfig(hidden_size=48, image_size=64, patch_size=32, stem_size=8, stages=STAGES, views=2)
-    config.vision_feature_layer, config.image_seq_length = -1, 4
-    torch.manual_seed(2)
-    made = LlavaForConditionalGeneration(config)
-    for name, parameter in made.named_parameters():
-        parameter.data *= 3
-        if parameter.dim() > 1 and of_tower(name):  # transformers' beginnings would leave nothing of a picture
-            torch.nn.init.kaiming_normal_(parameter)
-    made.generation_config = model.generation_config
-    cut = {"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 64}}
-    processor.image_processor, processor.files = CLIPImageProcessorPil(**cut), None
-    processor.patch_size = 32
-    save(made, processor, tmp_path / "odd")
-    return tmp_path / "odd"
 
 
 @pytest.mark.parametrize("write", [export_hub, export_gguf])
@@ -126,6 +98,9 @@ def test_parity_sends_embeddings_and_names_another_tower(odd, rows, tmp_path, wr
 
 def test_a_tower_that_engines_know_goes_apart_when_asked(family, rows, tmp_path):
     folder = family("llama", False)
+    retold(folder, vision_feature_layer=-2)
+    export_hub(open_source(folder, apart=True), tmp_path / "hub")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["vision_feature_layer"] == -1
     export_gguf(open_source(folder, apart=True), out := tmp_path / "out")
     assert engines.engine_of(out) == "llama.cpp" and not (out / engines.MMPROJ).exists()
     model, processor = load(folder, dtype=torch.float32)

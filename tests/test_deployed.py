@@ -77,6 +77,50 @@ def test_an_engine_is_asked_once_and_goes_on_where_it_was_killed(run, served_mod
     assert len(starts) == 3 and len(told) == 8, "another version of the engine is asked anew"
 
 
+def test_a_server_that_runs_already_is_asked_by_its_address(run, family, rows, monkeypatch):
+    folder = family("llama", False)
+    model, processor = load(folder, dtype=torch.float32)
+    asked = [{k: r[k] for k in ("id", "path", "question")} | {"asked": r["id"]} for r in rows]
+    monkeypatch.setattr(engines.subprocess, "Popen", lambda *_, **__: pytest.fail("an engine was started"))
+    put, wanted = engines.post, []
+    monkeypatch.setattr(engines, "post", lambda url, body=None: wanted.append((body or {}).get("model")) or put(url, body))
+    with served(model, processor, server_template(processor)) as url:
+        assert engines.version(f"{url}/v1") == "a server of no stated version"
+        with pytest.raises(ValueError, match="has other, tiny, not original: serve an export in a folder of that name"):
+            parity.export_once(run, folder, "original", url)
+        out = parity.export_once(run, folder, "tiny", f"{url}/v1")
+        assert parity.export_once(run, folder, "tiny", f"{url}/v1") == out and "/" not in out.name
+        assert [f.name for f in out.iterdir()] == ["medprune.json"] and np.isnan(parity.size_of(out))
+        pictures = parity.pictures_of(processor, asked)
+        said, replies, costs = parity.ask_engine(run, out, "tiny there", pictures, asked, 6, 1)
+        monkeypatch.setattr(engines, "ask_server", lambda *_: pytest.fail("asked again"))
+        assert parity.ask_engine(run, out, "tiny there", pictures, asked, 6, 1)[1] == replies
+    assert [a["answer"] for a in said] == parity.ours(model, processor, asked, 6).texts
+    assert {m for m in wanted if m} == {"tiny"} and costs["ms_per_token"] > 0
+    assert np.isnan([costs["load_s"], costs["peak_bytes"]]).all() and engines.embeddings(out, []) is None
+    with pytest.raises(ValueError, match="does not answer as an OpenAI-compatible server"):
+        parity.ask_engine(run, out, "tiny there", pictures, asked, 6, 1)
+
+
+def test_a_server_s_odd_tower_goes_apart_to_it(run, odd, rows):
+    model, processor = load(odd, dtype=torch.float32)
+    asked = [{k: r[k] for k in ("id", "path", "question")} | {"asked": r["id"]} for r in rows]
+    with served(model, processor, server_template(processor)) as url:
+        out = parity.export_once(run, odd, "tiny", url)
+        assert engines.is_apart(out) and not list(out.glob("*.safetensors"))
+        said, *_ = parity.ask_engine(run, out, "odd there", parity.pictures_of(processor, asked), asked, 6, 1)
+    assert [a["answer"] for a in said] == parity.ours(model, processor, asked, 6).texts
+    assert engines.wants_embeddings({"id": "a", "input_modalities": ["image_embeds"]})
+    assert not engines.wants_embeddings({"id": "a"})
+
+
+@pytest.mark.parametrize("engine", ["llamacpp", "ftp://a", "http://", "http://a b", "http://a/v2"])
+def test_engines_are_names_or_addresses(engine):
+    with pytest.raises(ValueError, match=r"engines has .*: give llama.cpp, vLLM or an address such as http://localhost:8000"):
+        resolve("smoke", engines=[engine])
+    assert resolve("smoke", engines=["vLLM", "http://gpu-1:8000/v1"]).engines == ("vLLM", "http://gpu-1:8000/v1")
+
+
 def test_answers_say_whether_they_ended(run, served_model):
     folder, asked, pictures, _ = served_model
     rows, _, _ = parity.ask_engine(run, folder, "a", pictures, asked[:1], 2, 1)

@@ -46,7 +46,7 @@ def ask_served(exported: Path, image: str, question: str, max_new_tokens: int, u
         picture = embed(exported, [image])[image]
     elif engines.engine_of(exported) == "llama.cpp":  # which would pad it
         picture = ImageOps.fit(picture, (min(picture.size),) * 2)
-    return engines.ask_server(url.removesuffix("/").removesuffix("/v1"), picture, question, max_new_tokens).text
+    return engines.ask_server(engines.bare(url), picture, question, max_new_tokens).text
 
 
 def ask(names: list[str], image: str, question: str, max_new_tokens: int, runs_dir: str | None = None) -> list[Said]:

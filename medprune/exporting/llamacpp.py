@@ -30,6 +30,7 @@ from pathlib import Path
 
 CONTEXT = 4096
 CHAT = "medprune.chat."  # keys of a GGUF: the texts of its chat template, before and after an image and a question
+SEEN = "image_embeds"  # what is sent in place of pictures
 POINTER = ctypes.c_void_p
 
 
@@ -53,12 +54,17 @@ def serve(text: str, mmproj: str, host: str, port: int, threads: int) -> None:
     """Serve until this process is ended."""
     wheel = importlib.import_module("xllamacpp")
     options = wheel.CommonParams()
-    options.model.path, options.mmproj.path = text, mmproj
+    options.model.path, options.mmproj.path, options.model_alias = text, mmproj, {named(text)}
     options.hostnames, options.port, options.n_ctx, options.n_parallel = [host], port, CONTEXT, 1
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = wheel.Server(options)
     print(server.listening_address, flush=True)
     threading.Event().wait()
+
+
+def named(text: str) -> str:
+    """Return the name of the model that a GGUF holds: its folder's, as vLLM's is."""
+    return Path(text).resolve().parent.name
 
 
 class Refused(ValueError):
@@ -104,7 +110,7 @@ class Model:
             raise SystemExit(f"llama.cpp makes no context of {CONTEXT} tokens for {text}.")
         library.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary, self.greedy = library.llama_model_get_vocab(self.model), library.llama_sampler_init_greedy()
-        self.hidden, self.name = library.llama_model_n_embd(self.model), Path(text).resolve().parent.name
+        self.hidden, self.name = library.llama_model_n_embd(self.model), named(text)
         self.chat = {key: self.meta(CHAT + key) for key in ("opening", "user", "image", "asked", "answering")}
         if not any(self.chat.values()):
             raise SystemExit(f"{text} has no {CHAT}user: it was exported with a tower that llama.cpp runs itself.")
@@ -171,10 +177,10 @@ class Model:
         messages = asked.get("messages")
         parts = messages[0].get("content") if isinstance(messages, list) and len(messages) == 1 else None
         kinds = [part.get("type") for part in parts] if isinstance(parts, list) else []
-        if sorted(map(str, kinds)) != ["image_embeds", "text"]:
-            raise Refused("give one message whose parts are one image_embeds and one text; pictures are not taken")
+        if sorted(map(str, kinds)) != [SEEN, "text"]:
+            raise Refused(f"give one message whose parts are one {SEEN} and one text; pictures are not taken")
         found = {part["type"]: part.get(part["type"]) for part in parts}
-        embeddings = floats(base64.b64decode(found["image_embeds"]), self.hidden)
+        embeddings = floats(base64.b64decode(found[SEEN]), self.hidden)
         top = int(asked.get("top_logprobs", 0)) if asked.get("logprobs") else 0
         most = int(asked.get("max_tokens") or CONTEXT // 4)
         return self.answer(embeddings, found["text"], most, top, bool(asked.get("ignore_eos")))
@@ -201,6 +207,7 @@ def floats(data: bytes, hidden: int) -> bytes:
 def answer(text: str, host: str, port: int, threads: int) -> None:
     """Serve until this process is ended, what is sent in place of pictures being their embeddings."""
     model = Model(text, threads)
+    listed = {"id": model.name, "object": "model", "owned_by": "llama.cpp", "input_modalities": [SEEN]}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -209,7 +216,7 @@ def answer(text: str, host: str, port: int, threads: int) -> None:
             pass
 
         def do_GET(self):
-            said = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [{"id": model.name}]}}
+            said = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [listed]}}
             self.reply(200 if self.path in said else 404, said.get(self.path, {"error": "not found"}))
 
         def do_POST(self):

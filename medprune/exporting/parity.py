@@ -7,8 +7,11 @@ llama.cpp the image embeddings are taken as well, in which its class token behin
 shows by itself.
 """
 
+import math
+import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +26,23 @@ from medprune.data.pictures import open_image
 from medprune.data.questions import TESTED, load_questions
 from medprune.data.synthetic import write_images
 from medprune.exporting import engines
-from medprune.exporting.folders import TOWER, embed, export_hub, image_embeddings, load_folder, open_source
+from medprune.exporting.folders import (
+    TOWER,
+    Source,
+    embed,
+    export_hub,
+    image_embeddings,
+    load_folder,
+    open_source,
+    write_tower,
+)
 from medprune.exporting.gguf import export_gguf
 from medprune.models.families import n_blocks, parts
 from medprune.progress import progress
 from medprune.quantizing.compared import write_quantized
 from medprune.quantizing.packed import PackedLinear
 from medprune.quantizing.quantize import batch_hashes
-from medprune.store import RECORD, Run, content, context, made, read_json, write_text
+from medprune.store import RECORD, Run, content, context, made, read_json, write_folder, write_text
 
 MAX_EMBEDDING_ERROR = 0.002  # relative, of an image's embeddings; a build that is right shows 0.0007
 MAX_ROUNDED_ERROR = 0.01  # the same of a tower in 8 bits, which GGUF rounds anew: 0.0044 was seen
@@ -192,7 +204,7 @@ def parity(folder: Path, exported: Path, rows: list[dict], url=None, threads=1, 
     probed = ([], None) if url else probe(here, exported)
     pictures = shown(exported, here.pictures)
     if url:
-        replies = _ask(url.removesuffix("/").removesuffix("/v1"), pictures, rows, max_new_tokens)
+        replies = _ask(engines.bare(url), pictures, rows, max_new_tokens)
     else:
         with engines.running(exported, threads) as server:
             replies = _ask(server.address, pictures, rows, max_new_tokens)
@@ -305,6 +317,7 @@ def add_parity(exported: Path, lines: list[str]) -> None:
 
 # ---- a run's models in other engines, each exported once and asked the test questions once
 WAYS = {"llama.cpp": export_gguf, "vLLM": export_hub}
+AT_ONCE = 16  # questions that a server which runs already is asked together
 
 
 def awq_once(run: Run, source: Path, group_size: int, calibration: dict, **card) -> Path:
@@ -320,20 +333,36 @@ def awq_once(run: Run, source: Path, group_size: int, calibration: dict, **card)
 def export_once(run: Run, source: Path, name: str, engine: str, write: Callable | None = None, **how) -> Path:
     """Export a model's folder for an engine, unless that is done; return where. ValueError where it takes none such.
 
-    write: how, else as `medprune export` does; it is given `how`. The folder is named after the engine and `name`.
+    write: how, else as `medprune export` does; it is given `how`. The folder is named after the engine and `name`. Of
+    an engine that is a server's address, which must have the model by its name, it stands for that server's.
     """
-    folder = run.weights("exported") / f"{engine.replace('.', '')}-{name}"
+    folder = run.weights("exported") / f"{re.sub('[^a-z0-9-]', '', engine, flags=re.IGNORECASE)}-{name}"
+    record, apart = {}, False
+    if engines.is_address(engine):
+        if name not in (there := engines.served(engine)):
+            raise ValueError(f"{engine} has {', '.join(there)}, not {name}: serve an export in a folder of that name.")
+        write, record = _stand_for, {"served_by": {"address": engine, "model": name}}
+        apart = engines.wants_embeddings(there[name])
     given = {name: batch_hashes(value) if isinstance(value, dict) else value for name, value in how.items()}
-    mark = context(__name__, content(source), engine, given)
+    mark = context(__name__, content(source), engine, given, apart)
     if not made(folder, mark):
-        opened = open_source(source)
+        opened = open_source(source, apart)
         shutil.rmtree(folder, ignore_errors=True)
-        (write or WAYS[engine])(opened, folder, context=mark, **how)
+        (write or WAYS[engine])(opened, folder, context=mark, **record, **how)
     return folder
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of an exported folder's weights, those of a tower apart too."""
+def _stand_for(source: Source, out: Path, **record) -> None:
+    """Write what a server has to be sent of pictures, where it does not know the tower; the server has the rest."""
+    with write_folder(out, **record) as temporary:
+        if source.apart:
+            write_tower(source, temporary)
+
+
+def size_of(folder: Path) -> float:
+    """Return the bytes of an exported folder's weights, those of a tower apart too; NaN where a server has them."""
+    if engines.served_by(folder):
+        return math.nan
     return sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in (".gguf", ".safetensors"))
 
 
@@ -341,19 +370,27 @@ def ask_engine(run: Run, folder: Path, label: str, pictures: dict, asked: list[d
     """Ask an exported model the test questions in its engine; return (answers' rows, replies, costs).
 
     pictures: by path, as `pictures_of`; most: tokens of an answer. Replies are written as they come, and those
-    that there are already are not asked for again. costs: load_s, ms_per_token, peak_bytes and the engine's version.
+    that there are already are not asked for again. costs: load_s, ms_per_token, peak_bytes and the engine's version,
+    NaN where a server ran already; that is asked AT_ONCE questions together.
     """
-    version, questions = engines.version(engines.engine_of(folder)), [(q["id"], q["asked"]) for q in asked]
+    there = engines.served_by(folder)
+    engine = there["address"] if there else engines.engine_of(folder)
+    version, questions = engines.version(engine), [(q["id"], q["asked"]) for q in asked]
     mark = context(__name__, read_json(folder / RECORD)["context"], version, questions, most, threads)
     units, keys = run.units(mark), [f"{label} {q['id']}" for q in asked]
     todo = [(key, q) for key, q in zip(keys, asked, strict=True) if key not in units]
     if todo or f"{label} costs" not in units:
         pictures = shown(folder, pictures)
         with engines.running(folder, threads) as server, progress(len(todo), label, "answer") as bar:
-            for key, q in todo:
-                units.add(key, asdict(engines.ask_server(server.address, pictures[q["path"]], q["question"], most)))
-                bar.update()
-            speed = engines.ms_per_token(server.address, pictures[asked[0]["path"]], asked[0]["question"])
+
+            def ask(q: dict) -> engines.Reply:
+                return engines.ask_server(server.address, pictures[q["path"]], q["question"], most, server.model)
+
+            with ThreadPoolExecutor(AT_ONCE if there else 1) as pool:
+                for (key, _), reply in zip(todo, pool.map(ask, [q for _, q in todo]), strict=True):
+                    units.add(key, asdict(reply))
+                    bar.update()
+            speed = engines.ms_per_token(server.address, pictures[asked[0]["path"]], asked[0]["question"], server.model)
             costs = {"ms_per_token": speed, "load_s": server.load_s, "peak_bytes": server.peak_bytes()}
             units.add(f"{label} costs", costs | {"version": version})
     replies = [_reply(units[key]) for key in keys]
