@@ -423,7 +423,7 @@ def finish(run: Run, metrics: dict) -> None:
         "seconds": round(time.monotonic() - run.begun, 1),
         "finished": datetime.now().isoformat(timespec="seconds"),
     }
-    write_json(run.dir / "manifest.json", manifest)
+    write_json(run.dir / "manifest.json", manifest | {"hash": fingerprint(manifest)})
     unlock(run.root)
 
 
@@ -435,8 +435,12 @@ def _outputs(folder: Path) -> dict[str, str]:
 
 
 def read_manifest(root: Path, stage: str) -> dict:
-    """Read what a finished stage says of itself; ValueError names a file that says something else."""
-    return read_parts(root / stage / "manifest.json", **_MANIFEST)
+    """Read what a finished stage says of itself; ValueError names a file that says something else, or was edited."""
+    file = root / stage / "manifest.json"
+    manifest = read_parts(file, **_MANIFEST)
+    if manifest.pop("hash", None) not in (None, fingerprint(manifest)):  # older versions wrote none
+        raise ValueError(f"{file} is not as it was written: remove it, and run its notebook again.")
+    return manifest
 
 
 def differing(root: Path, stage: str, whole: dict) -> dict[str, tuple]:

@@ -102,13 +102,16 @@ def test_a_server_that_runs_already_is_asked_by_its_address(run, family, rows, m
         parity.ask_engine(run, out, "tiny there", pictures, asked, 6, 1)
 
 
-def test_a_server_s_odd_tower_goes_apart_to_it(run, odd, rows):
+def test_a_server_s_odd_tower_goes_apart_to_it(run, odd, rows, monkeypatch):
     model, processor = load(odd, dtype=torch.float32)
     asked = [{k: r[k] for k in ("id", "path", "question")} | {"asked": r["id"]} for r in rows]
     with served(model, processor, server_template(processor)) as url:
         out = parity.export_once(run, odd, "tiny", url)
         assert engines.is_apart(out) and not list(out.glob("*.safetensors"))
-        said, *_ = parity.ask_engine(run, out, "odd there", parity.pictures_of(processor, asked), asked, 6, 1)
+        pictures, sent, put = parity.pictures_of(processor, asked), [], engines.ask_server
+        monkeypatch.setattr(engines, "ask_server", lambda *given: sent.append(given[1]) or put(*given))
+        said, *_ = parity.ask_engine(run, out, "odd there", pictures, asked, 6, 1)
+    assert {e.shape for e in sent} == {(4, 64)}, "embeddings, not pictures"
     assert [a["answer"] for a in said] == parity.ours(model, processor, asked, 6).texts
     assert engines.wants_embeddings({"id": "a", "input_modalities": ["image_embeds"]})
     assert not engines.wants_embeddings({"id": "a"})

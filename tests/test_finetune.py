@@ -86,6 +86,42 @@ def test_training_resumes_to_the_same_weights_and_merges_clean(tuned, rows, tmp_
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 
+@pytest.mark.parametrize("recipe", ["lora", "last_blocks"])
+def test_training_that_had_ended_takes_no_step_more(tuned, tmp_path, recipe):
+    """As when the disk is full, or a kill comes, before the model is saved."""
+    ends = [tuned(tmp_path, recipe, schedule="constant") for _ in "ab"]
+    assert ends[0][2] == ends[1][2] and ends[0][2][-1]["step"] == 4
+    one, other = (merge(end[0]).state_dict() for end in ends)
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_training_that_patience_had_ended_is_not_gone_on_with(base, rows, chat, tmp_path):
+    config = resolve("smoke", {"learning_rate": 0.3, "save_every": 1, "n_held_out": 2, "patience": 2, "lora_r": 4})
+    other = [{**m, "content": [p | {"text": "Lichen."} if "text" in p else p for p in m["content"]]} for m in chat]
+    items, held_out = [(r["path"], chat) for r in rows], [(rows[0]["path"], other)]
+
+    def run(folder, *callbacks):
+        model, processor = load(base)
+        torch.manual_seed(0)
+        model = trainable(model, "lora", config)
+        curve = train(model, processor, items, tmp_path / folder, config, 8, callbacks, held_out=held_out)
+        return curve, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    class Killed(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            if control.should_training_stop:
+                raise KeyboardInterrupt
+
+    whole, weights = run("a")
+    assert 3 < whole[-1]["step"] < 8, "the test needs patience to end it, and a best step before"
+    with pytest.raises(KeyboardInterrupt):
+        run("b", Killed())
+    assert len(list((tmp_path / "b").glob("checkpoint-*"))) == 2, "the best and the last"
+    for folder in "ba":
+        curve, again = run(folder)
+        assert curve == whole and all(torch.equal(weights[n], again[n]) for n in weights)
+
+
 @pytest.mark.parametrize("damage", ["missing", "torn"])
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(tuned, tmp_path, damage):
     whole = merge(tuned(tmp_path / "a")[0]).state_dict()

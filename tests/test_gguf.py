@@ -1,6 +1,8 @@
 """The tensors of a GGUF, read back by the gguf package, are ours: to the last bit in 16, within 1% of a step in Q4_1."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import gguf
 import jinja2
@@ -10,6 +12,7 @@ import torch
 from exported import batch_of, retold
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from medprune.exporting import gguf as writing
 from medprune.exporting.folders import export_hub, open_source
 from medprune.exporting.gguf import MMPROJ, TEXT, export_gguf, paired, q4_1, vision_layers_run
 from medprune.exporting.vocabulary import MARKER, modelfile, pre_tokenizer, scores, server_template
@@ -298,6 +301,21 @@ def test_what_llama_cpp_computes_otherwise_is_refused(family, tmp_path, part, va
     with pytest.raises(ValueError, match=why):
         export_gguf(open_source(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("free,number", [(0, errno.ENOSPC), (2**40, None)])
+def test_a_full_disk_is_said_to_be_full(family, tmp_path, monkeypatch, free, number):
+    """NumPy says how much it wrote of how much, and no more."""
+    source = open_source(family("llama", True))
+
+    def short(*_, **__):
+        raise OSError("5120 requested and 3584 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match="No space left on device: .*text.gguf" if number else "^5120 requested") as error:
+        export_gguf(source, tmp_path / "out")
+    assert error.value.errno == number and not (tmp_path / "out").exists()
 
 
 def test_a_number_beyond_f16_is_refused_and_nothing_is_left(family, tmp_path):

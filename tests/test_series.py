@@ -19,7 +19,7 @@ import pytest
 from medprune.runs import series as running
 from medprune.runs import upkeep
 from medprune.settings import REPO, STAGES
-from medprune.store import finish, open_stage, read_json, write_json, write_text
+from medprune.store import finish, open_stage, read_json, read_manifest, write_json, write_text
 
 CLI = [sys.executable, "-m", "medprune"]
 GUARD = REPO / "tests" / "faults" / "guard"  # which lets children speak to this machine alone, and writes down what else
@@ -124,7 +124,7 @@ def played(tmp_path, monkeypatch):
             raise ValueError(f"{stage} was killed.")
         finish(run, {})
         if skill.get("changed") == stage:
-            manifest = read_json(run.dir / "manifest.json")
+            manifest = read_manifest(run.root, stage)
             write_json(run.dir / "manifest.json", manifest | {"settings": manifest["settings"] | {"seed": 5}})
         ran.append(stage)
 
@@ -250,7 +250,7 @@ def test_clean_forgets_units_of_settings_that_nobody_has(played):
     from medprune.store import Units
 
     played()
-    manifest = read_json(played.root / STAGES[0] / "manifest.json")
+    manifest = read_manifest(played.root, STAGES[0])
     write_json(played.root / STAGES[0] / "manifest.json", manifest | {"contexts": ["now"]})
     for mark in ("now", "before"):
         Units(played.root / "units.sqlite", mark).add("one", 1)
@@ -333,3 +333,11 @@ def test_ways_back_of_another_pruned_model_are_trained_anew(series, tmp_path):
         for r in (done, root)
     ]
     assert trained[1] < trained[0]  # a block less has adapters
+
+
+@pytest.mark.parametrize("text,ends", [("    tuning:   0%|", "|\n"), ("    tuning: 100%|\n", "|\n"), ("", "")])
+def test_what_follows_a_bar_that_was_cut_short_begins_a_line(tmp_path, capsys, text, ends):
+    with running._kernel_of(tmp_path):
+        write_text(tmp_path / "progress.log", "").write_text(text)
+    assert capsys.readouterr().err == text.rstrip("\n") + ends[1:]
+    assert not (tmp_path / "progress.log").exists()

@@ -405,6 +405,19 @@ def test_weights_that_are_not_as_they_were_written_are_not_taken(tmp_path):
     assert made(tmp_path / "model", "c") is None
 
 
+def test_a_manifest_that_was_edited_is_named(played):
+    file = played / STAGES[1] / "manifest.json"
+    whole = file.read_text()
+    assert store.read_manifest(played, STAGES[1])["stage"] == STAGES[1] and '"hash": "' in whole
+    for text in (whole.replace('"finished": "2', '"finished": "3'), whole.replace('"outputs": {', '"outputs": {"a": "b", ', 1)):
+        file.write_text(text)
+        assert text != whole
+        with pytest.raises(ValueError, match=f"{STAGES[1]}/manifest.json is not as it was written: remove it, and run its notebook again"):
+            store.read_manifest(played, STAGES[1])
+    file.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != "hash"}))
+    assert store.read_manifest(played, STAGES[1])["stage"] == STAGES[1], "older versions wrote none"
+
+
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"settings": 3}', "null"])
 def test_a_manifest_that_is_none_is_named(played, text):
     (played / STAGES[1] / "manifest.json").write_text(text)

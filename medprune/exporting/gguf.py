@@ -7,9 +7,12 @@ are rounded anew to Q8_0. So are mixed widths written, and a packed tower, head 
 """
 
 import math
+import os
+import shutil
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
+from errno import ENOSPC
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -363,6 +366,10 @@ def write(writer: gguf.GGUFWriter, tensors: list[Tensor], path: Path) -> dict[Ki
                 data, error = data
                 worst[t.kind] = max(worst.get(t.kind, 0.0), error)
             writer.write_tensor_data(np.ascontiguousarray(data))
+    except OSError as error:
+        if error.errno is not None or shutil.disk_usage(path.parent).free > t.n_bytes:
+            raise
+        raise OSError(ENOSPC, os.strerror(ENOSPC), str(path)) from error  # NumPy says how many bytes, and no more
     finally:
         writer.close()
     return worst

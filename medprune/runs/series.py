@@ -178,10 +178,15 @@ def _kernel_of(root: Path):
     stop = Event()
 
     def copy():
+        ends, stopped = "\n", False
         with open(log, encoding="utf-8") as f:
-            while not stop.wait(0.5):
-                shutil.copyfileobj(f, sys.stderr)
-            shutil.copyfileobj(f, sys.stderr)
+            while not stopped:
+                stopped = stop.wait(0.5)
+                if text := f.read():
+                    print(text, end="", file=sys.stderr, flush=True)
+                    ends = text[-1]
+        if ends != "\n":  # of a bar that was cut short: what follows begins a line
+            print(file=sys.stderr)
 
     thread = Thread(target=copy, daemon=True)
     thread.start()

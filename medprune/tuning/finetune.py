@@ -90,7 +90,10 @@ def train(model, processor, items, folder, config, steps, callbacks=(), label="t
         trainer = Trainer(model, arguments, **data, optimizers=optimizers, callbacks=shown)
         trainer.remove_callback(PrinterCallback)
         with _prepared(model):
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+            if ended := _ended(there := last_checkpoint(folder)):
+                trainer._load_from_checkpoint(ended["best_model_checkpoint"] or there)
+                return curve_of(ended["log_history"])
+            trainer.train(resume_from_checkpoint=there)
         return curve_of(trainer.state.log_history)
 
     return rows_that_fit(attempt, min(config.micro_batch or config.batch_size, config.batch_size), "training")
@@ -159,6 +162,17 @@ def last_checkpoint(folder: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(checkpoint, ignore_errors=True)
     return None
+
+
+def _ended(checkpoint: str | None) -> dict | None:
+    """Return the Trainer's state where training had come to its end at a checkpoint, after which it takes a step more.
+
+    So it is when the disk is full, or a kill comes, before the model is saved.
+    """
+    state = read_json(Path(checkpoint) / "trainer_state.json") if checkpoint else {}
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    ended = checkpoint and (state["global_step"] >= state["max_steps"] or control.get("should_training_stop"))
+    return state if ended else None
 
 
 def curve_of(log_history: list[dict]) -> list[dict]:
