@@ -337,8 +337,7 @@ def test_ways_back_of_another_pruned_model_are_trained_anew(series, tmp_path):
 
 @pytest.mark.parametrize("text,ends", [("    tuning:   0%|", "|\n"), ("    tuning: 100%|\n", "|\n"), ("", "")])
 def test_what_follows_a_bar_that_was_cut_short_begins_a_line(tmp_path, capsys, text, ends):
-    with running._kernel_of(tmp_path):
-        with (tmp_path / "progress.log").open("a") as bar:
-            bar.write(text)
+    with running._kernel_of(tmp_path), (tmp_path / "progress.log").open("a") as bar:
+        bar.write(text)
     assert capsys.readouterr().err == text.rstrip("\n") + ends[1:]
     assert not (tmp_path / "progress.log").exists()
