@@ -64,6 +64,8 @@ def test_configuration_has_the_fields_of_transformers_4_and_no_path(family, tmp_
     pictures = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
     assert pictures["image_processor_type"] == "CLIPImageProcessor" and pictures["crop_size"]["height"] == 32
     assert "image_processor" not in json.loads((tmp_path / "hub" / "processor_config.json").read_text())
+    names = json.loads((tmp_path / "hub" / "tokenizer_config.json").read_text())["model_input_names"]
+    assert names == ["input_ids", "attention_mask"], "generate of transformers 4 refuses others"
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])

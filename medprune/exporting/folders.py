@@ -303,6 +303,7 @@ def _write_processor(source: Source, out: Path) -> None:
     own = {k: v for k, v in own.items() if k not in _UNSAID and "name_or_path" not in k}
     if own.get("tokenizer_class") == "TokenizersBackend":  # 5's name of it
         own["tokenizer_class"] = "PreTrainedTokenizerFast"
+    own["model_input_names"] = processor.tokenizer.model_input_names  # 4's class would add token_type_ids, in vain
     write_json(out / "tokenizer_config.json", own)
     write_json(out / "special_tokens_map.json", processor.tokenizer.special_tokens_map)
     pictures = {k: v for k, v in processor.image_processor.to_dict().items() if v is not None}
