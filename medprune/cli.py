@@ -137,8 +137,10 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run, and why")] = False,
     ray: Annotated[str | None, typer.Option(help="run on Ray: local, auto or HOST:PORT")] = None,
     cpus: Annotated[float, typer.Option(help="of each run on Ray")] = 1,
-    gpus: Annotated[float, typer.Option(help="of each run on Ray")] = 0,
-    ram: Annotated[float, typer.Option(help="GiB of host memory of each run on Ray")] = 0,
+    gpus: Annotated[float | None, typer.Option(help="of each run on Ray; else one for profile t4")] = None,
+    ram: Annotated[
+        float | None, typer.Option(help="GiB of host memory of each run on Ray; else 12.7 for profile t4")
+    ] = None,
 ) -> None:
     """Make a run for each combination of a grid's settings, and one report over all; status 3 if one failed."""
     from medprune.runs import study as many
@@ -153,7 +155,8 @@ def study(
         if ray is None:
             made = many.one_by_one(tasks, board.say)
         else:
-            needs = {"num_cpus": cpus, "num_gpus": gpus} | ({"memory": ram * 2**30} if ram else {})
+            needs = {"num_cpus": cpus, "num_gpus": gpus, "memory": None if ram is None else ram * 2**30}
+            needs = {name: amount for name, amount in needs.items() if amount is not None}
             made = many.on_ray(tasks, board.say, address=ray, **needs)
         failed = {}
         for task, error in made:

@@ -344,6 +344,14 @@ def test_on_ray_a_run_that_no_machine_can_hold_is_refused(cluster, tmp_path):
         list(study.on_ray([task], print, play, num_cpus=2))  # there are two in all, one on each
 
 
+def test_on_ray_a_run_takes_what_its_profile_was_rehearsed_with(cluster, tmp_path):
+    tasks = [study.Task("s0", "t4", {"seed": 0}, str(tmp_path))]
+    with pytest.raises(ValueError, match="what a run needs: GPU 1, memory 12.7 GiB, CPU 1"):
+        list(study.on_ray(tasks, print, play, num_cpus=1))
+    made = list(study.on_ray(tasks, lambda *_: None, play, num_cpus=1, num_gpus=0, memory=2**20))
+    assert made == [(tasks[0], "")], "what is asked for is taken instead"
+
+
 def test_without_ray_one_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'medprune\[ray\]'"):

@@ -28,6 +28,8 @@ from medprune.settings import STAGES, Settings
 from medprune.store import run_root
 
 RETRIES = 3  # of a run whose worker was lost; what a run itself says is wrong is not tried again
+# Of a run on Ray, where nothing else is asked for: what `medprune rehearse --machine colab` finds that a run fits in.
+REHEARSED = {"t4": {"num_gpus": 1, "memory": int(12.7 * 2**30)}}
 WATCHED_S = 2.0  # seconds between two looks at runs on a cluster
 ERRORS = (ValueError, OSError, RuntimeError)  # what a run says in one sentence
 
@@ -120,9 +122,9 @@ def on_ray(tasks: list[Task], say, run=make, address: str = "local", retries: in
     """Make the runs as tasks of a Ray cluster, as `one_by_one` does, many at once, whichever ends first first.
 
     address: "local" starts one on this machine, "auto" or HOST:PORT joins one whose machines share the folder of runs
-    and have medprune installed. needs: num_cpus, num_gpus and memory (bytes) of each run. A run whose worker or
-    machine is lost goes on where it was, `retries` times. Raises ValueError without Ray, or where no machine has as
-    much.
+    and have medprune installed. needs: num_cpus, num_gpus and memory (bytes) of each run, else as REHEARSED says of its
+    profile. A run whose worker or machine is lost goes on where it was, `retries` times. Raises ValueError without
+    Ray, or where no machine has as much.
     """
     try:
         import ray
@@ -132,9 +134,12 @@ def on_ray(tasks: list[Task], say, run=make, address: str = "local", retries: in
     if started:
         ray.init(address=address, logging_level="warning", log_to_driver=False)
     try:
-        _refuse_what_nobody_has(ray, needs)
-        remote = ray.remote(max_retries=retries, **needs)(_made)
-        running = {remote.remote(run, task): task for task in tasks}
+        remote, running = ray.remote(max_retries=retries)(_made), {}
+        wanted = [(task, REHEARSED.get(task.profile, {}) | needs) for task in tasks]
+        for _, each in wanted:
+            _refuse_what_nobody_has(ray, each)
+        for task, each in wanted:
+            running[remote.options(**each).remote(run, task)] = task
         while running:
             ended, _ = ray.wait(list(running), num_returns=1, timeout=WATCHED_S)
             for one in ended:
@@ -155,7 +160,8 @@ def _refuse_what_nobody_has(ray, needs: dict) -> None:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {{"num_cpus": "CPU", "num_gpus": "GPU"}.get(name, name): amount for name, amount in needs.items()}
     if not any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in machines):
-        asked = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+        shown = {name: f"{amount / 2**30:.1f} GiB" if name == "memory" else f"{amount:g}" for name, amount in wanted.items()}
+        asked = ", ".join(f"{name} {amount}" for name, amount in shown.items())
         raise ValueError(f"no machine of the cluster has what a run needs: {asked}.")
 
 
