@@ -160,8 +160,8 @@ def _refuse_what_nobody_has(ray, needs: dict) -> None:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {{"num_cpus": "CPU", "num_gpus": "GPU"}.get(name, name): amount for name, amount in needs.items()}
     if not any(all(has.get(name, 0) >= amount for name, amount in wanted.items()) for has in machines):
-        shown = {name: f"{amount / 2**30:.1f} GiB" if name == "memory" else f"{amount:g}" for name, amount in wanted.items()}
-        asked = ", ".join(f"{name} {amount}" for name, amount in shown.items())
+        sizes = {name: f"{n / 2**30:.1f} GiB" if name == "memory" else f"{n:g}" for name, n in wanted.items()}
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"no machine of the cluster has what a run needs: {asked}.")
 
 
