@@ -34,6 +34,8 @@ def test_a_grid_crosses_lists_and_names_runs_after_what_is_crossed(tmp_path):
     assert tasks[3].settings == {"seed": 1, "recipes": ["lora"], "recover": [1, 2], "sft_steps": 5}
     assert tasks[0].profile == "smoke" and tasks[0].root == tmp_path / "photos-seed0-recover_1"
     assert [t.name for t in study.read_grid(grid(tmp_path, "name: one\nseed: 3"), None)] == ["one"]
+    named = [t.name for t in study.read_grid(grid(tmp_path, "images: [/a/my skin/, /a/b, 0.5]"), None)]
+    assert named == ["photos-images_my_skin", "photos-images_b", "photos-images0.5"]
     plans = study.check(tasks)
     assert list(plans) == [t.name for t in tasks] and "01_finetune: would run" in plans["photos-seed0-recover_1"][0]
     assert list(tmp_path.iterdir()) == [tmp_path / "photos.yaml"]  # nothing was begun
@@ -47,6 +49,7 @@ def test_a_grid_crosses_lists_and_names_runs_after_what_is_crossed(tmp_path):
     ("seed: []", r"seed names no value"),
     ("seed: [0, 0]", r"two runs named 'photos-seed0'"),
     ("images: [a/x, b/x]", r"two runs named 'photos-images_x'"),
+    ("images: [a/x, a/X]", r"two runs named 'photos-images_x'"),
     ("seed: [1", r"is not YAML"),
     ("- 3", r"must hold settings by name"),
     ("", r"must hold settings by name"),
