@@ -287,7 +287,7 @@ class Terminal:
         return True
 
 
-def test_a_terminal_shows_one_line_a_run():
+def test_a_terminal_shows_one_line_a_run(monkeypatch):
     screen = Terminal()
     board = study.Board(screen)
     board.say("a", "01: running")
@@ -297,6 +297,9 @@ def test_a_terminal_shows_one_line_a_run():
     board.say("b", "02: running")
     assert screen.text.count("\n") == 4 and "\x1b[1A\r\x1b[Ka: answers: 100%|####\n" in screen.text
     assert screen.text.endswith("\x1b[1A\r\x1b[Ka: answers: 100%|####\n\r\x1b[Kb: 02: running\n")
+    monkeypatch.setattr(study.shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
+    board.say("b", "03: running, as it has not been finished")
+    assert screen.text.endswith("\x1b[Kb: 03: running, as i\n"), "a line that wraps would be two"
 
 
 # ---- on Ray
