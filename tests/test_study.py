@@ -290,6 +290,9 @@ class Terminal:
 def test_a_terminal_shows_one_line_a_run(monkeypatch):
     screen = Terminal()
     board = study.Board(screen)
+    with board.bars():
+        print("before any run", file=sys.stderr)
+    assert screen.text == ""
     board.say("a", "01: running")
     with board.bars():
         print("  answers:  50%|##\r  answers: 100%|####\n", file=sys.stderr, end="")
@@ -299,7 +302,7 @@ def test_a_terminal_shows_one_line_a_run(monkeypatch):
     assert screen.text.endswith("\x1b[1A\r\x1b[Ka: answers: 100%|####\n\r\x1b[Kb: 02: running\n")
     monkeypatch.setattr(study.shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
     board.say("b", "03: running, as it has not been finished")
-    assert screen.text.endswith("\x1b[Kb: 03: running, as i\n"), "a line that wraps would be two"
+    assert screen.text.endswith("\x1b[Kb: 03: running, as \n"), "a line that wraps would be two"
 
 
 # ---- on Ray
