@@ -183,10 +183,13 @@ def write_csv(path: Path, table: pd.DataFrame) -> Path:
 def read_csv(path: Path, **options) -> pd.DataFrame:
     """Read a table as pandas does; ValueError names a file that holds none."""
     try:
-        return pd.read_csv(path, **options)
+        table = pd.read_csv(path, **options)
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("lines have more cells than the first")
     except ValueError as error:  # of pandas, or of bytes that are no UTF-8
         why = " ".join(str(error).split())
         raise ValueError(f"{path} is no table ({why}): remove it, and run its notebook again.") from None
+    return table
 
 
 @contextmanager
@@ -228,6 +231,7 @@ _CURES = {
     "disk is full": "make room, and run again",
     "not a database": "remove it, and what it held is done again",
     "malformed": "remove it, and what it held is done again",
+    "decode to UTF-8": "remove it, and what it held is done again",
 }
 
 
@@ -249,7 +253,7 @@ class Units:
                 return base.execute(words, values).fetchall()
         except sqlite3.DatabaseError as error:
             cure = next((cure for words, cure in _CURES.items() if words in str(error)), "see that it can be written")
-            raise OSError(f"{self.path} cannot be used: {error}; {cure}.") from None
+            raise OSError(f"{self.path} cannot be used: {' '.join(str(error).split())}; {cure}.") from None
 
     def _found(self, key: str):
         return self._ask("SELECT value FROM units WHERE context = ? AND key = ?", self.context, key)
@@ -262,7 +266,7 @@ class Units:
             raise KeyError(key)
         try:
             return json.loads(rows[0][0])
-        except ValueError:
+        except (ValueError, TypeError):  # no JSON, or nothing at all
             raise ValueError(f"{self.path} is damaged at {key!r}: remove it, and what it held is done again.") from None
 
     def __len__(self) -> int:
@@ -385,7 +389,7 @@ def settings_before(root: Path, stage: str | None = None, profile: str = "auto")
     if not (root / "run.json").exists():
         raise ValueError(f"run {root.name!r} has no run.json: run {STAGES[0]} first.")
     values = read_parts(root / "run.json", settings=dict)["settings"]
-    if values.get("name") not in PROFILES:
+    if values.get("name") not in list(PROFILES):  # which asks of no value that it has a hash
         raise ValueError(f"{root / 'run.json'} names no profile: run {STAGES[0]} again.")
     try:  # an older version wrote fewer
         values = values_of(build({"name": values["name"], **PROFILES[values["name"]]}, values))
@@ -438,7 +442,8 @@ def read_manifest(root: Path, stage: str) -> dict:
     """Read what a finished stage says of itself; ValueError names a file that says something else, or was edited."""
     file = root / stage / "manifest.json"
     manifest = read_parts(file, **_MANIFEST)
-    if manifest.pop("hash", None) not in (None, fingerprint(manifest)):  # older versions wrote none
+    whole = manifest.pop("hash", None) in (None, fingerprint(manifest))  # older versions wrote none
+    if not whole or not all(isinstance(mark, str) for mark in manifest["contexts"]):
         raise ValueError(f"{file} is not as it was written: remove it, and run its notebook again.")
     return manifest
 

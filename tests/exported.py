@@ -20,9 +20,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from medprune.answers.decoding import RoomyCache, forward
 from medprune.answers.prompts import see
-from medprune.exporting.folders import of_tower
 from medprune.models.eyes import EyesConfig
-from medprune.models.families import n_blocks
+from medprune.models.families import n_blocks, of_tower
 from medprune.models.loading import save
 
 KINDS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}

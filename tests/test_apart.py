@@ -16,10 +16,10 @@ from test_gguf import read
 from test_parity import here
 
 from medprune.exporting import engines, llamacpp, parity
-from medprune.exporting.folders import APART, embed, export_hub, image_embeddings, of_tower, open_source
+from medprune.exporting.folders import APART, embed, export_hub, image_embeddings, open_source
 from medprune.exporting.gguf import TEXT, export_gguf
 from medprune.exporting.vocabulary import chat_pieces, server_template
-from medprune.models.families import hub_name
+from medprune.models.families import hub_name, of_tower
 from medprune.models.loading import load
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.quantize import quantize

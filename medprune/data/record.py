@@ -93,8 +93,8 @@ def read_rows(path: Path) -> list[dict[str, str | None]]:
             text = _decode(path.read_bytes())
             how = {"sep": _separator(text), "dtype": str, "index_col": False, "skipinitialspace": True}
             frame = pd.read_csv(io.StringIO(text), **how)
+        rows = frame.astype(object).to_dict("records")  # where bytes that are no text are met
     except Exception as error:  # pandas and pyarrow have their own exception trees
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
-    frame.columns = [str(column).strip().lower() for column in frame.columns]
-    rows = frame.astype(object).to_dict("records")
+    rows = [{str(column).strip().lower(): cell for column, cell in row.items()} for row in rows]
     return [{name: None if pd.isna(cell) else str(cell).strip() or None for name, cell in row.items()} for row in rows]

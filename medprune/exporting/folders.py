@@ -23,7 +23,7 @@ from medprune.data.pictures import open_image
 from medprune.device import choose_device
 from medprune.exporting.engines import APART
 from medprune.models.assembled import base_card
-from medprune.models.families import PROJECTOR, current_name, hub_name, names
+from medprune.models.families import VISION_TOWER, current_name, hub_name, names, of_tower, parts
 from medprune.models.loading import check_loading, load, load_processor, save_processor, stored_tensors
 from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
@@ -117,11 +117,6 @@ def open_source(folder: str | Path, apart: bool = False) -> Source:
         raise ValueError(f"{folder} has {inside[0]} in {packed[inside[0]]} bits: a tower goes apart in 16 bits only.")
     group_size = quantized.get("group_size")
     return Source(folder, config, text, vision, tensors, group_size, packed, load_processor(folder), apart)
-
-
-def of_tower(name: str) -> bool:
-    """Return whether a module or tensor, by transformers 5's name, is the tower's or the projector's."""
-    return name.startswith(("model.vision_tower.", f"model.{PROJECTOR}."))
 
 
 def load_folder(folder: Path, dtype=None):
@@ -251,7 +246,7 @@ def write_tower(source: Source, out: Path) -> None:
 @torch.inference_mode()
 def image_embeddings(model, processor, paths: list[str]) -> dict[str, np.ndarray]:
     """Return what a LLaVA's tower and projector make of pictures, each (image tokens, hidden) float32, by path."""
-    device, found = next(model.model.vision_tower.parameters()).device, {}
+    device, found = next(parts(model).vision_tower.parameters()).device, {}
     for path in dict.fromkeys(paths):
         pixels = torch.as_tensor(np.asarray(processor.image_processor(open_image(path))["pixel_values"][0]))
         (seen,) = model.model.get_image_features(pixels[None].to(device, model.dtype)).pooler_output
@@ -264,7 +259,7 @@ def embed(exported: Path, paths: list[str]) -> dict[str, np.ndarray]:
     folder = exported / APART
     config = LlavaConfig.from_dict(named_config(folder))
     model = skeleton(config)
-    model.model.vision_tower = AutoModel.from_config(config.vision_config)
+    model.set_submodule(VISION_TOWER, AutoModel.from_config(config.vision_config))
     files = sorted(folder.glob("*.safetensors"))
     tensors = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -26,7 +26,7 @@ from medprune.exporting.engines import MMPROJ, TEXT, quantizer
 from medprune.exporting.folders import APART_USE, Source, check_new, model_card, shapes_of, write_tower
 from medprune.exporting.llamacpp import CHAT
 from medprune.exporting.vocabulary import add_tokenizer, chat_pieces, modelfile
-from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS, parts
+from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS, VISION_TOWER, parts
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import OPTIONS, account
 from medprune.quantizing.packed import from_awq, unpack_codes
@@ -45,7 +45,7 @@ ollama create NAME -f Modelfile
   measures whether a runtime does."""
 _ARCHITECTURE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 _TEXT_ROOT = BLOCKS.rpartition(".")[0]
-_TOWER, _PROJECTOR = VISION_LAYERS.removesuffix(".encoder.layers"), f"model.{PROJECTOR}"
+_PROJECTOR = f"model.{PROJECTOR}"
 _OF_BLOCK = {
     f"{ATTENTION}.q_proj": "attn_q", f"{ATTENTION}.k_proj": "attn_k", f"{ATTENTION}.v_proj": "attn_v",
     f"{ATTENTION}.o_proj": "attn_output",
@@ -332,8 +332,8 @@ def _half(source: Source) -> bool:
 
 def vision_tensors(source: Source) -> list[Tensor]:
     """Return the tensors of tower and projector: matrices in F16 where the model is of 16 bits, the rest in F32."""
-    embeddings = f"{_TOWER}.embeddings"
-    names = {f"{embeddings}.patch_embedding": "v.patch_embd", f"{_TOWER}.pre_layrnorm": "v.pre_ln"}
+    embeddings = f"{VISION_TOWER}.embeddings"
+    names = {f"{embeddings}.patch_embedding": "v.patch_embd", f"{VISION_TOWER}.pre_layrnorm": "v.pre_ln"}
     names |= {f"{embeddings}.position_embedding": "v.position_embd"}
     names |= {f"{_PROJECTOR}.linear_{n}": f"mm.{2 * n - 2}" for n in (1, 2)}
     for layer in range(vision_layers_run(source)):

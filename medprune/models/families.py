@@ -13,7 +13,8 @@ ATTENTION = "self_attn"  # of a block, and of a layer of the vision tower
 BLOCKS = "model.language_model.layers"  # this and the following of a LLaVA, which alone is counted and exported by them
 HEAD = "lm_head"
 PROJECTOR = "multi_modal_projector"
-VISION_LAYERS = "model.vision_tower.encoder.layers"
+VISION_TOWER = "model.vision_tower"
+VISION_LAYERS = f"{VISION_TOWER}.encoder.layers"
 
 # What AWQ scales in a block, as autoawq 0.2.9 has it: linears that read the same input, the module before them that
 # undoes their scales (of the norms named, the first that there is), and the module whose output says which are best.
@@ -102,6 +103,11 @@ def current_name(key: str) -> str:
 def hub_name(name: str) -> str:
     """Return what the hub's checkpoints call a tensor of transformers 5."""
     return next((old + name.removeprefix(new) for old, new in _RENAMED.items() if name.startswith(new)), name)
+
+
+def of_tower(name: str) -> bool:
+    """Return whether a LLaVA's module or tensor is the tower's or the projector's."""
+    return name.startswith((f"{VISION_TOWER}.", f"model.{PROJECTOR}."))
 
 
 def block_number(name: str) -> int | None:

@@ -127,7 +127,7 @@ def _read_config(path: Path) -> dict:
     if str(kind).startswith("llava_") and "vision_config" not in config:
         script = "convert_llava_weights_to_hf.py (transformers' repository, src/transformers/models/llava)"
         raise ValueError(f"{file} is in LLaVA's original layout: convert it by {script}, and name the new folder.")
-    if kind != "llava" and not (isinstance(config, dict) and "vision_config" in config):
+    if kind != "llava" and not (isinstance(config, dict) and isinstance(kind, str) and "vision_config" in config):
         raise ValueError(f"{file} is of model_type {kind!r}; one of images and text, with a vision_config, is needed.")
     return config
 
@@ -164,10 +164,13 @@ def _hub_config(name: str) -> dict | None:
 def skeleton(config, dtype=None):
     """Build a model with its parameters on the meta device, so that dense weights are never in memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     if isinstance(config, dict):
-        config = AutoConfig.for_model(**{"model_type": "llava"} | deepcopy(config))
+        config = {"model_type": "llava"} | deepcopy(config)
+        if (kind := config["model_type"]) not in CONFIG_MAPPING:
+            raise ValueError(f"config.json is of model_type {kind!r}, which transformers does not know.")
+        config = AutoConfig.for_model(**config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype or config.dtype)
     model.tie_weights()  # which making them empty undid
@@ -181,7 +184,17 @@ def shape_of(config) -> SimpleNamespace:
     where it is not CLIP's). Raises ValueError where the layout is not known.
     """
     config = config if isinstance(config, dict) else config.to_dict()
-    return _counted(config) if is_counted(config) else _built(json.dumps(config, sort_keys=True, default=str))
+    try:
+        if not is_counted(config):
+            return _built(json.dumps(config, sort_keys=True, default=str))
+        shape = _counted(config)
+    except (TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"config.json holds no sizes of a model of images and text ({why}).") from None
+    numbers = {k: v for k, v in vars(shape).items() if k not in ("fixed", "tied", "linears", "vision_linears")}
+    if wrong := [name for name, n in numbers.items() if not isinstance(n, int) or n < (name == "blocks")]:
+        raise ValueError(f"config.json makes {wrong[0]} {numbers[wrong[0]]!r}, which cannot be.")
+    return shape
 
 
 def guarded(shape, protect: Sequence[int]) -> set[int]:

@@ -226,6 +226,23 @@ def test_a_spoiled_file_is_read_or_named(reader, counted):
     check()
 
 
+@pytest.mark.parametrize("reader,old,new", [
+    ("config.json", b'"llava"', b"null"), ("config.json", b'"llava"', b'["llava"]'), ("config.json", b'"llava"', b'""'),
+    ("config.json", b'"hidden_size": 64', b'"hidden_size": null'), ("config.json", b'"vocab_size": 100', b'"vocab_size": 0.5'),
+    ("config.json", b'"num_hidden_layers": 2, "voc', b'"num_hidden_layers": 0, "voc'), ("run.json", b'"smoke"', b"[]"),
+    ("parquet of images", b"psoriasis", b"\xffsoriasis"),
+    ("scores", b"a 1,1,", b"a 1,1,id,key,method,answer,score_percent\na 1,1,"),
+    ("units", b'"answer', b'"\xffn\nwer'), ("manifest", b'"g"', b"null"), ("manifest", b'"g"', b"[]"),
+], indirect=["reader"])  # fmt: skip
+def test_what_fuzzing_found_once_is_named(reader, old, new):
+    file, whole, read = reader
+    assert old in whole
+    file.write_bytes(whole.replace(old, new))
+    with pytest.raises((ValueError, OSError)) as error:
+        read()
+    assert file.name in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
 @fuzz
 @given(st.text(max_size=400) | altered({"truthfulness": 4, "groundedness": 3, "hallucination": 5}).map(json.dumps), st.text(max_size=40))
 def judge_reply(counted, reply, answer):
