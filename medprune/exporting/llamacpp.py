@@ -9,9 +9,8 @@
 takes it, and answers greedily, one request at a time. IMAGES is a folder of N.rgb files, sides in their first eight
 bytes; OUT gets N.f32 of (image tokens, hidden) floats. The last reads requests from its input, `TYPE ROWS COLUMNS
 WEIGHTED` and that many float32 (with WEIGHTED 1 the columns' importance first), and writes each one's bytes to its
-output, after their number. These three go through the C functions
-that the wheel exports. Options are passed as they come, but for the first number of a context's, its length, so that
-nothing here depends on their layout.
+output, after their number. These three go through the C functions that the wheel exports. Options are passed as they
+come, but for the first number of a context's, its length, so that nothing here depends on their layout.
 """
 
 import array
