@@ -20,6 +20,7 @@ from medprune.models.families import ATTENTION, BLOCKS, deepstack, names, parts
 from medprune.settings import DATA, GROUP_SIZES, METHODS, NF4_GROUP, protected_numbers
 
 GIB = 1024**3
+MOST_BLOCKS = 1000  # of a model that is counted: another number is a slip, and would take the memory of a list as long
 STORED_AS = (*METHODS, "bnb-double")  # bitsandbytes' own compression of the scales, which only `account` knows
 
 NO_LINEARS = "the vision tower is of convolutions, which stay in 16 bits: leave quantize_vision out."
@@ -185,10 +186,13 @@ def shape_of(config) -> SimpleNamespace:
     """
     config = config if isinstance(config, dict) else config.to_dict()
     try:
+        layers = [part.get("num_hidden_layers") for part in config.values() if isinstance(part, dict)]
+        if many := [n for n in layers if isinstance(n, int) and n > MOST_BLOCKS]:
+            raise ValueError(f"config.json has {many[0]} layers: at most {MOST_BLOCKS} are counted.")
         if not is_counted(config):
             return _built(json.dumps(config, sort_keys=True, default=str))
         shape = _counted(config)
-    except (TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"config.json holds no sizes of a model of images and text ({why}).") from None
     numbers = {k: v for k, v in vars(shape).items() if k not in ("fixed", "tied", "linears", "vision_linears")}

@@ -229,7 +229,8 @@ def test_a_spoiled_file_is_read_or_named(reader, counted):
 @pytest.mark.parametrize("reader,old,new", [
     ("config.json", b'"llava"', b"null"), ("config.json", b'"llava"', b'["llava"]'), ("config.json", b'"llava"', b'""'),
     ("config.json", b'"hidden_size": 64', b'"hidden_size": null'), ("config.json", b'"vocab_size": 100', b'"vocab_size": 0.5'),
-    ("config.json", b'"num_hidden_layers": 2, "voc', b'"num_hidden_layers": 0, "voc'), ("run.json", b'"smoke"', b"[]"),
+    ("config.json", b'"num_hidden_layers": 2, "voc', b'"num_hidden_layers": 0, "voc'),
+    ("config.json", b'"num_hidden_layers": 2, "voc', b'"num_hidden_layers": 2147483648, "voc'), ("run.json", b'"smoke"', b"[]"),
     ("parquet of images", b"psoriasis", b"\xffsoriasis"),
     ("scores", b"a 1,1,", b"a 1,1,id,key,method,answer,score_percent\na 1,1,"),
     ("units", b'"answer', b'"\xffn\nwer'), ("manifest", b'"g"', b"null"), ("manifest", b'"g"', b"[]"),
