@@ -31,6 +31,7 @@ from medprune.store import RECORD, read_json
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"  # of a folder for llama.cpp
 APART = "tower"  # of any: tower and projector, where the engine is sent what they make of pictures
+TOLD_APART = ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}']  # vLLM, of which it is sent no picture
 LOOPBACK = "127.0.0.1"
 TOP = 20  # of the first token's probabilities that are asked for, which is vLLM's most
 START_S = 600  # a server may take to load
@@ -185,7 +186,7 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
     if "quantization_config" in config:
         options += ["--quantization", "awq", "--dtype", "float16"]
     if is_apart(folder):
-        options += ["--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}']
+        options += TOLD_APART
     return [*start, str(folder), "--served-model-name", folder.resolve().name, *options]
 
 
@@ -289,13 +290,12 @@ def _question(address: str, picture, question: str, model: str | None) -> dict:
     held = io.BytesIO()
     if isinstance(picture, np.ndarray):
         np.save(held, picture.astype("<f4"))
+        kind, shown = llamacpp.SEEN, base64.b64encode(held.getvalue()).decode()
     else:
         picture.save(held, "PNG")
-    data = base64.b64encode(held.getvalue()).decode()
-    seen = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-    if isinstance(picture, np.ndarray):
-        seen = {"type": llamacpp.SEEN, llamacpp.SEEN: data}
-    content = [seen, {"type": "text", "text": question}]
+        data = base64.b64encode(held.getvalue()).decode()
+        kind, shown = "image_url", {"url": f"data:image/png;base64,{data}"}
+    content = [{"type": kind, kind: shown}, {"type": "text", "text": question}]
     model = model or next(iter(served(address)))
     return {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
 

@@ -8,6 +8,7 @@ A tower that the engines do not know is written apart, with the projector: they 
 """
 
 import json
+import shlex
 import shutil
 import struct
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import AutoModel, LlavaConfig
 
 from medprune.data.pictures import open_image
 from medprune.device import choose_device
-from medprune.exporting.engines import APART
+from medprune.exporting.engines import APART, TOLD_APART
 from medprune.models.assembled import base_card
 from medprune.models.families import VISION_TOWER, current_name, hub_name, names, of_tower, parts
 from medprune.models.loading import check_loading, load, load_processor, save_processor, stored_tensors
@@ -342,8 +343,7 @@ def _vllm_use(source: Source) -> str:
     lengths = f"--max-model-len {min(source.text['max_position_embeddings'], 4096)}"
     needs = " (with gptqmodel)" if source.group_size else ""
     if source.apart:
-        asked = " --enable-mm-embeds --limit-mm-per-prompt '{\"image\": 0}'"
-        return f"```bash\nvllm serve FOLDER{options} {lengths}{asked}\n```\n{APART_USE}"
+        return f"```bash\nvllm serve FOLDER{options} {lengths} {shlex.join(TOLD_APART)}\n```\n{APART_USE}"
     return (
         f"```bash\nvllm serve FOLDER{options} {lengths}\n```\n"
         f"or plain transformers{needs}:\n"

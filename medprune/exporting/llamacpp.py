@@ -75,7 +75,7 @@ class Model:
 
     def __init__(self, text: str, threads: int):
         integer, pointer, said = ctypes.c_int32, POINTER, ctypes.c_char_p
-        self.library = library = opened({
+        self.functions = library = opened({
             "llama_model_default_params": (Options, []),
             "llama_model_load_from_file": (pointer, [said, Options]),
             "llama_model_get_vocab": (pointer, [pointer]),
@@ -117,25 +117,25 @@ class Model:
     def meta(self, key: str) -> str:
         """Return one of the GGUF's texts; those that are empty are not written."""
         room = ctypes.create_string_buffer(2**12)
-        found = self.library.llama_model_meta_val_str(self.model, key.encode(), room, len(room))
+        found = self.functions.llama_model_meta_val_str(self.model, key.encode(), room, len(room))
         return room.value.decode() if found >= 0 else ""
 
     def tokens(self, text: str, first: bool):
         """Return a text's tokens as a C array, behind the beginning's where it is `first` and there is one."""
         raw = text.encode()
         room = (ctypes.c_int32 * (len(raw) + 2))()
-        begins = first and self.library.llama_vocab_get_add_bos(self.vocabulary)
-        n = self.library.llama_tokenize(self.vocabulary, raw, len(raw), room, len(room), begins, True)
+        begins = first and self.functions.llama_vocab_get_add_bos(self.vocabulary)
+        n = self.functions.llama_tokenize(self.vocabulary, raw, len(raw), room, len(room), begins, True)
         return (ctypes.c_int32 * n)(*room[:n])
 
     def decode(self, batch: Batch) -> None:
-        if batch.n and (status := self.library.llama_decode(self.context, batch)):
+        if batch.n and (status := self.functions.llama_decode(self.context, batch)):
             raise Refused(f"llama.cpp decodes no batch of {batch.n} (status {status})")
 
     def likeliest(self, n: int) -> list[dict]:
         """Return the n likeliest next tokens with the logarithms of their probabilities."""
-        size = self.library.llama_vocab_n_tokens(self.vocabulary)
-        raw = ctypes.string_at(self.library.llama_get_logits_ith(self.context, -1), 4 * size)
+        size = self.functions.llama_vocab_n_tokens(self.vocabulary)
+        raw = ctypes.string_at(self.functions.llama_get_logits_ith(self.context, -1), 4 * size)
         logits = array.array("f", raw)
         most = max(logits)
         whole = most + math.log(math.fsum(math.exp(x - most) for x in logits))
@@ -150,7 +150,7 @@ class Model:
         n, room = len(before) + seen + len(after), ctypes.create_string_buffer(embeddings, len(embeddings))
         if n + most > CONTEXT:
             raise Refused(f"{n} tokens and {most} more do not go into {CONTEXT}")
-        library = self.library
+        library = self.functions
         library.llama_memory_clear(library.llama_get_memory(self.context), True)
         self.decode(library.llama_batch_get_one(before, len(before)))
         self.decode(Batch(seen, None, ctypes.cast(room, POINTER)))

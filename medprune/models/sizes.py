@@ -185,10 +185,10 @@ def shape_of(config) -> SimpleNamespace:
     where it is not CLIP's). Raises ValueError where the layout is not known.
     """
     config = config if isinstance(config, dict) else config.to_dict()
+    layers = [part.get("num_hidden_layers") for part in config.values() if isinstance(part, dict)]
+    if many := [n for n in layers if isinstance(n, int) and n > MOST_BLOCKS]:
+        raise ValueError(f"config.json has {many[0]} layers: at most {MOST_BLOCKS} are counted.")
     try:
-        layers = [part.get("num_hidden_layers") for part in config.values() if isinstance(part, dict)]
-        if many := [n for n in layers if isinstance(n, int) and n > MOST_BLOCKS]:
-            raise ValueError(f"config.json has {many[0]} layers: at most {MOST_BLOCKS} are counted.")
         if not is_counted(config):
             return _built(json.dumps(config, sort_keys=True, default=str))
         shape = _counted(config)
