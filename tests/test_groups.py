@@ -96,6 +96,24 @@ def test_who_harms_the_worst_group_least_is_named_only_when_it_can_be_told():
     same = groups.least_harm(pd.concat([parts[1], parts[1].assign(method="twin")]), ["bnb", "twin"], ["skin_tone"])[0]
     assert same.endswith("not told from twin.")
     assert "cannot be told" in groups.least_harm(parts[0], ["awq"], ["skin_tone"])[0]
+    mute = parts[2].assign(score_percent=parts[2]["score_percent"].where(parts[2]["skin_tone"] == "I"))
+    assert groups.least_harm(pd.concat([parts[0], mute]), ["awq", "rtn"], ["skin_tone"])[0].endswith("not told from rtn.")
+
+
+def test_a_group_of_one_run_among_several_has_no_interval():
+    rng = np.random.default_rng(2)
+    runs = [scored({"I": rng.choice([0, 100], 12), "V": rng.choice([0, 100], 12)}).assign(run=run) for run in range(3)]
+    runs[0] = pd.concat([runs[0], scored({"VI": [0] * 6 + [100] * 6}, start=99).assign(run=0)])
+    for exact in (True, False):
+        table = groups.group_table(pd.concat(runs), ["skin_tone"], exact).set_index("group")
+        assert table["low"].notna().to_dict() == {"I": True, "V": True, "VI": False}
+        assert table["note"].to_dict() == {"I": "", "V": "", "VI": "in one run alone"}
+        assert groups.group_table(runs[0], ["skin_tone"], exact)["low"].notna().all()
+    lowest = groups.worst_group(pd.concat([*runs[:1], *(run.assign(score_percent=90.0 + rng.random(24)) for run in runs[1:])]), ["skin_tone"])
+    assert lowest["worst_group"][0] == "skin tone VI" and math.isnan(lowest["worst_low"][0])
+    named = pd.concat([*runs, runs[0].assign(method="n")])
+    table = groups.naming_table(named).set_index("method")
+    assert table[["low", "balanced_low"]].notna().all(axis=1).to_dict() == {"m": True, "n": False}
 
 
 def test_chance_alone_names_nobody():

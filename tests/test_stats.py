@@ -373,8 +373,28 @@ def test_compare_refuses_an_id_that_was_asked_differently():
 def test_scores_that_are_all_unparsed_may_be_none():
     scores = make_scores({"a": 0, "b": 0}).assign(score_percent=None)
     assert stats.score_table(scores)["unparsed"].tolist() == [117, 117]
+    (row,) = stats.compare(scores, [("a", "b")]).to_dict("records")
+    assert math.isnan(row["diff"]) and math.isnan(row["low_all"]) and (row["n"], row["unparsed"]) == (0, 117)
     with pytest.raises(ValueError, match="share no id that both have a score for"):
-        stats.compare(scores, [("a", "b")])
+        stats.cluster_differences(scores, "a", "b")
+    # one method that no judge can read takes nothing from the others
+    scores = make_scores({"a": 0, "b": -5, "c": 3})
+    scores.loc[scores["method"] == "c", "score_percent"] = math.nan
+    both = stats.compare(scores, [("b", "a"), ("c", "a")])
+    assert math.isnan(both["p_holm"][1]) and both["p_holm"][0] == both["p"][0] == stats.compare(scores, [("b", "a")])["p"][0]
+
+
+def test_what_one_of_several_runs_tells_has_no_interval_over_runs():
+    rng, scores = np.random.default_rng(0), make_scores({"a": 0, "b": -5})
+    runs = [scores.assign(run=run, score_percent=(scores["score_percent"] - rng.integers(0, 9)).clip(0, 100)) for run in range(4)]
+    alone = pd.concat([*runs[:3], runs[3], runs[3][lambda t: t.method == "b"].assign(method="c")])
+    table = stats.score_table(alone).set_index("method")
+    assert table["n_runs"].tolist() == [4, 4, 1] and table["low"].notna().tolist() == [True, True, False]
+    compared = stats.compare(alone, [("b", "a"), ("c", "a")])
+    assert compared["diff"].notna().all() and compared["n_runs"].tolist() == [4, 1]
+    assert compared[list(stats.LIMITS)].notna().all(axis=1).tolist() == [True, False]
+    # a table of that run alone is about that run, and its images tell
+    assert stats.score_table(runs[3])["low"].notna().all() and stats.compare(runs[3], [("b", "a")])["p"].notna().all()
 
 
 def test_compare_of_one_image_leaves_p_open():
@@ -427,7 +447,7 @@ def test_note_beside_table_5_prints_what_was_computed():
     assert low < sd < high and needed[1] < needed[0] < needed[2]
     assert "would need {} images [{}, {}]".format(*needed) in note
     assert "in 80% is {:.1f} points [{:.1f}, {:.1f}]".format(*smallest) in note
-    assert "would need 2 images [no interval]" in stats.detection_note([1.0] * 8, draws=10)
+    assert stats.detection_note([1.0] * 8, draws=10).startswith("All 8 images differ alike: how many")
 
 
 @pytest.mark.parametrize("draw", ["normal", "laplace", "uniform"])
@@ -573,6 +593,8 @@ def test_an_interaction_in_log_odds_is_what_it_says():
     assert (found["low"], found["high"]) == pytest.approx((found["diff"] - half, found["diff"] + half))
     none = stats.log_odds_interaction(four_methods([[100] * 8, b, c, d]), ("a", "b"), ("c", "d"))
     assert all(math.isnan(value) for value in none.values()), "nobody knows the odds of what never fails"
+    alike = stats.log_odds_interaction(four_methods([[70.0] * 8, [50.0] * 8, [60.0] * 8, [40.0] * 8]), ("a", "b"), ("c", "d"))
+    assert alike["diff"] > 0 and math.isnan(alike["low"]) and math.isnan(alike["high"])
 
 
 def test_log_odds_cover_as_they_should(coverage):
@@ -600,3 +622,5 @@ def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
         ["m1", "m0"],
     )
     assert found.n_images[0] == 4 and found["diff"][0] == 0, "each half has as many of every condition"
+    best, none = stats.tested_apart(scores[scores["cluster"] == 0], names, names)
+    assert best in names and none.empty, "one image leaves nothing to test on"

@@ -216,6 +216,24 @@ def test_the_report_pairs_within_seed_and_picture_and_knows_the_baselines(tmp_pa
     assert by_tone["table"].columns[1] == "I (24 images)" and set(by_tone["csv"].group) == {"I", "V", "VI"}
 
 
+def test_a_model_whose_answers_no_judge_could_read_stays_in_the_report(tmp_path):
+    roots = [tmp_path / f"s{seed}" for seed in range(3)]
+    for seed, root in enumerate(roots):
+        play_run(root, seed, {"primary": ["awq-original", "recovered"]})
+        file = root / "03_prune_sweep" / "scores.csv"
+        table = pd.read_csv(file)
+        write_csv(file, table.assign(score_percent=table.score_percent.where(table.method != "pruned-1")))
+    across.report_over(roots, tmp_path / "out.md", "Played")
+    sections = {s["heading"]: s["table"] for s in across.sections_over(roots) if "table" in s}
+    methods = sections["Methods"].set_index("method")
+    assert math.isnan(methods.score["pruned-1"]) and methods.unparsed["pruned-1"] == 3 * 72 and methods.score["original"] > 0
+    judged = sections["Judge's score against the original"].set_index("a")
+    assert math.isnan(judged["diff"]["pruned-1"]) and judged["diff"]["recovered-1"] < 0
+    assert sections["Names against the original"].set_index("a")["diff"]["pruned-1"] < 0, "names need no judge"
+    steps = sections["Step against step"]
+    assert steps["diff"].isna().tolist() == [False, True, False]
+
+
 def test_the_comparison_named_beforehand_comes_first_and_the_others_share_their_error(tmp_path):
     roots = [tmp_path / f"s{seed}" for seed in range(4)]
     for seed, root in enumerate(roots):

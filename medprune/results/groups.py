@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from medprune.data.questions import named_conditions
 from medprune.judging.asserted import spoken
-from medprune.results.stats import ALPHA, compare, mean_score
+from medprune.results.stats import ALPHA, compare, mean_score, untold_runs
 
 LEAST_IMAGES = 8  # of a group; benchmarks/coverage.py simulates intervals from here on
 BY = ("condition", "skin_tone")
@@ -54,8 +54,9 @@ def naming_table(names: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for method, answers in names.groupby("method", sort=False):
-        found, runs = share_right(answers), answers.get("run")
-        even = mean_score(answers["score_percent"], answers["cluster"], runs, answers["condition"])
+        found = untold_runs(share_right(answers), names)
+        even = mean_score(answers["score_percent"], answers["cluster"], answers.get("run"), answers["condition"])
+        even = untold_runs(even, names)
         row = {"method": method, "right": found["mean"], "low": found["low"], "high": found["high"]}
         row |= {"balanced": even["mean"], "balanced_low": even["low"], "balanced_high": even["high"]}
         rows.append(row | {key: found[key] for key in ("n_images", "n_runs") if key in found})
@@ -66,17 +67,19 @@ def group_table(scores: pd.DataFrame, by=BY, exact: bool = False) -> pd.DataFram
     """Return one row per method and group: method, by, group, score, low, high, n, n_images, note.
 
     Groups are the values of the columns `by`, each column by itself. exact: scores are right or wrong, whose limits
-    are `share_right`'s, for groups of any size. note says where a group is too small for an interval. Answers without
-    a score, or whose group is unknown, are left out.
+    are `share_right`'s, for groups of any size. note says where a group is too small for an interval, or in one of
+    several runs alone. Answers without a score, or whose group is unknown, are left out.
     """
     rows, parsed = [], scores.dropna(subset="score_percent")
     for column in by:
         for (method, group), part in parsed.dropna(subset=column).groupby(["method", column], sort=False):
-            found = share_right(part) if exact else mean_score(part["score_percent"], part["cluster"], part.get("run"))
+            found = untold_runs(share_right(part) if exact else _mean(part), scores)
             small = found["n_images"] < LEAST_IMAGES
             if small and not (exact and found.get("n_runs", 1) == 1):
                 found["low"] = found["high"] = math.nan
             note = f"too small: fewer than {LEAST_IMAGES} images" if small else ""
+            if found.get("n_runs") == 1 < scores["run"].nunique():
+                note = "in one run alone"
             rows.append({"method": method, "by": column, "group": str(group), "note": note} | found)
     table = pd.DataFrame(rows).rename(columns={"mean": "score"})
     columns = ["method", "by", "group", "score", "low", "high", "n", "n_images", "n_runs", "note"]
@@ -97,12 +100,13 @@ def worst_group(scores: pd.DataFrame, by=BY) -> pd.DataFrame:
         groups = _groups(answers, by)
         row = {"method": method, "worst_group": "", "worst": math.nan, "worst_low": math.nan, "worst_high": math.nan}
         if len(groups) > 1:
-            found = {name: _mean(part) for name, part in groups.items()}
+            found = {name: untold_runs(_mean(part), scores) for name, part in groups.items()}
             name = min(found, key=lambda group: found[group]["mean"])
             lowest = found[name]
             row |= {"worst_group": name, "worst": lowest["mean"], "worst_images": lowest["n_images"]}
             if not math.isnan(lowest["low"]):
-                highs = [_mean(part, ALPHA / len(groups))["high"] for part in groups.values()]
+                wide = [untold_runs(_mean(part, ALPHA / len(groups)), scores) for part in groups.values()]
+                highs = [limits["high"] for limits in wide]
                 row["worst_low"] = min(g["low"] for g in found.values() if not math.isnan(g["low"]))
                 row["worst_high"] = min(high for high in highs if not math.isnan(high))
         rows.append(row | {"groups": len(groups)})
@@ -116,8 +120,8 @@ def least_harm(scores: pd.DataFrame, methods: list[str], by=BY) -> tuple[str, pd
     The worst group is the one that fares worst over all the methods together, which favours none of them. The method
     with the highest mean there is compared with each other one, paired, on the group's images: it is told apart if
     every difference is above 0 by limits that hold for all rows together (`stats.compare`'s low_all), which also pays
-    for having chosen it on the same images (Hsu 1984). The table is `stats.compare`'s, empty where there is no group
-    of LEAST_IMAGES images, or one method.
+    for having chosen it on the same images (Hsu 1984). A method without a score in that group is not told from. The
+    table is `stats.compare`'s, empty where there is no group of LEAST_IMAGES images, or one method.
     """
     shown = scores[scores["method"].isin(methods)]
     groups = _groups(shown.dropna(subset="score_percent"), by)
@@ -128,11 +132,11 @@ def least_harm(scores: pd.DataFrame, methods: list[str], by=BY) -> tuple[str, pd
     means = groups[worst].groupby("method", sort=False)["score_percent"].mean()
     best = means.idxmax()
     rivals = compare(groups[worst], [(best, other) for other in means.index if other != best])
-    told = bool((rivals["low_all"] > 0).all())
     said = f"In the worst group, {worst}, {best} is ahead with {means[best]:.1f} points, "
-    if told:
+    told = {best, *rivals["b"][rivals["low_all"] > 0]}
+    others = [method for method in shown["method"].unique() if method not in told]
+    if not others:
         return f"{said}and told from every other.", rivals
-    others = list(rivals["b"][~(rivals["low_all"] > 0)])
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     return f"{said}not told from {', '.join(others[:3])}{more}.", rivals
 

@@ -29,6 +29,7 @@ from medprune.results.cells import ROUNDING, Cells, cells_of, covariance, p_of, 
 
 ALPHA, POWER = 0.05, 0.8  # of the tests that are planned
 SIDES = ["score_percent_a", "score_percent_b"]  # of a pair of methods, side by side
+LIMITS = ("low", "high", "low_all", "high_all", "p")  # that an estimate of one of several runs goes without
 
 # Chosen by simulation (benchmarks/coverage.py), with scores from all of 8 to 96 images.
 LEAST_FROM_END = 1.5  # images' worth of points that a mean must keep from 0 and from 100
@@ -87,7 +88,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
     score, low and high are percent, of the n parsed answers on n_images images; unparsed answers are left out
     of all of these and counted. Where scores has a run, every run weighs the same. low and high are those of
-    `mean_score`, NaN for no interval. A method with no parsed answer gets NaN. Raises ValueError for an unusable
+    `mean_score`, NaN for no interval, as for a method of one of several runs. A method with no parsed answer gets NaN. Raises ValueError for an unusable
     table, such as one where two judges scored the same method.
     """
     rows = []
@@ -95,7 +96,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
         parsed = answers.dropna(subset="score_percent")
         found = {"n": 0, "n_images": 0}
         if len(parsed):
-            found = mean_score(parsed["score_percent"], parsed["cluster"], parsed.get("run"))
+            found = untold_runs(mean_score(parsed["score_percent"], parsed["cluster"], parsed.get("run")), scores)
         rows.append({"method": method, "unparsed": len(answers) - len(parsed)} | found)
     columns = ["method", "score", "low", "high", "n", "n_images", *["n_runs"] * ("run" in scores), "unparsed"]
     return pd.DataFrame(rows).rename(columns={"mean": "score"}).reindex(columns=columns)
@@ -146,18 +147,20 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     Columns: a, b, diff, low, high, low_all and high_all (Bonferroni's limits, which hold for all rows together), p,
     p_holm (adjusted for the number of rows with a p; Holm 1979), n answers on n_images in n_runs, if scores has a run
     (answers are paired within it), unmatched (ids that only one
-    of the two has) and unparsed (shared ids left out because either score is NaN). Raises ValueError if a method is
-    unknown, a pair shares no scored id or was scored by different judges, or an id changes its image or what was
-    asked.
+    of the two has) and unparsed (shared ids left out because either score is NaN). A pair without two scores of one id
+    has no diff, one of a single one of several runs no limits and no p. Raises ValueError if a method is unknown, a
+    pair shares no id or was scored by different judges, or an id changes its image or what was asked.
     """
     scores = _checked(scores)
     rows = []
     for a, b in pairs:
         both, unmatched = _paired(scores, a, b)
         parsed = both.dropna(subset=SIDES)
-        values, within = [parsed[column] for column in (*SIDES, "cluster")], parsed.get("run")
-        found, wide = (paired_difference(*values, alpha, within) for alpha in (ALPHA, ALPHA / len(pairs)))
-        found |= {"low_all": wide["low"], "high_all": wide["high"]}
+        found = {"n": 0, "n_images": 0}
+        if len(parsed):
+            values, within = [parsed[column] for column in (*SIDES, "cluster")], parsed.get("run")
+            found, wide = (paired_difference(*values, alpha, within) for alpha in (ALPHA, ALPHA / len(pairs)))
+            found = untold_runs(found | {"low_all": wide["low"], "high_all": wide["high"]}, scores)
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
     columns = ["a", "b", "diff", "low", "high", "low_all", "high_all", "p", "p_holm", "n", "n_images", "unmatched"]
     columns += [*["n_runs"] * ("run" in scores), "unparsed"]
@@ -169,14 +172,23 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     return table
 
 
+def untold_runs(found: dict, scores: pd.DataFrame) -> dict:
+    """Return what was found of a part of `scores`, without limits and p where it is of one of several runs.
+
+    Its images tell how sure that run is, and nothing of how much runs differ, which the rows beside it cover.
+    """
+    alone = found.get("n_runs") == 1 < scores["run"].nunique()
+    return found | {key: math.nan for key in found if alone and key in LIMITS}
+
+
 def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> dict:
     """Return diff, low and high of how much more the first pair's a - b is than the second's, in log-odds of the mean.
 
     The same question as a difference of differences in points, on the scale on which a loss near 0 or 100 counts as
     much as one in the middle: the two may answer it differently, and then neither is the answer. first, second: (a, b)
     methods, all four scored on the same answers. The error is by the delta method over images, with Student's t:
-    in benchmarks/coverage.py it covers 94 to 98%. NaN where a mean is less than
-    LEAST_FROM_END images' worth from 0 or 100.
+    in benchmarks/coverage.py it covers 94 to 98%. NaN where a mean is less than LEAST_FROM_END images' worth from 0 or
+    100; no limits where no image differs from another.
     """
     wide = _checked(scores).pivot(index=["cluster", "id"], columns="method", values="score_percent")
     means = wide[[*first, *second]].dropna().groupby(level="cluster").mean().to_numpy() / 100  # (images, 4)
@@ -186,6 +198,8 @@ def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: t
         return found
     found["diff"] = float(signs @ special.logit(share))
     parts = (means - share) / (share * (1 - share)) @ signs
+    if parts.std(ddof=1) <= ROUNDING * np.abs(parts).max():
+        return found
     half = -special.stdtrit(len(means) - 1, ALPHA / 2) * parts.std(ddof=1) / math.sqrt(len(means))
     return found | {"low": found["diff"] - half, "high": found["diff"] + half}
 
@@ -195,22 +209,24 @@ def tested_apart(scores: pd.DataFrame, methods: list[str], rivals: list[str]) ->
 
     Images, condition by condition, go to either half in turn; what chance did for the chosen one in the first half does
     nothing for it in the second. Returns (the method with the highest mean, `compare`'s rows: the chosen method less
-    each other rival). scores: with a condition.
+    each other rival; no row where one image leaves the other half empty). scores: with a condition.
     """
     images = scores.drop_duplicates("cluster").sort_values(["condition", "cluster"])
     apart = scores["cluster"].isin(set(images["cluster"].iloc[1::2]))
     means = scores[~apart & scores["method"].isin(methods)].groupby("method", sort=False)["score_percent"].mean()
     best = str(means.idxmax())
-    return best, compare(scores[apart], [(best, rival) for rival in rivals if rival != best])
+    return best, compare(scores[apart], [(best, rival) for rival in rivals if rival != best and apart.any()])
 
 
 def cluster_differences(scores: pd.DataFrame, a: str, b: str) -> pd.Series:
     """Return the mean difference a - b of each image, in points, indexed by cluster.
 
     Its standard deviation, `.std()`, is what the functions below call sd_cluster_diff. Answers without a
-    score on either side are left out. Raises as `compare` does.
+    score on either side are left out. Raises as `compare` does, and where there is no other.
     """
     parsed = _paired(_checked(scores), a, b)[0].dropna(subset=SIDES)
+    if parsed.empty:
+        raise ValueError(f"{a!r} and {b!r} share no id that both have a score for: no image tells how they differ.")
     diffs = parsed["score_percent_a"] - parsed["score_percent_b"]
     return diffs.groupby(parsed["cluster"]).mean().rename("diff")
 
@@ -283,6 +299,8 @@ def detection_note(cluster_diffs, n_images=39, effect=4.0, draws=2000) -> str:
     """
     diffs = np.asarray(cluster_diffs, float)
     sd, limits = float(np.std(diffs, ddof=1)), sd_limits(diffs)
+    if sd <= ROUNDING * np.abs(diffs).max():
+        return f"All {diffs.size} images differ alike: how many images a test needs cannot be told from them."
     found = simulate_detection(diffs, n_images, effect, draws)
     between = smallest = needed = "no interval"
     if not math.isnan(limits[0]):
@@ -427,8 +445,8 @@ def _paired(scores: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, int]:
     columns = [c for c in ("run", "id", "cluster", "score_percent", "asked") if c in scores]
     left, right = (scores.loc[scores["method"] == method, columns] for method in (a, b))
     both = left.merge(right, on=_answer(scores), suffixes=("_a", "_b"))
-    if both.dropna(subset=SIDES).empty:
-        raise ValueError(f"{a!r} and {b!r} share no id that both have a score for, so they cannot be paired.")
+    if both.empty:
+        raise ValueError(f"{a!r} and {b!r} share no id, so they cannot be paired.")
     _same(both, "cluster", f"belongs to different images in {a!r} and {b!r}")
     if "asked" in scores:
         _same(both, "asked", f"was asked differently in {a!r} and {b!r}: question, reference or picture is another")

@@ -61,7 +61,7 @@ def sections_over(roots: list[Path]) -> list[dict]:
     pairs += [(a, b) for b in scores["method"].unique() for a in _elsewhere(b, scores)]
     baselines = [m for m in names["method"].unique() if m not in of]
     against = [(ref, base) for base in baselines for ref in original if _share_answers(names, ref, base)]
-    methods, named = _methods(runs, scores), naming_table(names).merge(worst_group(names), on="method")
+    methods, named = _methods(runs, scores), naming_table(names).merge(worst_group(names), on="method", how="left")
     judged, told = stats.compare(scores, pairs), stats.compare(names, pairs + against)
     steps, dearer = _steps(runs, scores), _dearer(runs, scores)
     sections = [
@@ -141,7 +141,7 @@ def _wide(groups: pd.DataFrame) -> pd.DataFrame:
     """Return `group_table` for reading: a row per method, a column per group, which says how many images it has."""
     images = groups.groupby("group")["n_images"].max()
     cells = [with_interval(row.score, row.low, row.high) for row in groups.itertuples()]
-    small = groups["note"] != ""
+    small = groups["note"].str.startswith("too small")
     cells = pd.Series(cells, groups.index).where(~small, lambda text: text.str.replace("no interval", "too small"))
     wide = groups.assign(cell=cells, group=[f"{g} ({images[g]} images)" for g in groups["group"]])
     wide = wide.pivot(index="method", columns="group", values="cell").reindex(groups["method"].unique()).fillna("")
@@ -232,7 +232,8 @@ def _methods(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
     weight = pd.concat(sizes).groupby("method")["stored_bytes"].mean().rename("weight_bytes")
     open_ = stats.score_table(scores[scores["kind"] != "name"])[["method", "score", "low", "high"]]
     open_ = open_.set_axis(["method", "open", "open_low", "open_high"], axis=1)
-    table = stats.score_table(scores).merge(open_, on="method").merge(worst_group(scores), on="method")
+    table = stats.score_table(scores).merge(open_, on="method", how="left")
+    table = table.merge(worst_group(scores), on="method", how="left")
     table.insert(1, "weight_bytes", table["method"].map(weight))
     return table
 
@@ -282,11 +283,13 @@ def _dearer(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for m in methods:
         four = wide[[pruned, f"{m}-{pruned}", "original", f"{m}-original"]].dropna()
+        if four.empty:
+            continue
         cost, own = four[pruned] - four[f"{m}-{pruned}"], four["original"] - four[f"{m}-original"]
         run, _, image = (four.index.get_level_values(level) for level in four.index.names)
         found = stats.paired_difference(cost, own, image, runs=run)
         wide_limits = stats.paired_difference(cost, own, image, stats.ALPHA / len(methods), run)
-        found |= {"low_all": wide_limits["low"], "high_all": wide_limits["high"]}
+        found = stats.untold_runs(found | {"low_all": wide_limits["low"], "high_all": wide_limits["high"]}, scores)
         rows.append({"method": m, "costs_pruned": cost.mean(), "costs_original": own.mean()} | found)
     return pd.DataFrame(rows)
 
