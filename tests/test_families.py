@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText, Florence2Config, Gemma4Con
 from medprune.answers import decoding
 from medprune.answers.decoding import answer
 from medprune.answers.prompts import IGNORED, Conversations, collator, prompt_text, see
+from medprune.data.questions import load_conditions, load_questions
+from medprune.data.record import Record
 from medprune.models import loading
 from medprune.models.families import block_number, deepstack, lora_targets, names, parts
 from medprune.models.loading import load, load_blockwise, n_parameters
@@ -20,7 +22,7 @@ from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named
 from medprune.pruning.leave_one_out import leave_one_out_logits, teacher_batch
 from medprune.pruning.plan import apply_plan, check_kept, check_prunable, make_plan
 from medprune.quantizing import awq, checkpoint
-from medprune.quantizing.quantize import is_tied, quantize, target_linears
+from medprune.quantizing.quantize import LEAST_TEXT, is_tied, quantization_batch, quantize, target_linears
 from medprune.results import tables
 from medprune.settings import REPO, TARGETS
 from medprune.store import read_json
@@ -275,6 +277,18 @@ def test_awq_is_nearer_to_the_whole_model_than_rounding_and_its_folder_is_the_mo
     again = checkpoint.load_quantized(tmp_path / "q").state_dict()
     assert again.keys() == searched.state_dict().keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in searched.state_dict().items())
+
+
+@EVERY
+def test_calibration_rows_are_cut_behind_their_images(folder, rows, family):
+    model, processor = load(folder(family), dtype=torch.float32)
+    records = [Record(row["id"], row["path"], "rosacea") for row in rows[:4]]
+    batches = [quantization_batch(processor, records, load_conditions(), load_questions(), model.dtype, 0, most) for most in (8, 200)]
+    short, long = (batch["input_ids"].shape[1] for batch in batches)
+    seen = len(see(processor, records[0].path, model.dtype).ids)  # whose form all take where forms differ
+    assert 8 < seen < short < long and short - seen <= LEAST_TEXT
+    with torch.inference_mode():
+        assert all(model(**batch).logits.isfinite().all() for batch in batches)
 
 
 def test_the_integrity_gate_knows_blocks_of_every_name(folder):

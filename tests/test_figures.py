@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from test_ranking import rows_table
 
+from medprune.data.questions import load_conditions
 from medprune.pruning import ranking
 from medprune.results import figures, tables
 
@@ -134,6 +135,13 @@ def test_figure_breakdown_shows_means_and_leaves_gaps_blank():
     cells = fig.axes[0].collections[0].get_array()
     assert cells.filled(-1).reshape(2, 2).tolist() == [[50, 90], [10, -1]]
     assert [t.get_text() for t in fig.axes[0].texts if t.get_text() != "nan"] == ["50", "90", "10"]
+
+
+def test_a_confusion_is_of_what_is_asserted():
+    said = ["This is rosacea.", "This is not rosacea.", "This is melanoma, not rosacea.", "Rosacea or melanoma."]
+    rows = pd.DataFrame({"kind": "name", "condition": "rosacea", "answer": said})
+    found = tables.confusion(rows, load_conditions(), ["rosacea", "melanoma"])
+    assert found.tolist() == [[1, 1, 2], [0, 0, 0]]
 
 
 def test_figure_confusion_counts_and_shades_by_row():

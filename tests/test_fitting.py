@@ -53,6 +53,16 @@ def test_the_uniform_plan_has_one_width_for_all_blocks_and_the_cheapest_that_fit
     assert fitting.best_uniform(Problem(space, 34, costs, None)) is None, "what fits drops a block"
 
 
+def test_awq_is_calibrated_on_images_that_no_plan_is_measured_on_while_there_are_others():
+    records = [Record(f"{i}", f"{i}.png", "melanoma" if i % 2 else "rosacea") for i in range(20)]
+    measured, chosen = fitting.two_samples(records, 4, 4, 0)
+    drawn = [r.key for r in fitting.calibrated_on(records, measured + chosen, 8, 0)]
+    assert len(set(drawn)) == 8 and not set(drawn) & {r.key for r in measured + chosen}
+    few = [r.key for r in fitting.calibrated_on(records[:10], records[:8], 8, 0)]
+    assert set(few[:2]) == {"8", "9"} and few[2:] == [str(i) for i in range(6)]
+    assert fitting.calibrated_on(records[:4], records[:4], 8, 0) == records[:4]
+
+
 def test_other_budgets_have_their_plans(found):
     table = fitting.budget_table(found[0])
     assert len(table) == len(fitting.BUDGETS) and table.total_bytes.max() <= 2 * 140

@@ -136,3 +136,5 @@ def test_shares_of_choices_over_resampled_costs():
     first, second = [{4: 1.0, FULL: 0.0}, {4: 2.0, FULL: 0.0}], [{4: 2.0, FULL: 0.0}, {4: 1.0, FULL: 0.0}]
     shares = choice_shares(space, [first, first, first, second], 5)
     assert list(shares.columns) == [4, FULL] and shares.to_numpy().tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    nearly = choice_shares(space, [first] * 36 + [second] * 4, 5)
+    assert nearly[4]["block 0"] == 0.9, "36 of 40 are not over 90%"

@@ -42,7 +42,7 @@ def _any(*phrases: str) -> re.Pattern:
 _NO_TRIGGER = _any(
     "not only", "not just", "not merely", "not necessarily", "not always", "not uncommon(?:ly)?", "no doubt",
     "without (?:a )?doubt", "no more than", "no less than", "no longer than", "not until", "with or without",
-    "not to say",
+    "not to say", "(?:none|nothing) (?:other than|but|less than)",
 )  # fmt: skip
 _FORWARDS = {
     OPEN: _any(
@@ -77,7 +77,7 @@ _BACKWARDS = {
         r"(?:not|\w+n't|never) (?:be )?(?:present|seen|found|visible|likely|used|given|taken|applied|done|recommended|"
         "affected|involved|advised|indicated|needed|required|necessary|right|correct|true|helpful|useful|suitable|work|"
         "help|the (?:diagnosis|name|disease|case|answer|treatment)|"
-        r"(?:a|an|the|one of (?:the|its))(?: \w+)? (?:feature|sign|symptom|treatment)s?)",
+        r"(?:a|an|the|one of (?:the|its))(?: \w+)? (?:feature|sign|symptom|treatment)s?)(?! that\b)",
     ),
     AVOIDED: _any("(?:is|are|be) avoided"),
 }  # fmt: skip
@@ -92,6 +92,12 @@ _VERB = _any(
     "wash", "wear", "keep", "give", "helps?", "remains?", "becomes?", "affects?", "grows?", "spreads?", "forms?",
     "comes?", "with", "it", "this", "there", "they", "then",
 )  # fmt: skip
+# a relative clause that denies, "a sore that does not heal", and the verb behind it, which its denial does not reach
+_RELATIVE = re.compile(
+    r"(?<=\w )(?<!but )(?<!and )(?<!so )(?:that|which|who) (?:(?:\w+ )?(?:not|never|no longer)|cannot|\w+n't)"
+    r"(?! (?:mean|say|show|prove|imply|suggest|indicate)\b)(?: \w[\w'-]*)+?(?<! it)(?<! this)(?<! that)(?<! there)"
+    r"(?<! which)(?<! what) (?=(?:is|are|was|were|suggests|indicates|means|points)\b)"
+)
 _IF = _any("if", "when", "unless", "until", "where")
 # a lead-in to all that follows: "none of these:", "do not use these treatments:", "the following is wrong"
 _LEADS_IN = re.compile(
@@ -206,8 +212,9 @@ def _cuts(low: str) -> list[tuple[int, bool]]:
 
 def _reach(low: str, end: int, cuts: list[tuple[int, bool]]) -> int:
     """Return where what a trigger that ends at `end` denies ends; "tell which" is cut no sooner than "no, it is"."""
-    ends = (c for c, hard in cuts if c >= end and hard and (low[c] == "," or low[end:c].strip()))
-    return next(ends, len(low))
+    ends = [c for c, hard in cuts if c >= end and hard and (low[c] == "," or low[end:c].strip())][:1]
+    ends += [clause.end() for clause in _RELATIVE.finditer(low) if clause.start() < end <= clause.end()]
+    return min(ends, default=len(low))
 
 
 def _reach_back(low: str, start: int, cuts: list[tuple[int, bool]]) -> int:

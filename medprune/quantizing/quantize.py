@@ -22,6 +22,7 @@ from medprune.settings import BITS, GROUP_SIZES, METHODS, NF4_GROUP, WIDTHS
 CHOICES = (*BITS, 16)  # 16: the block is left as it is
 MIXING = tuple(m for m in METHODS if len(WIDTHS[m]) > 1)  # take bits for each block, and head and tower too
 MIN_CALIBRATION_ROWS = 4
+LEAST_TEXT = 32  # tokens of a calibration row behind its image
 
 
 def quantize(
@@ -301,7 +302,7 @@ def bits_by_importance(importance_scores: Sequence[float], target_mean_bits: flo
 def quantization_batch(processor, records, conditions, questions, dtype, seed: int, most: int = 1024) -> dict:
     """Return the inputs of one conversation per record, cut to one length, for AWQ's calibration.
 
-    most: tokens per row, the image's among them.
+    most: tokens per row, the image's among them, which are never cut: a larger image keeps LEAST_TEXT behind it.
     """
     rng = random.Random(seed)
     said = [conversation(record, conditions, questions, rng) for record in records]
@@ -310,6 +311,7 @@ def quantization_batch(processor, records, conditions, questions, dtype, seed: i
     if len({s.shape for s in seen}) > 1:  # a row each of one length: all take the first one's form
         seen = [prompts.see(processor, picture.resize(pictures[0].size), dtype) for picture in pictures]
     rows = [prompts.encode_conversation(processor, turns, s) for turns, s in zip(said, seen, strict=True)]
+    most = max(most, LEAST_TEXT + max(len(s.ids) for s in seen))
     shortest = min(most, *(len(row["input_ids"]) for row in rows))
     batch = {"input_ids": torch.stack([row["input_ids"][:shortest] for row in rows])}
     batch |= {name: torch.stack([row["kinds"][name][:shortest] for row in rows]) for name in seen[0].kinds}

@@ -88,8 +88,8 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
     score, low and high are percent, of the n parsed answers on n_images images; unparsed answers are left out
     of all of these and counted. Where scores has a run, every run weighs the same. low and high are those of
-    `mean_score`, NaN for no interval, as for a method of one of several runs. A method with no parsed answer gets NaN. Raises ValueError for an unusable
-    table, such as one where two judges scored the same method.
+    `mean_score`, NaN for no interval, as for a method of one run among several. A method with no parsed answer gets
+    NaN. Raises ValueError for an unusable table, such as one where two judges scored the same method.
     """
     rows = []
     for method, answers in _checked(scores).groupby("method", sort=False):

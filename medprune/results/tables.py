@@ -9,6 +9,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from medprune.data.questions import named_conditions
+from medprune.judging.asserted import spoken
 from medprune.models.sizes import GIB, NAMED_SHAPES, account, checkpoints, named_config, packable, shape_of
 from medprune.pruning.ranking import knee
 from medprune.results import groups, stats
@@ -238,7 +239,7 @@ def confusion(rows: pd.DataFrame, conditions: dict, labels: list[str]) -> np.nda
     """Count (true condition, condition named) over the questions for a name: (n, n + 1), last column: no one name."""
     counts = np.zeros((len(labels), len(labels) + 1), int)
     for row in rows[rows["kind"] == "name"].itertuples():
-        named = named_conditions(str(row.answer), conditions)
+        named = named_conditions(spoken(str(row.answer)), conditions)
         one = len(named) == 1 and named[0] in labels
         counts[labels.index(row.condition), labels.index(named[0]) if one else len(labels)] += 1
     return counts

@@ -37,6 +37,14 @@ def two_samples(records: list[Record], n: int, m: int, seed: int) -> tuple[list[
     return both[:n], both[n:]
 
 
+def calibrated_on(records: list[Record], others: list[Record], n: int, seed: int) -> list[Record]:
+    """Return n images for AWQ's calibration, or all there are: of few, those of `others` last."""
+    taken = {record.key for record in others}
+    own = [record for record in records if record.key not in taken]
+    drawn = sample_balanced(own, min(n, len(own)), seed) if own else []
+    return (drawn + others)[:n]
+
+
 def own_answers(source, records, conditions: dict, units_of, config, bits: int = 16) -> tuple[list[dict], list[str]]:
     """Return the questions about some images and what the model in `source`, held in `bits`, answers to them.
 
@@ -173,7 +181,7 @@ def fit(
     rows, said = own_answers(source, measured_on, conditions, units_of, config)
     other, told = own_answers(source, chosen_on, conditions, units_of, config)
     processor = loading.load_processor(source)
-    drawn = sample_balanced(records, min(max(2 * n_images, MIN_CALIBRATION_ROWS), len(records)), seed)
+    drawn = calibrated_on(records, measured_on + chosen_on, max(2 * n_images, MIN_CALIBRATION_ROWS), seed)
     dtype = choose_dtype(choose_device())
     batch = quantization_batch(processor, drawn, conditions, load_questions(), dtype, seed)
     levels = Levels(Path(source), work / "levels", BITS, group_size, batch)
@@ -189,5 +197,6 @@ def fit(
     (work / "units.sqlite").unlink()
     work.rmdir()
     say(plan_rows(space, {budget: best}).T.to_string(header=False))
-    say(f"{min(costs):.4f} nats a token from the original on {len(other)} answers that no plan was measured on")
+    said = f"{min(costs):.4f} nats a token from the original, the least of {len(plans)} plans, on {len(other)} answers"
+    say(f"{said} that the search did not measure plans on")
     return best

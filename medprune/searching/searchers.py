@@ -246,8 +246,8 @@ def choice_shares(space: Space, tables: list[list[dict[int, float]]], budget: in
     shares = pd.DataFrame(0.0, index=space.sites, columns=choices)
     for costs in tables:
         for site, choice in zip(space.sites, Front(space, costs, budget).plan(budget), strict=True):
-            shares.loc[site, choice] += 1 / len(tables)
-    return shares
+            shares.loc[site, choice] += 1
+    return shares / len(tables)
 
 
 def uniform_table(model, budgets: list[int], context: int, group_size: int = 64) -> pd.DataFrame:
