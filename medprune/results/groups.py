@@ -77,9 +77,8 @@ def group_table(scores: pd.DataFrame, by=BY, exact: bool = False) -> pd.DataFram
             small = found["n_images"] < LEAST_IMAGES
             if small and not (exact and found.get("n_runs", 1) == 1):
                 found["low"] = found["high"] = math.nan
-            note = f"too small: fewer than {LEAST_IMAGES} images" if small else ""
-            if found.get("n_runs") == 1 < scores["run"].nunique():
-                note = "in one run alone"
+            alone = found.get("n_runs") == 1 < scores["run"].nunique()
+            note = f"too small: fewer than {LEAST_IMAGES} images" if small else "in one run alone" if alone else ""
             rows.append({"method": method, "by": column, "group": str(group), "note": note} | found)
     table = pd.DataFrame(rows).rename(columns={"mean": "score"})
     columns = ["method", "by", "group", "score", "low", "high", "n", "n_images", "n_runs", "note"]
