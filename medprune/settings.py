@@ -112,7 +112,7 @@ class Settings(BaseModel):
     kept_methods: tuple[Literal[METHODS], ...] = _setting(("awq",), "5", "whose folders are kept once scored")
     group_size: Literal[GROUP_SIZES] = _setting(64, "57", f"weights that share a scale; NF4 always {NF4_GROUP}")
     awq_rows: int = _setting(8, "578", "calibration conversations", ge=4, le=MOST)
-    awq_tokens: Count = _setting(1024, "578", "of each, at most")
+    awq_tokens: Count = _setting(1024, "578", "of each, at most; behind a picture of more, 32 are kept")
     # search for the best model within a budget
     budget_mib: Positive | None = _setting(
         None, "7", "most memory of the model found, KV cache and working memory in it; null: the paper's pipeline's"
