@@ -113,7 +113,11 @@ def test_a_group_of_one_run_among_several_has_no_interval():
     assert lowest["worst_group"][0] == "skin tone VI" and math.isnan(lowest["worst_low"][0])
     named = pd.concat([*runs, runs[0].assign(method="n")])
     table = groups.naming_table(named).set_index("method")
-    assert table[["low", "balanced_low"]].notna().all(axis=1).to_dict() == {"m": True, "n": False}
+    for limit in ("low", "balanced_low"):
+        assert table[limit].notna().to_dict() == {"m": True, "n": False}
+    runs = [scored({"I": rng.choice([0, 80], 12), "V": [90.0] * 6 + [100.0] * 6}).assign(run=run) for run in range(3)]
+    alone = groups.worst_group(pd.concat([*runs, scored({"VI": [60.0, 62.0] * 30}, start=99).assign(run=0)]), ["skin_tone"])
+    assert alone["worst_group"][0] == "skin tone I" and alone["groups"][0] == 3 and alone["worst_high"][0] > 66
 
 
 def test_chance_alone_names_nobody():

@@ -234,6 +234,21 @@ def test_a_model_whose_answers_no_judge_could_read_stays_in_the_report(tmp_path)
     assert steps["diff"].isna().tolist() == [False, True, False]
 
 
+def test_what_one_run_of_several_has_stands_without_an_interval(tmp_path):
+    roots = [tmp_path / f"s{seed}" for seed in range(3)]
+    for seed, root in enumerate(roots):
+        play_run(root, seed)
+        file = root / "05_awq_vs_bnb" / "scores.csv"
+        table = pd.read_csv(file)
+        write_csv(file, table[(table.method != "rtn-pruned-1") | (seed == 0)])
+    sections = {s["heading"]: s["table"] for s in across.sections_over(roots) if "table" in s}
+    (dearer,) = sections["What 4 bits cost a pruned model more"].to_dict("records")
+    assert dearer["n_runs"] == 1 and not math.isnan(dearer["diff"]) and all(math.isnan(dearer[k]) for k in ("low", "p", "high_all"))
+    row = {"method": "m", "group": "V", "score": 50.0, "low": math.nan, "high": math.nan, "n_images": 12}
+    shown = across._wide(pd.DataFrame([row | {"note": "in one run alone"}, row | {"group": "VI", "note": "too small: few"}]))
+    assert shown.iloc[0].tolist() == ["m", "50.0 [no interval]", "50.0 [too small]"]
+
+
 def test_the_comparison_named_beforehand_comes_first_and_the_others_share_their_error(tmp_path):
     roots = [tmp_path / f"s{seed}" for seed in range(4)]
     for seed, root in enumerate(roots):

@@ -94,7 +94,7 @@ _VERB = _any(
 )  # fmt: skip
 # a relative clause that denies, "a sore that does not heal", and the verb behind it, which its denial does not reach
 _RELATIVE = re.compile(
-    r"(?<=\w )(?<!but )(?<!and )(?<!so )(?:that|which|who) (?:(?:\w+ )?(?:not|never|no longer)|cannot|\w+n't)"
+    r"(?<=\w )(?:that|which|who) (?:(?:\w+ )?(?:not|never|no longer)|cannot|\w+n't)"
     r"(?! (?:mean|say|show|prove|imply|suggest|indicate)\b)(?: \w[\w'-]*)+?(?<! it)(?<! this)(?<! that)(?<! there)"
     r"(?<! which)(?<! what) (?=(?:is|are|was|were|suggests|indicates|means|points)\b)"
 )

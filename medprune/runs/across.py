@@ -61,7 +61,7 @@ def sections_over(roots: list[Path]) -> list[dict]:
     pairs += [(a, b) for b in scores["method"].unique() for a in _elsewhere(b, scores)]
     baselines = [m for m in names["method"].unique() if m not in of]
     against = [(ref, base) for base in baselines for ref in original if _share_answers(names, ref, base)]
-    methods, named = _methods(runs, scores), naming_table(names).merge(worst_group(names), on="method", how="left")
+    methods, named = _methods(runs, scores), naming_table(names).merge(worst_group(names), on="method")
     judged, told = stats.compare(scores, pairs), stats.compare(names, pairs + against)
     steps, dearer = _steps(runs, scores), _dearer(runs, scores)
     sections = [
@@ -232,8 +232,7 @@ def _methods(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
     weight = pd.concat(sizes).groupby("method")["stored_bytes"].mean().rename("weight_bytes")
     open_ = stats.score_table(scores[scores["kind"] != "name"])[["method", "score", "low", "high"]]
     open_ = open_.set_axis(["method", "open", "open_low", "open_high"], axis=1)
-    table = stats.score_table(scores).merge(open_, on="method", how="left")
-    table = table.merge(worst_group(scores), on="method", how="left")
+    table = stats.score_table(scores).merge(open_, on="method").merge(worst_group(scores), on="method", how="left")
     table.insert(1, "weight_bytes", table["method"].map(weight))
     return table
 
