@@ -1,6 +1,7 @@
 """What notebook 08 does: exported once, asked once, and llama.cpp's own types as llama-quantize would choose them."""
 
 import sys
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -75,6 +76,26 @@ def test_an_engine_is_asked_once_and_goes_on_where_it_was_killed(run, served_mod
     monkeypatch.setattr(engines, "version", lambda engine: f"{engine} 2.0")
     parity.ask_engine(run, folder, "a", pictures, asked, 6, 1)
     assert len(starts) == 3 and len(told) == 8, "another version of the engine is asked anew"
+
+
+def test_what_was_answered_beside_a_slow_question_is_kept(run, served_model, monkeypatch):
+    folder, asked, pictures, _ = served_model
+    (folder / "medprune.json").write_text('{"context": "c", "served_by": {"address": "http://127.0.0.1:1", "model": "m"}}')
+    others = threading.Semaphore(0)
+
+    def put(address, picture, question, *_):
+        if question == "first":
+            assert all(others.acquire(timeout=5) for _ in range(3))
+            raise ValueError("HTTP 500")
+        others.release()
+        return engines.Reply("red", True, 5, {})
+
+    monkeypatch.setattr(engines, "ask_server", put)
+    asked[0]["question"] = "first"
+    with pytest.raises(ValueError, match="HTTP 500"):
+        parity.ask_engine(run, folder, "a", pictures, asked, 6, 1)
+    (context,) = {row[0] for row in run.units("x")._ask("SELECT DISTINCT context FROM units")}
+    assert [f"a {q['id']}" in run.units(context) for q in asked] == [False, True, True, True]
 
 
 def test_a_server_that_runs_already_is_asked_by_its_address(run, family, rows, monkeypatch):

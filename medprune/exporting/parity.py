@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -383,13 +383,17 @@ def ask_engine(run: Run, folder: Path, label: str, pictures: dict, asked: list[d
         pictures = shown(folder, pictures)
         with engines.running(folder, threads) as server, progress(len(todo), label, "answer") as bar:
 
-            def ask(q: dict) -> engines.Reply:
-                return engines.ask_server(server.address, pictures[q["path"]], q["question"], most, server.model)
+            def ask(key: str, q: dict) -> None:
+                picture = pictures[q["path"]]
+                units.add(key, asdict(engines.ask_server(server.address, picture, q["question"], most, server.model)))
 
             with ThreadPoolExecutor(AT_ONCE if there else 1) as pool:
-                for (key, _), reply in zip(todo, pool.map(ask, [q for _, q in todo]), strict=True):
-                    units.add(key, asdict(reply))
-                    bar.update()
+                try:
+                    for done in as_completed([pool.submit(ask, key, q) for key, q in todo]):
+                        done.result()
+                        bar.update()
+                finally:
+                    pool.shutdown(cancel_futures=True)  # what is in flight is kept, and nothing else begun
             speed = engines.ms_per_token(server.address, pictures[asked[0]["path"]], asked[0]["question"], server.model)
             costs = {"ms_per_token": speed, "load_s": server.load_s, "peak_bytes": server.peak_bytes()}
             units.add(f"{label} costs", costs | {"version": version})
