@@ -270,6 +270,11 @@ def at_count(model: str, n: int) -> str:
     return model if model.endswith(("original", "found")) else f"{model}-{n}"
 
 
+def is_loopback(url: str) -> bool:
+    """Return whether an address is of this machine alone: what goes there is shown to no proxy."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
 def values_of(config) -> dict:
     """Return the settings that a config holds as JSON-able values by name."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(config).items() if not k.startswith("_")}

@@ -274,6 +274,14 @@ def test_half_a_json_and_prose_are_kept_as_they_are(serve, tmp_path):
     assert sum(server.requests.values()) == 3  # an unreadable reply is an answer too: not asked again
 
 
+def test_no_proxy_sees_what_stays_on_this_machine(serve, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server = serve(lambda text, n: GOOD)
+    assert len(list(server_judge(server.url, "m", max_retries=0).score(rows_of(2)))) == 2
+
+
 def test_requests_run_side_by_side(serve):
     gate = threading.Barrier(4, timeout=10)  # answers only once four requests are there together
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from medprune.device import cards, choose_device, choose_dtype, release
 from medprune.judging.judge import ASPECTS, Judge, Judgement
+from medprune.settings import is_loopback
 from medprune.store import content, fingerprint
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"  # in 4 bits it fits one T4; the 32B one of the paper's authors wants two
@@ -244,7 +245,9 @@ def server_judge(
         import openai
 
         key, refused = secret(api_key_env) if send_key else "", set()
-        client = openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout_s, max_retries=max_retries)
+        own = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if is_loopback(base_url) else {}  # no proxy
+        given = {"base_url": base_url, "api_key": key or "none", "timeout": timeout_s, "max_retries": max_retries}
+        client = openai.OpenAI(**given, **own)
         request = {"model": model, "temperature": 0, "max_tokens": max_tokens, "response_format": _SCHEMA}
 
         def ask(row):
@@ -289,7 +292,7 @@ def _takes_key(url: str) -> bool:
     address = urlsplit(url)
     if "@" in url or address.query or address.fragment:
         raise ValueError("base_url must carry no name, password, query or fragment: a key belongs in the environment.")
-    return address.scheme == "https" or address.hostname in ("localhost", "127.0.0.1", "::1")
+    return address.scheme == "https" or is_loopback(url)
 
 
 def _unread(error: Exception) -> Judgement:
