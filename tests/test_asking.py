@@ -1,12 +1,17 @@
 """`medprune ask` says in one sentence what cannot be asked."""
 
+import http.server
+import json
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 from test_cli import medprune
 
-from medprune.exporting import asking
+from medprune.exporting import asking, engines
 from medprune.models.loading import save
 from medprune.quantizing.checkpoint import save_quantized
 from medprune.quantizing.quantize import quantize
@@ -58,3 +63,98 @@ def test_two_models_answer_side_by_side(runs, rows, monkeypatch, capsys):
     lines = said.out.strip().splitlines()
     assert len(lines) == 2 and all(line.startswith("demo:original: ") for line in lines) and lines[0] == lines[1]
     assert said.err.count("for 2 tokens") + said.err.count("for 1 tokens") == 2 and "to load" in said.err
+
+
+@contextmanager
+def saying(models: bytes, answer: bytes, missing: int = 0, status: int = 200):
+    """Give the address of a server that answers with these bytes, and tells of so many more than it sends."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def reply(self, status, data, missing):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data) + missing))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.reply(200, models, 0)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.reply(status, answer, missing)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+MODELS = b'{"data": [{"id": "m"}]}'
+GOOD = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 5}}
+
+
+def told(**values) -> bytes:
+    return json.dumps(GOOD | values).encode()
+
+
+@pytest.mark.parametrize("models,answer,options,why", [
+    (b"[1]", b"", {}, "it says [1]"),
+    (b'{"data": [{"name": "x"}]}', b"", {}, 'it says {"data": [{"name": "x"}]}'),
+    (b'{"data": null}', b"", {}, 'it says {"data": null}'),
+    (b'{"data": []}', b"", {}, "serves no model"),
+    (b'{"data": "caf\xe9"}', b"", {}, "utf-8"),
+    (b"[" * 100000, b"", {}, "recursion"),
+    (MODELS, told()[:30], {"missing": 100}, "IncompleteRead"),
+    (MODELS, b"boom", {"status": 500}, "refuses: boom"),
+    (MODELS, b"boom", {"status": 500, "missing": 9}, "refuses: HTTP 500"),
+    (MODELS, b'{"error": {"message": "overloaded"}}', {}, "overloaded"),
+    (MODELS, b"[]", {}, "it says []"),
+    (MODELS, told(choices=[]), {}, 'it says {"choices": []'),
+    (MODELS, told(usage=None), {}, '"usage": null'),
+    (MODELS, told(choices=[{"message": None}]), {}, '"message": null'),
+    (MODELS, told(choices=[{"message": {"content": ["hi"]}}]), {}, '["hi"]'),
+    (MODELS, told(choices=[{"message": {"content": "hi"}, "logprobs": {"content": [1]}}]), {}, "[1]"),
+])  # fmt: skip
+def test_a_server_of_another_form_is_one_sentence(models, answer, options, why):
+    with saying(models, answer, **options) as url, pytest.raises(ValueError) as raised:
+        engines.ask_server(url, Image.new("RGB", (8, 8)), "What?", 3)
+    said = str(raised.value)
+    assert why in said and url in said and "\n" not in said and len(said) < 500
+
+
+def test_an_address_that_is_none_or_no_http_is_one_sentence():
+    with http.server.HTTPServer(("127.0.0.1", 0), None) as server:  # whose handler fails: it answers nothing
+        server.RequestHandlerClass = lambda connection, *_: connection.sendall(b"SSH-2.0-OpenSSH_9\r\n")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for url in (f"http://127.0.0.1:{server.server_port}", "http://127.0.0.1:port", "localhost", "http://a b"):
+            with pytest.raises(ValueError, match=f"{url}/v1/models does not answer as an OpenAI-compatible server: ."):
+                engines.served(url)
+            assert not engines._healthy(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_probabilities_that_are_not_told_are_none():
+    choice = GOOD["choices"][0] | {"logprobs": {"content": [{"token": "a", "top_logprobs": None}]}}
+    with saying(MODELS, told(choices=[choice])) as url:
+        assert engines.ask_server(url, Image.new("RGB", (8, 8)), "What?", 3) == engines.Reply("hi", True, 5, {})
+
+
+def test_no_proxy_sees_a_picture_that_stays_on_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with saying(MODELS, told()) as url:
+        assert engines.ask_server(url, Image.new("RGB", (8, 8)), "What?", 3).text == "hi" and engines._healthy(url)
+    with pytest.raises(ValueError, match="Connection refused"):  # of the proxy, by which others are reached
+        engines.served("http://gpu.invalid:8000")
+
+
+def test_an_engine_that_does_not_answer_is_not_said_to_have_ended(monkeypatch):
+    monkeypatch.setattr(engines, "START_S", 0.1)
+    words = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(ValueError, match="X does not serve: it did not answer at http://127.0.0.1:.* within 0.1 s"):  # noqa: SIM117
+        with engines.started(words, engines.free_port(), 1, "X does not serve"):
+            pass

@@ -6,6 +6,7 @@ that runs already, on as many cards and machines as it spans, is named by its ad
 """
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 import psutil
 
 from medprune.exporting import llamacpp
+from medprune.settings import is_loopback
 from medprune.store import RECORD, read_json
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"  # of a folder for llama.cpp
@@ -94,9 +96,12 @@ def is_address(engine: str) -> bool:
 
 def served(address: str) -> dict[str, dict]:
     """Return what a server says of each of its models, by their names; ValueError where it has none."""
-    if not (listed := post(f"{bare(address)}/v1/models").get("data")):
+    said = post(f"{bare(address)}/v1/models")
+    with _read(address, said):
+        found = {str(model["id"]): model for model in said["data"]}
+    if not found:
         raise ValueError(f"{address} serves no model.")
-    return {model["id"]: model for model in listed}
+    return found
 
 
 def wants_embeddings(model: dict) -> bool:
@@ -138,7 +143,7 @@ def version(engine: str) -> str:
     Of a server: who serves, and the version where it tells that, as vLLM does.
     """
     if is_address(engine):
-        makers = sorted({model.get("owned_by") or "a server" for model in served(engine).values()})
+        makers = sorted({str(model.get("owned_by") or "a server") for model in served(engine).values()})
         try:
             makers.append(str(post(f"{bare(engine)}/version")["version"]))
         except (ValueError, KeyError, TypeError):  # llama.cpp's has no such page
@@ -235,7 +240,9 @@ def started(words: list[str], port: int, threads: int, failure: str):
 def _wait(address: str, process, log, failure: str) -> None:
     until = time.monotonic() + START_S
     while not _healthy(address):
-        if process.poll() is not None or time.monotonic() > until:
+        if process.poll() is None and time.monotonic() > until:
+            raise ValueError(f"{failure}: it did not answer at {address} within {START_S} s.")
+        if process.poll() is not None:
             log.seek(0)
             said = [line.strip() for line in log.read().splitlines() if line.strip()]
             errors = [line for line in said if "rror" in line] or said
@@ -245,9 +252,9 @@ def _wait(address: str, process, log, failure: str) -> None:
 
 def _healthy(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as answered:
+        with _open(urllib.request.Request(f"{address}/health"), 5) as answered:
             return answered.status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -258,13 +265,14 @@ def ask_server(address: str, picture, question: str, max_new_tokens: int, model:
     """
     told = {"logprobs": True, "top_logprobs": TOP, "return_tokens_as_token_ids": True}
     said = _complete(address, _question(address, picture, question, model) | {"max_tokens": max_new_tokens} | told)
-    choice = said["choices"][0]
-    steps = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
-    # llama.cpp says a token's id, vLLM writes it as token_id:5
-    numbers = [(t.get("id", t["token"].removeprefix("token_id:")), t["logprob"]) for t in steps[0]["top_logprobs"]]
-    first = {int(token): logprob for token, logprob in numbers if str(token).isdigit()}
-    text, ended = (choice["message"]["content"] or "").strip(), choice.get("finish_reason") == "stop"
-    return Reply(text, ended, said["usage"]["prompt_tokens"], first)
+    with _read(address, said):
+        choice, length = said["choices"][0], int(said["usage"]["prompt_tokens"])
+        steps = (choice.get("logprobs") or {}).get("content") or [{}]
+        # llama.cpp says a token's id, vLLM writes it as token_id:5
+        told = [(t.get("id", t["token"].removeprefix("token_id:")), t) for t in steps[0].get("top_logprobs") or []]
+        first = {int(token): float(t["logprob"]) for token, t in told if str(token).isdecimal()}
+        text, ended = (choice["message"]["content"] or "").strip(), choice.get("finish_reason") == "stop"
+    return Reply(text, ended, length, first)
 
 
 def ms_per_token(address: str, picture, question: str, model: str | None = None, new_tokens: int = 32) -> float:
@@ -276,7 +284,9 @@ def ms_per_token(address: str, picture, question: str, model: str | None = None,
 
     def seconds(tokens: int) -> float:
         begun = time.perf_counter()
-        used = _complete(address, asked | {"max_tokens": tokens})["usage"]["completion_tokens"]
+        said = _complete(address, asked | {"max_tokens": tokens})
+        with _read(address, said):
+            used = said["usage"]["completion_tokens"]
         if used != tokens:
             raise ValueError(f"{address} ended after {used} of {tokens} tokens: it does not know ignore_eos.")
         return time.perf_counter() - begun
@@ -307,14 +317,35 @@ def _complete(address: str, body: dict) -> dict:
 def post(url: str, body: dict | None = None) -> dict:
     """Return what a server answers, to a GET without a body; ValueError with its words where it refuses."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=START_S) as answered:
-            return json.loads(answered.read())
+        with _open(urllib.request.Request(url, data, {"Content-Type": "application/json"}), START_S) as answered:
+            said = json.loads(answered.read())
     except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} refuses: {error.read().decode(errors='replace')[:300]}") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{url} does not answer as an OpenAI-compatible server: {error}") from None
+        words = f"HTTP {error.code}"
+        with suppress(OSError, http.client.HTTPException):  # its words are cut short
+            words = error.read().decode(errors="replace")[:300] or words
+        raise ValueError(f"{url} refuses: {words}") from None
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{url} does not answer as an OpenAI-compatible server: {why}") from None
+    with _read(url, said):
+        return dict(said.items())
+
+
+def _open(request: urllib.request.Request, timeout: float):
+    """Send a request, within this machine past any proxy, which is to see no patient's picture."""
+    ways = [urllib.request.ProxyHandler({})] if is_loopback(request.full_url) else []
+    return urllib.request.build_opener(*ways).open(request, timeout=timeout)
+
+
+@contextmanager
+def _read(address: str, said):
+    """Say of what a server said that it has another form, where the block does not find in it what it looks for."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
+        words = json.dumps(said, ensure_ascii=False)[:300]
+        raise ValueError(f"{address} does not answer as an OpenAI-compatible server: it says {words}") from None
 
 
 def embeddings(folder: Path, pictures: list) -> list | None:
