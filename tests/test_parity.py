@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from exported import served
@@ -90,6 +91,31 @@ def test_the_class_token_s_fault_is_named(exported, monkeypatch):
     packed = replace(here, limit=parity.MAX_ROUNDED_ERROR)
     monkeypatch.setattr(engines, "embeddings", lambda *_: [e * 1.005 for e in right.numpy()])
     assert parity.probe(here, out)[0] and not parity.probe(packed, out)[0]
+
+
+def test_an_engine_that_tells_text_alone_is_held_to_it(exported):
+    folder, _, _, _, rows = exported
+    here = parity.ask_here(folder, rows, 8)
+
+    def faults(texts, here=here):
+        said = [engines.Reply(t, True, n, {}) for t, n in zip(texts, here.exact.prompt_tokens, strict=True)]
+        return parity.compared(here, rows, said, "server", [], None)["faults"]
+
+    assert faults(here.exact.texts) == faults(here.floor.texts) == []
+    (fault,) = faults(["banana banana banana"] * len(rows))
+    assert "of the tokens are equal before the first that differs, less than 50% of the" in fault
+    lost = replace(here, floor=replace(here.floor, texts=["banana"] * len(rows)))
+    (fault,) = faults(here.exact.texts, lost)
+    assert "nothing could be compared" in fault
+
+
+@pytest.mark.parametrize("equal,floor", [(0.916, 0.995), (0.655, 0.785), (0.981, 0.785), (0.917, 0.988)])
+def test_engines_that_are_right_say_enough_of_the_same(equal, floor):
+    table = pd.DataFrame({"prompt_tokens": [5], "their_prompt_tokens": [5]})
+    told = {"equal_tokens": equal, "floor_equal_tokens": floor, "floor_kl_nats": 0.0, "embedding_error": None}
+    assert parity._faults(told | {"kl_nats": float("nan")}, table) == []
+    assert len(parity._faults(told | {"kl_nats": 0.001, "equal_tokens": 0.3}, table)) == 1
+    assert len(parity._faults(told | {"kl_nats": 0.1, "equal_tokens": 0.3}, table)) == 1
 
 
 def test_a_tower_that_gguf_rounds_anew_may_differ_more(tiny, rows, tmp_path):

@@ -48,6 +48,7 @@ MAX_EMBEDDING_ERROR = 0.002  # relative, of an image's embeddings; a build that 
 MAX_ROUNDED_ERROR = 0.01  # the same of a tower in 8 bits, which GGUF rounds anew: 0.0044 was seen
 KL_OF_FLOOR = 10  # times the floor's divergence that an engine's may reach, or
 KL_NATS = 0.002  # so many nats, whichever is more
+EQUAL_OF_FLOOR = 0.5  # the share of the floor's equal tokens below which an engine says something else
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 HEADING = "## Parity"
 SHOWN = 3  # answers in the card, beside ours
@@ -275,7 +276,13 @@ def probe(here: Here, exported: Path) -> tuple[list[str], float | None]:
 
 
 def _faults(found: dict, table: pd.DataFrame) -> list[str]:
-    faults = []
+    """Return what is wrong, in sentences.
+
+    Equal tokens are a blunt measure, for a text that parts at a near tie loses all its later tokens: of engines that
+    were right 83% of the floor's share was the least seen, of what answers something else next to nothing is left.
+    Where a first token's distribution shows the fault already, they add none.
+    """
+    faults, equal, floor = [], found["equal_tokens"], found["floor_equal_tokens"]
     longer = table["their_prompt_tokens"] - table["prompt_tokens"]
     if (longer != 0).any():
         said = f"{longer.min():+d} to {longer.max():+d} tokens in {int((longer != 0).sum())} of {len(table)}"
@@ -283,6 +290,11 @@ def _faults(found: dict, table: pd.DataFrame) -> list[str]:
     limit = max(KL_OF_FLOOR * found["floor_kl_nats"], KL_NATS)
     if found["kl_nats"] > limit:
         faults.append(f"first tokens diverge by {found['kl_nats']:.4f} nats, more than {limit:.4f}.")
+    elif equal < EQUAL_OF_FLOOR * floor:
+        least = f"less than {EQUAL_OF_FLOOR:.0%} of the {floor:.1%} that 16 bits leave here"
+        faults.append(f"{equal:.1%} of the tokens are equal before the first that differs, {least}.")
+    if math.isnan(found["kl_nats"]) and found["embedding_error"] is None and not floor:
+        faults.append("nothing could be compared: neither probabilities nor embeddings are told, and no token is sure.")
     return faults
 
 
