@@ -1,10 +1,15 @@
 """A tower that engines do not know goes apart: they are sent what it makes of pictures, and answer as here."""
 
 import base64
+import http.client
 import io
 import json
 import os
+import socket
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -184,6 +189,57 @@ def test_a_request_without_embeddings_is_refused(asked):
         llamacpp.Model.complete(types.SimpleNamespace(hidden=4), asked)
 
 
+@pytest.fixture
+def answering(monkeypatch):
+    """Return the port of the server for embeddings, with a stand-in for its model that answers what it is asked."""
+
+    class Model:
+        name = "tiny"
+
+        def __init__(self, *_):
+            self.asked = 0
+
+        def complete(self, asked):
+            self.asked += 1
+            time.sleep(0.01)
+            self.asked -= 1
+            return {"together": self.asked, "most": int(asked["most"])}
+
+    monkeypatch.setattr(llamacpp, "Model", Model)
+    threading.Thread(target=llamacpp.answer, args=("", "127.0.0.1", port := engines.free_port(), 1), daemon=True).start()
+    while not engines._healthy(f"http://127.0.0.1:{port}"):
+        time.sleep(0.01)
+    return port
+
+
+def test_a_client_that_says_nothing_keeps_nobody_waiting(answering):
+    with socket.create_connection(("127.0.0.1", answering)) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert b"200 OK" in idle.recv(1000) and engines._healthy(f"http://127.0.0.1:{answering}")
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda n: engines._complete(f"http://127.0.0.1:{answering}", {"most": n}), range(8)))
+    assert said == [{"together": 0, "most": n} for n in range(8)]
+
+
+@pytest.mark.parametrize("length,body,why", [
+    (None, b'{"most": Infinity}', "infinity"),
+    (None, b"[" * 100000, "recursion"),
+    (None, b"\xff", "utf-8"),
+    (None, b"[]", "indices"),
+    ("-1", b"", "Content-Length is -1, no number of bytes"),
+    ("all", b"", "Content-Length is all, no number"),
+    ("9" * 30, b"", "no number of bytes"),
+])  # fmt: skip
+def test_an_odd_request_is_refused_in_one_sentence(answering, length, body, why):
+    client = http.client.HTTPConnection("127.0.0.1", answering, timeout=5)
+    headers = {"Content-Length": length or str(len(body))}
+    client.request("POST", "/v1/chat/completions", body, headers)
+    answered = client.getresponse()
+    assert answered.status == 400 and why in json.loads(answered.read())["error"]["message"]
+    client.close()
+    assert engines._complete(f"http://127.0.0.1:{answering}", {"most": 1})["most"] == 1
+
+
 @pytest.mark.skipif(not here, reason="llama.cpp (xllamacpp) is neither installed nor named by MEDPRUNE_LLAMACPP")
 def test_llama_cpp_answers_from_embeddings_as_here(odd, family, rows, tmp_path):
     """Where CLIP goes apart, its class token is not misplaced either, as stock llama.cpp has it (issue 25814)."""
@@ -194,6 +250,12 @@ def test_llama_cpp_answers_from_embeddings_as_here(odd, family, rows, tmp_path):
         assert found["faults"] == [] and found["embedding_error"] == 0 and found["equal_tokens"] > 0.9
         assert (found["table"]["prompt_tokens"] == found["table"]["their_prompt_tokens"]).all()
     with engines.running(out) as server:
+        for length in (1000, 3000):  # of more than 2048 in one piece llama.cpp ends itself
+            seen = np.zeros((length, 64), "<f4")
+            for question in ("What?", " a" * 1000):
+                assert engines.ask_server(server.address, seen, question, 2).prompt_tokens > length
+        with pytest.raises(ValueError, match="max_tokens is -3"):
+            engines.ask_server(server.address, seen, "What?", -3)
         ask = {"model": "x", "messages": [], "temperature": 0}
         with pytest.raises(ValueError, match="refuses: .*pictures are not taken"):
             engines._complete(server.address, ask)

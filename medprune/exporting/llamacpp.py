@@ -6,7 +6,7 @@
     python llamacpp.py quantize                                        rows of floats, as its formats hold them
 
 `answer` takes one user's message with one part "image_embeds", a base64 .npy of (image tokens, hidden) float32 as vLLM
-takes it, and answers greedily, one request at a time. IMAGES is a folder of N.rgb files, sides in their first eight
+takes it, and answers greedily, one question at a time. IMAGES is a folder of N.rgb files, sides in their first eight
 bytes; OUT gets N.f32 of (image tokens, hidden) floats. The last reads requests from its input, `TYPE ROWS COLUMNS
 WEIGHTED` and that many float32 (with WEIGHTED 1 the columns' importance first), and writes each one's bytes to its
 output, after their number. These three go through the C functions that the wheel exports. Options are passed as they
@@ -21,14 +21,17 @@ import heapq
 import importlib
 import json
 import math
+import signal
+import socket
 import struct
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 CONTEXT = 4096
 CHAT = "medprune.chat."  # keys of a GGUF: the texts of its chat template, before and after an image and a question
+AT_ONCE = 512  # tokens of a prompt that are decoded together: llama.cpp ends itself where they are more than 2048
 SEEN = "image_embeds"  # what is sent in place of pictures
 POINTER = ctypes.c_void_p
 
@@ -128,9 +131,14 @@ class Model:
         n = self.functions.llama_tokenize(self.vocabulary, raw, len(raw), room, len(room), begins, True)
         return (ctypes.c_int32 * n)(*room[:n])
 
-    def decode(self, batch: Batch) -> None:
-        if batch.n and (status := self.functions.llama_decode(self.context, batch)):
-            raise Refused(f"llama.cpp decodes no batch of {batch.n} (status {status})")
+    def decode(self, tokens=None, embeddings=None) -> None:
+        """Put a C array of tokens, or of embeddings' floats, behind what was decoded; Refused where llama.cpp does."""
+        wide, given = (1, tokens) if embeddings is None else (self.hidden, embeddings)
+        for start in range(0, n := len(given) // wide, AT_ONCE):
+            some, at = min(AT_ONCE, n - start), ctypes.addressof(given) + 4 * wide * start
+            batch = Batch(some, None, at) if tokens is None else self.functions.llama_batch_get_one(at, some)
+            if status := self.functions.llama_decode(self.context, batch):
+                raise Refused(f"llama.cpp decodes no batch of {some} (status {status})")
 
     def likeliest(self, n: int) -> list[dict]:
         """Return the n likeliest next tokens with the logarithms of their probabilities."""
@@ -147,14 +155,14 @@ class Model:
         chat, seen = self.chat, len(embeddings) // (4 * self.hidden)
         before = self.tokens(chat["opening"] + chat["user"], True)
         after = self.tokens(chat["image"] + question + chat["asked"] + chat["answering"], False)
-        n, room = len(before) + seen + len(after), ctypes.create_string_buffer(embeddings, len(embeddings))
+        n = len(before) + seen + len(after)
         if n + most > CONTEXT:
             raise Refused(f"{n} tokens and {most} more do not go into {CONTEXT}")
         library = self.functions
         library.llama_memory_clear(library.llama_get_memory(self.context), True)
-        self.decode(library.llama_batch_get_one(before, len(before)))
-        self.decode(Batch(seen, None, ctypes.cast(room, POINTER)))
-        self.decode(library.llama_batch_get_one(after, len(after)))
+        self.decode(before)
+        self.decode(embeddings=(ctypes.c_float * (seen * self.hidden)).from_buffer_copy(embeddings))
+        self.decode(after)
         first, said, token = self.likeliest(top) if top else [], [], (ctypes.c_int32 * 1)()
         while len(said) < most:
             token[0] = library.llama_sampler_sample(self.greedy, self.context, -1)
@@ -162,7 +170,7 @@ class Model:
                 break
             said.append(token[0])
             if len(said) < most:
-                self.decode(library.llama_batch_get_one(token, 1))
+                self.decode(token)
         ids, text = (ctypes.c_int32 * len(said))(*said), ctypes.create_string_buffer(2**16)
         length = library.llama_detokenize(self.vocabulary, ids, len(said), text, len(text), False, False)
         choice = {"index": 0, "finish_reason": "length" if len(said) == most else "stop"}
@@ -182,6 +190,8 @@ class Model:
         embeddings = floats(base64.b64decode(found[SEEN]), self.hidden)
         top = int(asked.get("top_logprobs", 0)) if asked.get("logprobs") else 0
         most = int(asked.get("max_tokens") or CONTEXT // 4)
+        if most < 1 or top < 0:
+            raise Refused(f"max_tokens is {most}, top_logprobs {top}: give at least 1 and 0")
         return self.answer(embeddings, found["text"], most, top, bool(asked.get("ignore_eos")))
 
 
@@ -205,11 +215,12 @@ def floats(data: bytes, hidden: int) -> bytes:
 
 def answer(text: str, host: str, port: int, threads: int) -> None:
     """Serve until this process is ended, what is sent in place of pictures being their embeddings."""
-    model = Model(text, threads)
+    model, one = Model(text, threads), threading.Lock()
     listed = {"id": model.name, "object": "model", "owned_by": "llama.cpp", "input_modalities": [SEEN]}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = 60  # seconds that a client may say nothing
 
         def log_message(self, *_):
             pass
@@ -219,13 +230,20 @@ def answer(text: str, host: str, port: int, threads: int) -> None:
             self.reply(200 if self.path in said else 404, said.get(self.path, {"error": "not found"}))
 
         def do_POST(self):
-            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = self.headers.get("Content-Length") or "0"
+            if not (length.isdecimal() and len(length) < 10):
+                self.close_connection = True  # for nobody knows where the next request begins
+                return self.reply(400, {"error": {"message": f"Content-Length is {length}, no number of bytes"}})
+            raw = self.rfile.read(int(length))
             if self.path != "/v1/chat/completions":
                 return self.reply(404, {"error": "not found"})
             try:
-                self.reply(200, model.complete(json.loads(raw)))
-            except (ValueError, TypeError, AttributeError) as error:
-                self.reply(400, {"error": {"message": str(error)}})
+                asked = json.loads(raw)
+                with one:
+                    said = 200, model.complete(asked)
+            except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                said = 400, {"error": {"message": str(error)}}
+            self.reply(*said)
 
         def reply(self, status: int, said: dict):
             data = json.dumps(said).encode()
@@ -235,7 +253,9 @@ def answer(text: str, host: str, port: int, threads: int) -> None:
             self.end_headers()
             self.wfile.write(data)
 
-    HTTPServer((host, port), Handler).serve_forever()
+    if ":" in host:
+        ThreadingHTTPServer.address_family = socket.AF_INET6
+    ThreadingHTTPServer((host, port), Handler).serve_forever()
 
 
 def opened(functions: dict):
@@ -304,6 +324,7 @@ def quantize() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:5], *map(int, sys.argv[5:7]))
     elif sys.argv[1] == "answer":
