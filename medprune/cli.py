@@ -429,11 +429,9 @@ def serve(
     threads: Threads = 1,
 ) -> None:
     """Start llama.cpp's or vLLM's OpenAI-compatible server for an exported folder, where it is installed."""
-    from medprune.exporting.engines import engine_of
     from medprune.exporting.engines import serve as start
 
-    typer.echo(f"{engine_of(model)} at http://{host}:{port}/v1 (until interrupted)")
-    raise SystemExit(start(model, host, port, threads))
+    raise SystemExit(start(model, host, port, threads, typer.echo))
 
 
 @app.command()

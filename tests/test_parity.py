@@ -2,11 +2,17 @@
 
 import copy
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from exported import served
@@ -197,6 +203,58 @@ def test_engines_are_found_or_said_to_be_missing(exported, monkeypatch, tmp_path
     monkeypatch.setenv("MEDPRUNE_VLLM", str(own))
     words = engines.command(tmp_path / "hub", "127.0.0.1", 8000, 1)
     assert words[:3] == [str(own), "serve", str(tmp_path / "hub")] and "512" in words and "awq" not in words
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """Return a folder for llama.cpp, whose program there writes its number into a file and waits."""
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/number.new; mv {tmp_path}/number.new {tmp_path}/number; exec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("MEDPRUNE_LLAMACPP", str(program))
+    (folder := tmp_path / "exported").mkdir()
+    for name in (engines.TEXT, MMPROJ):
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("told,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_engine_ends_with_the_program(engine, told, status):
+    words = [sys.executable, "-m", "medprune", "serve", str(engine), "--port", str(engines.free_port())]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        number = engine.parent / "number"
+        while not number.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(told)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == status and not psutil.pid_exists(int(number.read_text()))
+    assert said.startswith("llama.cpp at http://127.0.0.1:") and said.count("\n") == 1
+
+
+def test_where_no_server_can_listen_is_said_before_one_starts(engine, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [(("--port", port), "Address already in use"), (("--port", 99999), "give 1 to 65535"), (("--port", 0), "give 1 to 65535"),
+                 (("--host", "nowhere.invalid"), "--host nowhere.invalid --port 8080"), (("--host", "a" * 70), "--host aaa")]  # fmt: skip
+        for words, why in cases:
+            assert medprune(monkeypatch, "serve", engine, *words) == 2
+            said = capsys.readouterr()
+            assert why in said.err and said.err.strip().count("\n") == 0 and not said.out
+        with pytest.raises(ValueError, match="Address already in use"), engines.started(["sleep", "9"], port, 1, "it"):
+            pass
+    assert engines.free_address("127.0.0.1", port) == f"http://127.0.0.1:{port}"
+    assert engines.free_address("::1", port) == f"http://[::1]:{port}" if socket.has_ipv6 else True
+    assert not (engine.parent / "number").exists()
+
+
+def test_another_server_does_not_answer_for_an_engine_that_ended(monkeypatch):
+    def healthy(_):
+        time.sleep(0.2)
+        return True
+
+    monkeypatch.setattr(engines, "_healthy", healthy)
+    with pytest.raises(ValueError, match="it does not serve"), engines.started(["false"], engines.free_port(), 1, "it does not serve"):
+        pass
 
 
 here = find_spec("xllamacpp") or os.environ.get("MEDPRUNE_LLAMACPP", "").endswith("python")

@@ -12,10 +12,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -221,13 +223,23 @@ def running(folder: Path, threads: int = 1):
 def started(words: list[str], port: int, threads: int, failure: str):
     """Start a server on this machine by its command line, as `running` does; failure: how its error begins."""
     own = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    address = free_address(LOOPBACK, port)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         begun = time.monotonic()
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own)
-        try:
-            address = f"http://{LOOPBACK}:{port}"
+        with _ended_with(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own) as process:
             _wait(address, process, log, failure)
             yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
+
+
+@contextmanager
+def _ended_with(words: list[str], **options):
+    """Give a process that is ended with the block, also where this one is told to end (SIGTERM)."""
+    mine = threading.current_thread() is threading.main_thread()  # which alone is told of signals
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if mine else None
+    try:
+        process = subprocess.Popen(words, **options)
+        try:
+            yield process
         finally:
             process.terminate()
             try:
@@ -235,17 +247,34 @@ def started(words: list[str], port: int, threads: int, failure: str):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def free_address(host: str, port: int) -> str:
+    """Return the address of a host and a port of this machine; ValueError where no server can listen there now."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}: give 1 to 65535.")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # behind a server that has just ended
+            s.bind(place)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"no server can listen at --host {host} --port {port}: {error}.") from None
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _wait(address: str, process, log, failure: str) -> None:
     until = time.monotonic() + START_S
-    while not _healthy(address):
+    while not _healthy(address) or process.poll() is not None:  # another server may answer in place of one that ended
         if process.poll() is None and time.monotonic() > until:
             raise ValueError(f"{failure}: it did not answer at {address} within {START_S} s.")
         if process.poll() is not None:
             log.seek(0)
             said = [line.strip() for line in log.read().splitlines() if line.strip()]
-            errors = [line for line in said if "rror" in line] or said
+            errors = [line for line in said if "rror" in line] or said or [f"it ended with status {process.returncode}"]
             raise ValueError(f"{failure}: {' '.join(errors[-1:])[-400:]}")
         time.sleep(0.2)
 
@@ -394,11 +423,12 @@ def quantizer():
         process.stdin.close()
 
 
-def serve(folder: Path, host: str, port: int, threads: int) -> int:
-    """Serve an exported folder until it is interrupted; return the engine's exit status."""
-    process = subprocess.Popen(command(folder, host, port, threads))
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        return process.wait()
+def serve(folder: Path, host: str, port: int, threads: int, say) -> int:
+    """Serve an exported folder until it is interrupted; return the engine's exit status. say: called with where."""
+    words, address = command(folder, host, port, threads), free_address(host, port)
+    say(f"{engine_of(folder)} at {address}/v1 (until interrupted)")
+    with _ended_with(words) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
