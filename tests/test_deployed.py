@@ -3,6 +3,7 @@
 import sys
 import threading
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import gguf
@@ -195,12 +196,27 @@ def test_an_engine_says_its_version(monkeypatch, tmp_path):
     assert engines.version("llama.cpp") == "version: 9"
     with pytest.raises(ValueError, match="is no python that has xllamacpp"), engines.quantizer():
         pass
+    for said, wanted in (
+        ("ggml_cuda_init: found 1 CUDA devices:\nversion: 4991 (0306aad1)\nbuilt with cc", "version: 4991 (0306aad1)"),
+        ("INFO 11-26 10:00:00 __init__.py:190] platform cuda.\n0.7.2", "0.7.2"),
+        ("loading\nbuild nine", "build nine"),
+    ):
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+        assert engines.version("llama.cpp") == wanted
     program.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(ValueError, match="does not say its version: nothing"):
         engines.version("llama.cpp")
     monkeypatch.setitem(engines._PROGRAMS, "vLLM", ("vllm", "torch", "MEDPRUNE_VLLM"))
     monkeypatch.setenv("MEDPRUNE_VLLM", sys.executable)
     assert engines.version("vLLM") == f"torch {torch.__version__}"
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is not None, reason="xllamacpp is installed here")
+def test_a_python_without_the_library_is_named(monkeypatch, capfd):
+    monkeypatch.setenv("MEDPRUNE_LLAMACPP", sys.executable)
+    with pytest.raises(ValueError, match="python.* is no python that has xllamacpp, .*: it says ModuleNotFoundError"), engines.quantizer():
+        pass
+    assert not capfd.readouterr().err
 
 
 def test_a_server_that_ends_early_is_not_timed(monkeypatch):

@@ -1,6 +1,7 @@
 """The parity check passes an engine that answers as the model does, and names what is wrong with one that does not."""
 
 import copy
+import json
 import os
 import signal
 import socket
@@ -245,6 +246,23 @@ def test_where_no_server_can_listen_is_said_before_one_starts(engine, monkeypatc
     assert engines.free_address("127.0.0.1", port) == f"http://127.0.0.1:{port}"
     assert engines.free_address("::1", port) == f"http://[::1]:{port}" if socket.has_ipv6 else True
     assert not (engine.parent / "number").exists()
+
+
+@pytest.mark.parametrize("config,why", [
+    ([], "of model_type 'list'"),
+    ({"model_type": "llama", "hidden_size": 64}, "of model_type 'llama'; one of images and text"),
+    ({"model_type": "llava", "vision_config": {}}, "4096"),
+    ({"model_type": "llava", "text_config": {"max_position_embeddings": None}, "vision_config": {}}, "4096"),
+])  # fmt: skip
+def test_a_folder_that_says_little_is_served_or_refused(engine, monkeypatch, config, why):
+    monkeypatch.setenv("MEDPRUNE_VLLM", os.environ["MEDPRUNE_LLAMACPP"])
+    (engine / engines.TEXT).unlink()
+    (engine / "config.json").write_text(json.dumps(config))
+    if why == "4096":
+        assert why in engines.command(engine, "127.0.0.1", 1, 1)
+        return
+    with pytest.raises(ValueError, match=why):
+        engines.command(engine, "127.0.0.1", 1, 1)
 
 
 def test_another_server_does_not_answer_for_an_engine_that_ended(monkeypatch):

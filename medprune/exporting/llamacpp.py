@@ -7,10 +7,11 @@
 
 `answer` takes one user's message with one part "image_embeds", a base64 .npy of (image tokens, hidden) float32 as vLLM
 takes it, and answers greedily, one question at a time. IMAGES is a folder of N.rgb files, sides in their first eight
-bytes; OUT gets N.f32 of (image tokens, hidden) floats. The last reads requests from its input, `TYPE ROWS COLUMNS
-WEIGHTED` and that many float32 (with WEIGHTED 1 the columns' importance first), and writes each one's bytes to its
-output, after their number. These three go through the C functions that the wheel exports. Options are passed as they
-come, but for the first number of a context's, its length, so that nothing here depends on their layout.
+bytes; OUT gets N.f32 of (image tokens, hidden) floats. The last writes a line once it is ready, then reads requests
+from its input, `TYPE ROWS COLUMNS WEIGHTED` and that many float32 (with WEIGHTED 1 the columns' importance first), and
+writes each one's bytes to its output, after their number. These three go through the C functions that the wheel
+exports. Options are passed as they come, but for the first number of a context's, its length, so that nothing here
+depends on their layout.
 """
 
 import array
@@ -314,6 +315,7 @@ def quantize() -> None:
     size, pointer = ctypes.c_int64, POINTER
     taken = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
     library = opened({"ggml_quantize_chunk": (ctypes.c_size_t, taken)})
+    print("ready", flush=True)
     while line := sys.stdin.buffer.readline():
         kind, rows, columns, weighted = map(int, line.split())
         importance = sys.stdin.buffer.read(4 * columns * weighted) or None
