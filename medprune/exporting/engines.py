@@ -191,8 +191,9 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
         return [*start, *which, "--host", host, "--port", str(port), *size]
     config = named_config(folder)
     start += ["-m", "vllm.entrypoints.openai.api_server", "--model"] if _is_python(start) else ["serve"]
-    most = (config.get("text_config") or config).get("max_position_embeddings") or llamacpp.CONTEXT
-    options = ["--host", host, "--port", str(port), "--max-model-len", str(min(most, llamacpp.CONTEXT)), "--enforce-eager"]
+    told = (config.get("text_config") or config).get("max_position_embeddings") or llamacpp.CONTEXT
+    most = str(min(told, llamacpp.CONTEXT))
+    options = ["--host", host, "--port", str(port), "--max-model-len", most, "--enforce-eager"]
     if "quantization_config" in config:
         options += ["--quantization", "awq", "--dtype", "float16"]
     if is_apart(folder):
