@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 import medprune
 from medprune.runs import upkeep
 from medprune.settings import PROFILES, asked, build, describe, resolve
-from medprune.store import run_root, runs_home
+from medprune.store import check_new, run_root, runs_home
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -340,7 +340,7 @@ def export(
 
     A tower that engines do not know goes apart, into a folder of its own.
     """
-    from medprune.exporting.folders import check_new, export_hub, find_model, open_source
+    from medprune.exporting.folders import export_hub, find_model, open_source
     from medprune.exporting.gguf import export_gguf
 
     ways = {"hub": export_hub, "vllm": export_hub, "gguf": export_gguf}
@@ -378,8 +378,8 @@ def parity(
         rows = check.rows_of(images, n, Path(drawn), source.vision["image_size"])
         found = check.parity(source.folder, exported, rows, url, threads)
     lines = check.report(found)
-    check.add_parity(exported, lines)
     typer.echo("\n".join(lines))
+    check.add_parity(exported, lines)
     raise SystemExit(1 if found["faults"] else 0)
 
 

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import tempfile
 import time
 from contextlib import closing, contextmanager
 from datetime import datetime
@@ -192,6 +193,18 @@ def read_csv(path: Path, **options) -> pd.DataFrame:
     return table
 
 
+def check_new(path: str | Path) -> Path:
+    """Return a folder that is to be written, before long work; ValueError where there is one already, or cannot be."""
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} is there already: name a new folder.")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=next(place for place in path.absolute().parents if place.exists())))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name a folder elsewhere.") from None
+    return path
+
+
 @contextmanager
 def write_folder(path: Path, **record):
     """Give a temporary folder that takes `path`'s place when the block ends; what stood there is replaced.
@@ -200,6 +213,8 @@ def write_folder(path: Path, **record):
     """
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    for left in (temporary, old):  # of a killed process that had this one's number
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -114,6 +114,13 @@ def test_quantize_refuses_before_loading(llava, tmp_path, monkeypatch, capsys, w
     assert "is there already" in capsys.readouterr().err
 
 
+def test_fit_refuses_what_it_cannot_write_before_it_reads_pictures(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    words = ["--out", tmp_path / "file" / "out", "--card", "300KiB", "--images", tmp_path / "none"]
+    assert medprune(monkeypatch, "fit", base, *words) == 2
+    assert "out cannot be written (Not a directory): name a folder elsewhere." in capsys.readouterr().err
+
+
 def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys):
     for condition in ("rosacea", "psoriasis"):
         for n in range(3):

@@ -165,7 +165,11 @@ def test_the_command_says_what_it_found(exported, monkeypatch, capsys, tmp_path)
     with served(model, processor, server_template(processor)) as url:
         words = ["parity", folder, out, "--images", os.path.dirname(rows[0]["path"]), "--n", 2, "--url", url + "/v1"]
         assert medprune(monkeypatch, *words) == 0
-    assert "server, 2 images, 6 prompts" in capsys.readouterr().out
+        assert "server, 2 images, 6 prompts" in capsys.readouterr().out
+        (out / "README.md").write_bytes(b"caf\xe9")
+        assert medprune(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert "No fault was found." in said.out and f"{out / 'README.md'} is no text in UTF-8" in said.err
     monkeypatch.setattr(engines.shutil, "which", lambda name: None)
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert medprune(monkeypatch, "parity", folder, out, "--images", rows[0]["path"]) == 2

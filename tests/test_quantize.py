@@ -716,12 +716,13 @@ def folders(base, tmp_path_factory):
      ({"plan": "no_plan.json"}, "no_plan.json is no plan"), ({"plan": "missing.json"}, "missing.json is no plan"),
      ({"plan": "other.json"}, "other.json is for the model 'another', not for this one"),
      ({"source": "packed"}, "quantized already"), ({"out": "pictures"}, "is there already"),
+     ({"out": "plan.json/q"}, r"plan.json/q cannot be written \(Not a directory\): name a folder elsewhere"),
      ({"method": "awq"}, "awq needs images"),
      ({"method": "awq", "images": "pictures", "rows": 3}, "rows is 3, but awq needs at least 4"),
      ({"method": "awq", "images": "few"}, "few holds 3 images")],
 )  # fmt: skip
 def test_what_cannot_be_made_is_refused_before_the_model_is_loaded(base, folders, monkeypatch, options, sentence):
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_blockwise", lambda *a, **k: pytest.fail("the model was loaded"))
     wanted = {"source": base, "out": "q", "method": "rtn", "group_size": 32} | options
     for name in ("out", "source", "plan", "images"):
         if name in wanted:

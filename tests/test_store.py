@@ -19,6 +19,7 @@ from medprune.settings import STAGES
 from medprune.store import (
     Run,
     Units,
+    check_new,
     code,
     content,
     context,
@@ -113,6 +114,24 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         write_text(folder / "weights", "half")
         raise OSError("the disk is full")
     assert made(tmp_path / "model", "a") and [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_killed_process_of_the_same_number_is_in_nobody_s_way(tmp_path):
+    write_text(tmp_path / "model" / "weights", "old")
+    for end in ("tmp", "old"):
+        write_text(tmp_path / f".model.{os.getpid()}.{end}" / "left", "half")
+    with write_folder(tmp_path / "model") as folder:
+        write_text(folder / "weights", "new")
+    assert [f.name for f in tmp_path.rglob("*")] == ["model", "weights"]
+
+
+def test_a_new_folder_is_tried_before_it_is_written(tmp_path):
+    assert check_new(tmp_path / "a" / "b") == tmp_path / "a" / "b" and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is there already"):
+        check_new(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/a/b cannot be written \(Not a directory\): name a folder elsewhere."):
+        check_new(tmp_path / "file" / "a" / "b")
 
 
 def _write_many(path, text):

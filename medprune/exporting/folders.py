@@ -29,7 +29,7 @@ from medprune.models.loading import check_loading, load, load_processor, save_pr
 from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.quantize import fewest, target_linears
-from medprune.store import read_json, run_root, write_folder, write_json, write_text
+from medprune.store import check_new, read_json, run_root, write_folder, write_json, write_text
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 TOWER = "clip_vision_model"
@@ -169,13 +169,6 @@ def shapes_of(tensors: dict[str, tuple[Path, str]]) -> dict[str, list[int]]:
             own = {name: key for name, (place, key) in tensors.items() if place == file}
             found |= {name: opened.get_slice(key).get_shape() for name, key in own.items()}
     return found
-
-
-def check_new(out: Path) -> Path:
-    """Return a folder that is to be written; ValueError where there is one already."""
-    if Path(out).exists():
-        raise ValueError(f"{out} is there already: name a new folder.")
-    return Path(out)
 
 
 def export_hub(source: Source, out: Path, **record) -> list[str]:

@@ -23,14 +23,14 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from medprune.exporting.engines import MMPROJ, TEXT, quantizer
-from medprune.exporting.folders import APART_USE, Source, check_new, model_card, shapes_of, write_tower
+from medprune.exporting.folders import APART_USE, Source, model_card, shapes_of, write_tower
 from medprune.exporting.llamacpp import CHAT
 from medprune.exporting.vocabulary import add_tokenizer, chat_pieces, modelfile
 from medprune.models.families import ATTENTION, BLOCKS, HEAD, PROJECTOR, VISION_LAYERS, VISION_TOWER, parts
 from medprune.models.loading import read_tensor
 from medprune.models.sizes import OPTIONS, account
 from medprune.quantizing.packed import from_awq, unpack_codes
-from medprune.store import write_folder, write_text
+from medprune.store import check_new, write_folder, write_text
 
 BLOCK = 32  # weights of a block
 BLOCK_BYTES = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # codes, and d, of Q4_1 m too, in fp16

@@ -321,9 +321,15 @@ def report(found: dict) -> list[str]:
 
 
 def add_parity(exported: Path, lines: list[str]) -> None:
-    """Put the check's results at the end of an exported folder's model card, in place of earlier ones."""
+    """Put the check's results at the end of an exported folder's model card, in place of earlier ones.
+
+    ValueError where the card is no text in UTF-8.
+    """
     file = exported / "README.md"
-    card = file.read_text(encoding="utf-8") if file.exists() else ""
+    try:
+        card = file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}), and gets no section on parity: mend it.") from None
     write_text(file, "\n".join([card.partition(HEADING)[0].rstrip(), "", HEADING, *lines]) + "\n")
 
 

@@ -19,7 +19,7 @@ from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
 from medprune.quantizing.packed import PackedLinear, PackedTable, from_awq, to_awq
 from medprune.quantizing.quantize import is_quantized, target_linears
-from medprune.store import content, read_json, write_folder, write_text
+from medprune.store import check_new, content, read_json, write_folder, write_text
 
 _FORMAT = "medprune"  # bits other than 4, mixed ones, a quantized head, tower or table, HQQ: no standard layout
 _PLAIN = "from transformers import AutoModelForImageTextToText as Auto\nmodel = Auto.from_pretrained(folder)"
@@ -242,9 +242,7 @@ def quantize_folder(
     on. Raises ValueError for what cannot be done, most of it before the model is loaded.
     """
     quiet()
-    out, storage = Path(out), {"bits": bits, "group_size": group_size, **also}
-    if out.exists():
-        raise ValueError(f"{out} is there already: name a new folder.")
+    out, storage = check_new(out), {"bits": bits, "group_size": group_size, **also}
     quantize.check_storage(method, **storage)
     if shape := base_config(source):
         account(shape, 0, method=method, **storage)

@@ -20,7 +20,7 @@ from medprune.searching.costs import Costs, cost_tables, resampled
 from medprune.searching.levels import Levels
 from medprune.searching.searchers import SEARCHERS, Problem, budget_plans, search
 from medprune.settings import BITS, Config
-from medprune.store import Units, content, context, write_csv
+from medprune.store import Units, check_new, content, context, write_csv
 
 ROWS_AT_ONCE = 6  # answers of a batch: two images' worth
 ANSWER_TOKENS = 64  # of the original's answers, at most, in `fit`
@@ -166,9 +166,7 @@ def fit(
     until the model is written, so that a killed search goes on; the plans are listed in OUT.csv. Raises ValueError for
     what cannot be done, before the model is loaded.
     """
-    out, conditions = Path(out), load_conditions(facts)
-    if out.exists():
-        raise ValueError(f"{out} is there already: name a new folder.")
+    out, conditions = check_new(out), load_conditions(facts)
     space = space_of(base_config(source) or named_config(source), tokens, group_size=group_size)
     check_budget(space, budget)
     records = load_images(images, conditions)[0]
