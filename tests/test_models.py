@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from medprune.answers.prompts import prompt_text
+from medprune.exporting.folders import export_hub, open_source
 from medprune.models import assembled, families, loading
 from medprune.models.loading import embedder_identity, load, load_processor, save, weight_bytes
 from medprune.pruning.plan import apply_plan, make_plan
@@ -253,6 +254,46 @@ def test_a_damaged_folder_is_refused_block_by_block_too(base, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no safetensors files"):
         loading.load_blockwise(tmp_path)
+
+
+def test_shards_are_those_of_the_index(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "m")
+    whole, places = load_file(folder / "model.safetensors"), {}
+    old = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    save_file(old, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    assert loading.weight_files(folder) == [folder / "model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    for number in range(3):
+        part = {name: whole[name] for name in sorted(whole)[number::3]}
+        save_file(part, folder / (file := f"model-0000{number + 1}-of-00003.safetensors"), {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    write_json(folder / loading.INDEX, {"metadata": {}, "weight_map": places})
+    save_file(old, folder / "model-00003-of-00002.safetensors", {"format": "pt"})
+    assert {file.name for file in loading.weight_files(folder)} == set(places.values())
+    (model, _, fetch), (wanted, _) = loading.load_blockwise(folder), load(folder)
+    [fetch(block) for block in families.parts(model).blocks]
+    assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in model.state_dict().items())
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match="model-00003-of-00003.safetensors is no whole safetensors file"):
+        loading.weight_files(folder)
+
+
+def test_what_transformers_passes_over_is_no_fault_of_a_folder(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "m")
+    file, whole = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    table = next(name for name in whole if name.endswith("embed_tokens.weight"))
+    also = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None], "language_model.lm_head.weight": whole[table].clone()}
+    save_file(whole | also, file, {"format": "pt"})
+    save_file(whole, folder / "consolidated.safetensors", {"format": "pt"})
+    assert load(folder)[0] is not None
+    names = loading.stored_tensors(folder).keys()
+    assert len(names) == len(whole) and "lm_head.weight" not in names
+    loading.load_blockwise(folder)
+    export_hub(open_source(folder), tmp_path / "hub")
+    assert len(load_file(tmp_path / "hub" / "model.safetensors")) == len(whole)
+    save_file(whole | {"language_model.lm_head.weight": whole[table] + 1}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="has, beyond what its config.json describes, lm_head.weight"):
+        loading.load_blockwise(folder)
 
 
 def test_16_bits_are_spread_where_one_gpu_is_too_small(monkeypatch):

