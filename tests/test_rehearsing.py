@@ -16,7 +16,7 @@ from medprune import cli
 from medprune.models import loading
 from medprune.models.families import parts
 from medprune.models.loading import load_processor
-from medprune.models.sizes import account, base_config
+from medprune.models.sizes import account, base_config, shape_of
 from medprune.rehearsing import rehearsal
 from medprune.settings import PROFILES, REPO, STAGES
 
@@ -75,6 +75,9 @@ def test_what_does_not_fit_a_machine_is_said():
     assert rehearsal._misfits(TAKEN | {"scratch_bytes": 51e9}, apart) == ["51.0 of scratch are needed, 50 are there"]
     halved = TAKEN | {"halved": {"answers": 3}, "error": "OutOfMemoryError: CUDA out of memory."}
     assert len(rehearsal._misfits(halved, colab)) == 2
+    assert rehearsal.machine("kaggle", scratch_gb=0).scratch_gb == 0, "weights lie with the run"
+    with pytest.raises(ValueError, match="disk_gb=0 must be above 0"):
+        rehearsal.machine("kaggle", disk_gb=0)
     with pytest.raises(ValueError, match="machine 'pc' is not known: choose kaggle or colab"):
         rehearsal.machine("pc")
     assert rehearsal.stages(["02", "05_awq_vs_bnb"]) == (STAGES[1], STAGES[4]) and rehearsal.stages(None) == STAGES[:6]
@@ -118,6 +121,44 @@ def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path
     found = rehearsal.rehearse(rehearsal.machine("colab", gpu_gib=11.8), tmp_path)
     assert ran == list(STAGES[:2]) and found.misfit.tolist() == ["", "answers were halved to 9 at once"]
     assert found.gib[0] == [pytest.approx(11.3)], "half a GiB is left to CUDA"
+
+
+def test_a_rehearsal_s_folder_is_of_one_base_and_made_whole(tmp_path, monkeypatch):
+    shapes = []
+
+    def stage(stage, machine, root, asked):
+        shapes.append((shape_of(base_config(root / "base")).blocks, len(list((root / "dermnet").rglob("*.jpg")))))
+        return {"stage": stage, "misfit": ""}
+
+    monkeypatch.setattr(rehearsal, "_stage", stage)
+    sources = [str(families.save(name, tmp_path / name)) for name in ("gemma3", "smolvlm")]
+    made = rehearsal.make_images
+
+    def killed(folder, *_):
+        (folder / "train").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    def go(base, **settings):
+        return rehearsal.rehearse(rehearsal.machine("colab"), tmp_path / "root", STAGES[:1], {"base": base} | settings)
+
+    monkeypatch.setattr(rehearsal, "make_images", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(sources[0])
+    monkeypatch.setattr(rehearsal, "make_images", made)
+    [go(sources[0]) for _ in range(2)]
+    assert shapes == [(families.BLOCKS, 8 * (rehearsal.IMAGES + 1 + 2))] * 2, PROFILES["t4"]["batch_rows"]
+    for base, settings in ((sources[1], {}), (sources[0], {"batch_rows": 96})):
+        with pytest.raises(ValueError, match="root was made for another base or batch_rows: name an empty folder"):
+            go(base, **settings)
+
+
+@pytest.mark.parametrize("base", ["nowhere", "smollm2", "some/hub-id", "llava-1.5-7b"])
+def test_a_rehearsal_s_base_is_a_folder(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["medprune", "rehearse", "--folder", str(tmp_path / "root"), "-p", "base", base])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and not (tmp_path / "root").exists(), said
 
 
 @pytest.mark.parametrize("machine", rehearsal.MACHINES.values())

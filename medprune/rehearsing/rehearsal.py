@@ -24,7 +24,7 @@ from medprune.models.loading import load_processor, save_processor
 from medprune.models.sizes import base_config, shape_of
 from medprune.rehearsing import card
 from medprune.settings import PROFILES, REPO, STAGES, TWO_CARDS
-from medprune.store import read_json, write_json
+from medprune.store import fingerprint, read_json, write_folder, write_json
 
 GIB = 2**30
 REHEARSED = STAGES[:6]
@@ -52,7 +52,7 @@ def machine(name: str, **changes) -> Machine:
     if name not in MACHINES:
         raise ValueError(f"machine {name!r} is not known: choose {' or '.join(MACHINES)}.")
     for what, size in changes.items():
-        if not 0 < size < 2**20:
+        if not (0 < size < 2**20 or size == 0 and what == "scratch_gb"):
             raise ValueError(f"{what}={size} must be above 0 and below {2**20}.")
     return replace(MACHINES[name], **changes)
 
@@ -105,7 +105,7 @@ def make_base(folder: Path, shapes: dict = LLAVA_7B) -> Path:
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     form = {"image_token_index": image, "vision_feature_layer": -2, "tie_word_embeddings": False}
     config = LlavaConfig(**{k: AutoConfig.for_model(**v) for k, v in shapes.items()}, **form)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(folder)
     return _write_model(folder, config, LlavaForConditionalGeneration)
 
@@ -115,7 +115,7 @@ def hollow(source: Path, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(source)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_processor(load_processor(source), folder)
     return _write_model(folder, config, AutoModelForImageTextToText._model_mapping[type(config)], str, config.dtype)
 
@@ -185,17 +185,28 @@ def rehearse(machine: Machine, root: Path, stages=REHEARSED, settings: dict | No
 
     root: a folder for the base, the images and the run; stages need those before them there. settings: other than the
     profile's; `base` is a folder, whose weights need not be there. say: called with each row as it is known. A stage
-    that fails ends the rehearsal, its error in the row.
+    that fails ends the rehearsal, its error in the row. Raises ValueError for a base that is none, and for a root that
+    was made for another.
     """
     asked = PROFILES["t4"] | (TWO_CARDS if machine.cards > 1 else {}) | (settings or {})
-    root.mkdir(parents=True, exist_ok=True)
-    if not (root / "base").exists():
-        base = (settings or {}).get("base")
-        hollow(Path(base), root / "base") if base else make_base(root / "base")
-        # one more than is asked for, as one may be left out as another's equal
-        make_images(root / "dermnet", IMAGES + 1, -(-asked["batch_rows"] // 24) + 1)
+    if base := (settings or {}).get("base"):
+        if not Path(base).is_dir():
+            raise ValueError(f"base={base!r} is no folder: name one with a config.json, or none for LLaVA-1.5's shape.")
+        base_config(base)
+    # one picture more than is asked for, as one may be left out as another's equal
+    pictures, record = (IMAGES + 1, -(-asked["batch_rows"] // 24) + 1), root / "made.json"
+    mark = fingerprint(Path(base, "config.json") if base else LLAVA_7B, pictures)
+    if record.exists() and read_json(record) != mark:
+        raise ValueError(f"{root} was made for another base or batch_rows: name an empty folder.")
+    if not record.exists():
+        with write_folder(root / "base") as temporary:
+            hollow(Path(base), temporary) if base else make_base(temporary)
+        with write_folder(root / "dermnet") as temporary:
+            make_images(temporary, *pictures)
+        write_json(record, mark)
     if asked.get("judge", "reference") != "reference" and not (root / "judge").exists():
-        make_judge(root / "judge")
+        with write_folder(root / "judge") as temporary:
+            make_judge(temporary)
     found, blocks = [], shape_of(base_config(root / "base")).blocks
     for stage in stages:
         found.append(_stage(stage, machine, root, asked | short(asked, root, blocks)))
