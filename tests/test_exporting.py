@@ -85,6 +85,15 @@ def test_quantized_folders_keep_their_codes(tiny, rows, chat, tmp_path, method):
     assert "--quantization awq" in card and "group size 32" in card
 
 
+def test_a_dtype_is_read_as_older_transformers_wrote_it(base, tmp_path):
+    model, processor = load(base, dtype=torch.bfloat16)
+    model, info = quantize(model, "rtn", 4, 32)
+    save_quantized(model, folder := tmp_path / "q", "rtn", info, processor)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": config.pop("dtype")} | config))
+    assert load_quantized(folder).dtype == torch.bfloat16 and open_source(folder).dtype == "bfloat16"
+
+
 def test_several_shards_stay_several(family, rows, tmp_path):
     folder = family("llama", True)
     model, processor = load(folder, dtype=torch.float32)
@@ -119,6 +128,13 @@ def without(folder, start):
     (lambda f: retold(f, quantization_config={"quant_method": "medprune", "method": "hqq", "bits": 4}), "medprune hqq 4"),
     (lambda f: retold(f, quantization_config={"quant_method": "bitsandbytes"}), "stored as bitsandbytes"),
     (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+    (lambda f: retold(f, dtype="float64"), "config.json has dtype 'float64': let it be one of float32, float16"),
+    (lambda f: retold(f, dtype="auto"), "config.json has dtype 'auto'"),
+    (lambda f: retold(f, dtype="torch.float16"), "config.json has dtype 'torch.float16'"),
+    (lambda f: retold(f, quantization_config={"method": "rtn", "bits": 4, "group_size": 32}), "quantized by None"),
+    (lambda f: retold(f, quantization_config={"quant_method": "awq", "bits": 4}), "has no group_size in its config.json"),
+    (lambda f: retold(f, quantization_config={"quant_method": "awq", "bits": 4, "group_size": -1}), "group_size must be one of"),
+    (lambda f: retold(f, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}), "AWQ's layout 'gemv'"),
 ])  # fmt: skip
 def test_what_no_engine_takes_is_refused_before_writing(family, tmp_path, spoil, why):
     folder = family("llama", True)

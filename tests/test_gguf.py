@@ -318,6 +318,16 @@ def test_a_full_disk_is_said_to_be_full(family, tmp_path, monkeypatch, free, num
     assert error.value.errno == number and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("end", [None, []])
+def test_a_folder_that_says_no_end_is_refused(family, tmp_path, end):
+    folder = family("llama", True)
+    retold(folder, "text_config", eos_token_id=None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(ValueError, match="says no eos_token_id, which ends an answer: put it into generation_config.json"):
+        export_gguf(open_source(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_number_beyond_f16_is_refused_and_nothing_is_left(family, tmp_path):
     model, processor = load(family("llama", True), dtype=torch.bfloat16)
     model.model.multi_modal_projector.linear_1.weight.data[0, 0] = 1e6

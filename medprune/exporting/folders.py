@@ -26,8 +26,8 @@ from medprune.exporting.engines import APART, TOLD_APART
 from medprune.models.assembled import base_card
 from medprune.models.families import VISION_TOWER, current_name, hub_name, names, of_tower, parts
 from medprune.models.loading import INDEX, WEIGHTS, check_loading, load, load_processor, save_processor, stored_tensors
-from medprune.models.sizes import OPTIONS, TABLES, named_config, skeleton
-from medprune.quantizing.checkpoint import load_quantized
+from medprune.models.sizes import OPTIONS, TABLES, dtype_of, named_config, skeleton
+from medprune.quantizing.checkpoint import check_quantization, load_quantized
 from medprune.quantizing.quantize import fewest, target_linears
 from medprune.store import check_new, read_json, run_root, write_folder, write_json, write_text
 
@@ -57,7 +57,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return dtype_of(self.config)
 
     @property
     def standard(self) -> bool:
@@ -108,7 +108,10 @@ def open_source(folder: str | Path, apart: bool = False) -> Source:
     if quantized and not awq and quantized.get("method") not in TABLES:
         how = " ".join(str(quantized[k]) for k in ("quant_method", "method", "bits") if k in quantized)
         raise ValueError(f"{folder} is stored as {how}; exported are 16 bits, awq and rtn.")
-    whole = LlavaConfig.from_dict({k: v for k, v in config.items() if k != "quantization_config"})
+    if quantized:
+        check_quantization(folder, quantized)
+    own = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
+    whole = LlavaConfig.from_dict(own | {"dtype": dtype_of(config)})
     tensors = stored_tensors(folder)
     packed = _check_tensors(folder, whole, tensors, quantized)
     text, vision = (whole.to_dict()[part] for part in ("text_config", "vision_config"))

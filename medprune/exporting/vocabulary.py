@@ -93,11 +93,17 @@ def _kind(number: int, by_id: dict, added: dict, byte_fallback: bool, unknown: i
 
 
 def ends(source: Source) -> list[int]:
-    """Return the tokens that end an answer, the configuration's where no generation_config.json says it."""
+    """Return the tokens that end an answer, the configuration's where no generation_config.json says it.
+
+    ValueError where neither does.
+    """
     file = source.folder / "generation_config.json"
     said = read_json(file).get("eos_token_id") if file.exists() else None
-    said = source.text["eos_token_id"] if said is None else said
-    return [said] if isinstance(said, int) else list(said)
+    said = source.text.get("eos_token_id") if said is None else said
+    found = [said] if isinstance(said, int) else list(said or [])
+    if not found:
+        raise ValueError(f"{source.folder} says no eos_token_id, which ends an answer: put it into {file.name}.")
+    return found
 
 
 def chat_pieces(processor) -> dict[str, str]:

@@ -162,6 +162,14 @@ def _hub_config(name: str) -> dict | None:
         return checkpoints().get(_short_name(name), {}).get("config")
 
 
+def dtype_of(config: dict) -> str:
+    """Return the name of the dtype that a configuration states, by transformers 5's field or 4's; else float32's."""
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if said not in (known := ("float32", "float16", "bfloat16")):
+        raise ValueError(f"config.json has dtype {said!r}: let it be one of {', '.join(known)}, as its tensors are.")
+    return said
+
+
 def skeleton(config, dtype=None):
     """Build a model with its parameters on the meta device, so that dense weights are never in memory."""
     from accelerate import init_empty_weights

@@ -13,7 +13,7 @@ from medprune.models import loading
 from medprune.models.assembled import base_card
 from medprune.models.families import parts, renaming, unquantized
 from medprune.models.loading import check_loading, ready, stored_tensors, weight_files
-from medprune.models.sizes import EYES, OPTIONS, account, base_config, skeleton
+from medprune.models.sizes import EYES, OPTIONS, account, base_config, dtype_of, skeleton
 from medprune.progress import quiet
 from medprune.pruning.plan import apply_plan, load_plan
 from medprune.quantizing import quantize
@@ -79,8 +79,8 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
     settings = read_json(folder / "config.json")
     if not (config := settings.pop("quantization_config", None)):
         raise ValueError(f"{folder} holds no quantization_config; load it with medprune.models.loading.load.")
-    if config["quant_method"] not in ("awq", "bitsandbytes", _FORMAT):
-        raise ValueError(f"{folder} is quantized by {config['quant_method']!r}, which medprune does not read.")
+    check_quantization(folder, config)
+    settings["dtype"] = dtype_of(settings)
     dtype, shape = getattr(torch, settings["dtype"]), AutoConfig.for_model(**settings)
     if config["quant_method"] == "bitsandbytes":
         _check_nf4_keys(shape, folder)
@@ -89,6 +89,24 @@ def load_quantized(folder: str | Path, device: str = "cpu"):
         model = _load_packed(folder, shape, config, dtype, device)
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return ready(model, device)
+
+
+def check_quantization(folder: Path, config: dict) -> None:
+    """Raise ValueError where the quantization_config of a folder's config.json lacks a part, or is not read here."""
+    how = config.get("quant_method")
+    if how not in ("awq", "bitsandbytes", _FORMAT):
+        raise ValueError(f"{folder} is quantized by {how!r}, which medprune does not read.")
+    if how == "bitsandbytes":
+        return
+    if how == "awq" and str(config.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"{folder} is in AWQ's layout {config['version']!r}, of which 'gemm' alone is read.")
+    if lacks := [name for name in ("bits", "group_size") if config.get(name) is None]:
+        raise ValueError(f"{folder} has no {lacks[0]} in its config.json's quantization_config: write it there.")
+    also = {option: config.get(option, False) for option in OPTIONS.values()}
+    try:
+        quantize.check_storage(config.get("method", "awq"), config["bits"], config["group_size"], **also)
+    except ValueError as error:
+        raise ValueError(f"{folder} has a quantization_config that cannot be: {error}") from None
 
 
 def _load_packed(folder: Path, shape, config: dict, dtype: torch.dtype, device: str):
