@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,8 @@ from medprune.data.pictures import find_duplicates, open_image
 from medprune.data.published import classify_dermnet, dermnet_slug
 from medprune.data.questions import load_conditions
 from medprune.data.record import Record
-from medprune.data.records import USES, class_counts, load_images, sample_balanced, split_records
+from medprune.data.records import USES, class_counts, describe_images, load_images, sample_balanced, split_records
+from medprune.runs.checkup import _data
 from medprune.settings import DATA
 
 CONDITIONS = load_conditions()
@@ -312,6 +314,53 @@ def test_table_of_unknown_patients_and_skin_types(tmp_path):
         records, _ = load(tmp_path / name)
         assert [r.group for r in records] == [None] * 6 + ["3", "007", "IV"]
         assert [r.skin_tone for r in records] == [None] * 6 + ["III", "007", "IV"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "tone"),
+    [
+        ("patient,skin_type", "7", "III"),
+        ("Patient ID,Fitzpatrick Skin Type", "7", "III"),
+        ("PATIENT_ID,fitspatrick", "7", "III"),
+        ("subject,Skin Type", "7", "III"),
+        ("Subject-ID,FST", "7", "III"),
+        ("lesion_id,skin tone", "7", "III"),
+        ("case,fitzpatrick_scale", "7", "III"),
+        ("doctor,tone", None, None),
+    ],
+)
+def test_patients_and_skin_types_are_found_however_their_columns_are_spelt(tmp_path, columns, group, tone):
+    save(tmp_path / "a.png", picture(0))
+    (tmp_path / "t.csv").write_text(f"path,condition,{columns}\na.png,melanoma,7,3\n")
+    (record,), _ = load(tmp_path / "t.csv")
+    assert (record.group, record.skin_tone) == (group, tone)
+    lines, _ = describe_images(tmp_path / "t.csv", CONDITIONS)
+    assert ("columns not read: doctor, tone" in lines) == (group is None)
+    said, good = _data(SimpleNamespace(images=str(tmp_path / "t.csv"), conditions=None, modality=None))
+    assert good and ("0 left out; columns not read: doctor, tone\n" in said) == (group is None)
+
+
+def test_a_lesion_counts_where_no_patient_is_known(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}.png", picture(i))
+    (tmp_path / "t.csv").write_text("path,condition,lesion_id,patient_id\n0.png,melanoma,L1,P1\n1.png,melanoma,L2,\n")
+    assert [r.group for r in load(tmp_path / "t.csv")[0]] == ["P1", "L2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("path,condition,patient,subject_id", "two columns for the patient, 'patient' and 'subject_id'"),
+        ("path,condition,skin_type,fitspatrick", "two columns for the skin_type, 'skin_type' and 'fitspatrick'"),
+        ("path,condition,condition,note", "two columns for the condition"),
+        ("path,condition,patient,Patient", "two columns are named 'patient'"),
+    ],
+)
+def test_two_columns_that_say_the_same_are_refused(tmp_path, columns, words):
+    save(tmp_path / "a.png", picture(0))
+    (tmp_path / "t.csv").write_text(f"{columns}\na.png,melanoma,melanoma,1\n")
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / "t.csv")
 
 
 def test_one_condition_under_two_spellings_is_listed_twice(tmp_path):

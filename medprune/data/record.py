@@ -12,6 +12,13 @@ SIDES = ("train", "test")
 MODALITIES = ("clinical", "dermoscopic")
 TABLE_SUFFIXES = {".csv", ".tsv", ".tab", ".json", ""}  # Dataverse has HAM10000's without any
 OWN = {"path", "condition"}  # columns of a user's own table
+SPELLINGS = {  # of its columns, in small letters and without spaces and underscores
+    **{name: name for name in ("path", "condition", "split", "modality", "history")},
+    **dict.fromkeys(("patient", "patientid", "subject", "subjectid"), "patient"),
+    **dict.fromkeys(("lesion", "lesionid", "case", "caseid"), "lesion"),
+    **dict.fromkeys(("skintype", "skintone", "fst", "fitzpatrick", "fitspatrick"), "skin_type"),
+    **dict.fromkeys(("fitzpatrickskintype", "fitzpatricktype", "fitzpatrickscale"), "skin_type"),
+}
 HEAD = 1 << 16  # bytes that hold a table's first line
 UNKNOWN = {"", "-1", "?", "-", "unknown", "nan", "none", "null", "na", "n/a"}  # no patient, no skin type
 ROMAN = ("I", "II", "III", "IV", "V", "VI")  # Fitzpatrick's skin types
@@ -36,6 +43,11 @@ def known(text: str | None) -> str | None:
     """Return what names a patient or lesion, None for one that is unknown; "3.0" and "3,0" are 3, "007" stays."""
     text = re.sub(r"[.,]0+$", "", (text or "").strip())
     return None if text.casefold() in UNKNOWN else text
+
+
+def meaning(column: str) -> str | None:
+    """Return what a column of a user's own table says, a value of SPELLINGS: of "Patient ID" it is patient."""
+    return SPELLINGS.get(re.sub(r"\.\d+$|[\W_]", "", column.casefold()))  # pandas writes a second "path" as path.1
 
 
 def skin_type(text: str | None) -> str | None:
@@ -93,8 +105,10 @@ def read_rows(path: Path) -> list[dict[str, str | None]]:
             text = _decode(path.read_bytes())
             how = {"sep": _separator(text), "dtype": str, "index_col": False, "skipinitialspace": True}
             frame = pd.read_csv(io.StringIO(text), **how)
-        rows = frame.astype(object).to_dict("records")  # where bytes that are no text are met
+        names = [str(column).strip().lower() for column in frame.columns]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two columns are named {twice[0]!r}, but for capitals and spaces")
+        rows = frame.set_axis(names, axis=1).astype(object).to_dict("records")  # where bytes that are no text are met
     except Exception as error:  # pandas and pyarrow have their own exception trees
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
-    rows = [{str(column).strip().lower(): cell for column, cell in row.items()} for row in rows]
     return [{name: None if pd.isna(cell) else str(cell).strip() or None for name, cell in row.items()} for row in rows]

@@ -18,7 +18,18 @@ from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
 from medprune.data.published import IMAGE_SUFFIXES, find_published, read_folders, read_published, unwrap
 from medprune.data.questions import name_index, plain
-from medprune.data.record import MODALITIES, OWN, SIDES, TABLE_SUFFIXES, Record, columns_of, known, read_rows, skin_type
+from medprune.data.record import (
+    MODALITIES,
+    OWN,
+    SIDES,
+    TABLE_SUFFIXES,
+    Record,
+    columns_of,
+    known,
+    meaning,
+    read_rows,
+    skin_type,
+)
 from medprune.store import read_json, write_json
 
 USES = ("held out", "importance", "quantizing")  # of training pictures, which are drawn apart from each other
@@ -26,7 +37,7 @@ KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datase
 LAYOUTS = (
     "a published data set as downloaded (`medprune data` says which), DIR/{train,test}/<DermNet directory>/*.jpg, "
     "DIR/<condition>/*.{jpg,png,...}, or a CSV or Parquet table with the columns path, condition and optionally "
-    "patient, skin_type, modality, split"
+    "patient, lesion, skin_type, modality, split, history"
 )
 
 SplitReport = namedtuple("SplitReport", "dropped notes")  # {key: reason} of what was dropped; remarks
@@ -65,13 +76,27 @@ def _find(folder: Path, given: str) -> Path:
 
 
 def _own_rows(source: Path) -> list[dict[str, str | None]]:
-    """Return the rows of a user's table; ValueError where it lacks one of its two columns."""
+    """Return the rows of a user's table by what its columns say (`meaning`).
+
+    Raises ValueError where it lacks one of its two columns, or two say the same.
+    """
     rows = read_rows(source)
     columns = list(rows[0]) if rows else columns_of(source)
     if missing := OWN.difference(columns):
         has = ", ".join(map(repr, columns)) or "none"
         raise ValueError(f"{source} lacks the column {min(missing)!r} of path and condition; it has {has}.")
-    return rows
+    given = {}
+    for column in columns:
+        said = meaning(column)
+        if said and given.setdefault(said, column) != column:
+            raise ValueError(f"{source} has two columns for the {said}, {given[said]!r} and {column!r}: leave one out.")
+    return [{said: row[column] for said, column in given.items()} for row in rows]
+
+
+def unread_columns(source: Path) -> list[str]:
+    """Return the columns of a user's own table that nothing is made of; of any other source none."""
+    columns = columns_of(source) if source.is_file() else frozenset()
+    return sorted(c for c in columns if c and not meaning(c)) if columns >= OWN else []
 
 
 def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
@@ -102,7 +127,8 @@ def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
         seen.add(path)
         key = "/".join(filter(None, (split, given.lstrip("/"))))
         tone, history = skin_type(row.get("skin_type")), (row.get("history") or "").strip() or None
-        yield Record(key, str(path), row["named"], split, known(row.get("patient")), tone, kind, history), why
+        group = known(row.get("patient")) or known(row.get("lesion"))
+        yield Record(key, str(path), row["named"], split, group, tone, kind, history), why
 
 
 def _most_often(reasons: list[str]) -> str:
@@ -196,11 +222,13 @@ def describe_images(
     names = [f"{table.set}, by the columns of {printable(table.path.relative_to(root))}" for table in tables]
     folders = "DermNet, by its directories" if records[0].modality else "one folder per condition"
     names = names or [folders if source.is_dir() else "a table, by its columns path and condition"]
+    unread = unread_columns(source)
     kinds = Counter(r.modality or "modality not said" for r in records)
     frame = pd.DataFrame([(r.condition, r.group or r.key, r.skin_tone or "unknown") for r in records])
     counts = frame.groupby(0).agg(pictures=(1, "size"), groups=(1, "nunique"))
     counts = counts.join(pd.crosstab(frame[0], frame[2].map("type {}".format)))
     lines = [f"recognised: {'; '.join(names)}", f"{len(records)} pictures: {_most(kinds)}"]
+    lines += [f"columns not read: {', '.join(unread)}"] if unread else []
     lines.append(counts.rename_axis(None).to_string())
     lines.append("a group is a patient, else a lesion, else a picture of its own")
     single = counts.index[(counts["groups"] == 1) & (counts["pictures"] > 1)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from medprune.data.questions import load_conditions
-from medprune.data.records import class_counts, load_images
+from medprune.data.records import class_counts, find_source, load_images, unread_columns
 from medprune.device import cards, gpu, memory_bytes
 from medprune.models.sizes import ASSEMBLED, GIB, account, base_config
 from medprune.settings import NF4_GROUP, Settings
@@ -68,8 +68,10 @@ def _data(config: Settings) -> tuple[str, bool]:
         records, left_out = load_images(config.images, conditions, check=False, modality=config.modality)
     except (ValueError, OSError) as error:
         return f"data: {error}", False
+    unread = unread_columns(find_source(config.images))
+    said = f"{len(left_out)} left out" + (f"; columns not read: {', '.join(unread)}" if unread else "")
     counts = class_counts(records, left_out)
-    return f"data: {len(records)} images in {config.images}, {len(left_out)} left out\n{counts.to_string()}", True
+    return f"data: {len(records)} images in {config.images}, {said}\n{counts.to_string()}", True
 
 
 def _weights(base: str) -> tuple[str, bool]:
