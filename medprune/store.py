@@ -42,8 +42,23 @@ def fingerprint(*values) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """List what lies below a folder, folders apart, without hidden files and hidden folders.
+
+    Links are followed, but not to a folder that holds, or is, one on the way to them.
+    """
+    found, ways = [], {os.fspath(folder): [Path(folder).resolve()]}
+    for home, folders, names in os.walk(folder, followlinks=True):
+        way = ways.pop(home)
+        below = {name: (Path(home) / name).resolve() for name in folders if name[0] != "."}
+        folders[:] = [name for name, real in below.items() if not any(step.is_relative_to(real) for step in way)]
+        ways |= {os.path.join(home, name): [*way, below[name]] for name in folders}
+        found += [Path(home, name) for name in names if name[0] != "."]
+    return sorted(found)
+
+
 def content(path: str | Path) -> str:
-    """Return a hash of a file's bytes, or of a folder's files with their names; "absent" where there is nothing.
+    """Return a hash of a file's bytes, or of a folder's `visible_files` with their names; "absent" for nothing.
 
     A folder's README.md and RECORD are left out, for they say how it was made. What is large is read once, and again
     only when a size or a time has changed.
@@ -53,7 +68,7 @@ def content(path: str | Path) -> str:
         return "absent"
     files = [path]
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name not in ("README.md", RECORD))
+        files = [f for f in visible_files(path) if f.is_file() and f.name not in ("README.md", RECORD)]
     stats = [f.stat() for f in files]
     stamp = tuple((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in zip(files, stats, strict=True))
     return _content(path, stamp, large=sum(s.st_size for s in stats) > 2**20)

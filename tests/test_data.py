@@ -423,6 +423,19 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert [r.key for r in load(source)[0]] == ["melanoma/deep/a.png"]
 
 
+def test_links_to_nothing_and_pipes_are_left_out_or_passed_over(tmp_path):
+    save(tmp_path / "melanoma" / "a.png", picture(0))
+    for name in ("metadata.csv", "notes", "melanoma/b.png"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    for name in ("pipe", "pipe.csv", "melanoma/pipe.png"):
+        os.mkfifo(tmp_path / name)
+    records, report = load(tmp_path)
+    assert [r.key for r in records] == ["melanoma/a.png"]
+    reasons = dict(report.values)
+    for name in ("b.png", "pipe.png"):
+        assert reasons[f"melanoma/{name}"] == f"no such file: {tmp_path}/melanoma/{name}"
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "Validation", "Melanoma"])
 def test_what_lies_beside_train_and_test_is_reported(tmp_path, name):
     for i, home in enumerate(("Train", "test", name)):

@@ -32,6 +32,7 @@ from medprune.store import (
     read_json,
     run_root,
     unlock,
+    visible_files,
     why_undone,
     write_folder,
     write_json,
@@ -51,6 +52,23 @@ def test_content_is_of_bytes_and_names_and_not_of_places_or_times(tmp_path):
     (tmp_path / "b" / "x" / "1.txt").rename(tmp_path / "b" / "x" / "2.txt")
     assert content(tmp_path / "b") != before
     assert content(tmp_path / "nowhere") == "absent"
+
+
+def test_content_of_a_folder_is_of_what_is_found_in_it(tmp_path):
+    """Through links too, which are not followed in circles, and without hidden files."""
+    write_text(tmp_path / "elsewhere" / "1.txt", "one")
+    write_text(tmp_path / "other" / "2.txt", "two")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "x").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "y").symlink_to(tmp_path / "elsewhere")
+    assert visible_files(tmp_path / "a") == [tmp_path / "a" / "linked" / name for name in ("1.txt", "x/2.txt")]
+    before = content(tmp_path / "a")
+    write_text(tmp_path / "a" / ".DS_Store", "x")
+    write_text(tmp_path / "a" / ".thumbnails" / "3.txt", "x")
+    assert content(tmp_path / "a") == before
+    write_text(tmp_path / "elsewhere" / "1.txt", "three")
+    assert content(tmp_path / "a") != before
 
 
 def test_a_large_file_is_read_once_also_by_another_process(tmp_path, monkeypatch):

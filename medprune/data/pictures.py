@@ -100,6 +100,8 @@ def check_picture(path: str, decode: bool) -> str:
     """Return "kept", or why a picture cannot be used, as far as is checked."""
     if path != printable(path):
         return f"name is not UTF-8: {path}"
+    if not os.path.isfile(path):  # a link to nothing, or a pipe
+        return f"no such file: {path}"
     try:
         if decode:
             open_image(path, max_side=64)

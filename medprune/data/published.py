@@ -7,7 +7,6 @@ line by line in data/published_labels.csv, and for DermNet's file names in data/
 import ast
 import functools
 import json
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -18,23 +17,13 @@ from pathlib import Path, PureWindowsPath
 from medprune.data.questions import name_index, named_conditions, plain, words
 from medprune.data.record import OWN, SIDES, TABLE_SUFFIXES, Record, columns_of, known, read_rows, skin_type
 from medprune.settings import DATA
-from medprune.store import read_json
+from medprune.store import read_json, visible_files
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 DENIED = re.compile(r"\b(not|no|unlikely|ruled? out|exclude\w*|differential|versus|vs)\b", re.IGNORECASE)
 
 Listed = namedtuple("Listed", "image label group skin_type modality split why history", defaults=(None,) * 6)
 Table = namedtuple("Table", "set path read others")  # read: of SETS; others: {path: columns} of every table found
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """List the files below a folder, without hidden ones and hidden folders; links are followed, but not upwards."""
-    found = []
-    for home, folders, names in os.walk(folder, followlinks=True):
-        here = Path(home).resolve()
-        folders[:] = [f for f in folders if f[0] != "." and not here.is_relative_to((here / f).resolve())]
-        found += [Path(home, name) for name in names if name[0] != "."]
-    return sorted(found)
 
 
 def _beside(table: Table, *columns: str) -> dict[Path, list[dict]]:
@@ -227,7 +216,7 @@ def find_published(source: Path) -> tuple[list[Table], list[Path], Path]:
     if asked and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         root = root.parent
         files = visible_files(root)
-    columns = {path: columns_of(path) for path in files if path.suffix.lower() in TABLE_SUFFIXES}
+    columns = {path: columns_of(path) for path in files if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()}
     if asked:
         columns[source] = asked
     found = [(path, _set_of(has)) for path, has in columns.items() if path == source or not asked]
