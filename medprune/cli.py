@@ -7,6 +7,7 @@ What a user gets wrong is one sentence and exit status 2; an error inside a note
 import gc
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -453,8 +454,12 @@ def fit(
     """
     from medprune.searching.budget import parse_size
 
-    kept = 0 if reserve.startswith("0") else parse_size(reserve)
+    kept = 0 if re.fullmatch(r"0+(\.0*)?\s*([kmg]i?b)?", reserve.strip().lower()) else parse_size(reserve)
     budgets = [parse_size(size) - kept for size in card]
+    if min(budgets) <= 0:
+        raise ValueError(
+            f"--reserve {reserve} must be below every --card, and {min(card, key=parse_size)} is not above."
+        )
     if out is None:
         from medprune.results.page import readable
         from medprune.searching.searchers import uniform_table

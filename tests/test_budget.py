@@ -106,11 +106,16 @@ def test_fit_prints_what_cards_hold(monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.5", "6.0"]
     assert [len(line.split()) for line in said[1:]] == [10 + 32] * 2
+    for reserve, left in (("0.5GiB", "3.5"), ("0", "4.0"), ("0.0 GiB", "4.0")):
+        assert fit(monkeypatch, "--card", "4GiB", "--reserve", reserve) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[0] == left
 
 
 @pytest.mark.parametrize(("words", "why"), [
     (("--card", "4"), "'4' is no size of memory"),
     (("--card", "4GiB", "--group-size", "48"), "group_size must be one of"),
+    (("--card", "4GiB", "--reserve", "0nonsense"), "'0nonsense' is no size of memory"),
+    (("--card", "4GiB", "--card", "900MiB", "--reserve", "1GiB"), "--reserve 1GiB must be below every --card"),
     (("--card", "4GiB", "--out", "there"), "--out needs --images"),
     (("--card", "4GiB", "--card", "5GiB", "--out", "there", "--images", "here"), "one --card"),
 ])  # fmt: skip
