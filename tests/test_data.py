@@ -266,6 +266,8 @@ def test_table_errors_name_what_is_wrong(tmp_path):
         ("path,condition,split\na.png,rosacea,validation\n", "'validation' of 'a.png'"),
         ("", "cannot be read as a table: [^\n]*$"),
         ("path,condition\na,b\na,b,c,d\n", "cannot be read as a table: [^\n]*$"),
+        ("path,condition,patient\na.png,melanoma,Doe, Jane\n", "line 2: its 4 cells are more than the first line's 3"),
+        ('path,condition,note\na,b,"5 mm\nc,d,\ne,f,"6 mm\n', "cannot be read as a table: [^\n]*$"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):

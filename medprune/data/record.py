@@ -93,6 +93,18 @@ def columns_of(path: Path) -> frozenset[str]:
     return frozenset(name.strip().lower() for name in names)
 
 
+def _check_cells(text: str) -> None:
+    """Raise ValueError, naming the line, for a row with more cells than the first, or quotes that swallow rows."""
+    how, first = {"delimiter": _separator(text), "skipinitialspace": True}, None
+    swallowed = any("\n" in cell for row in csv.reader(io.StringIO(text, newline=""), **how) for cell in row)
+    reader = csv.reader(io.StringIO(text, newline=""), **how, strict=swallowed)  # else '"a" ,b' may pass
+    for row in reader:
+        first = len(row) if first is None else first
+        if any(cell.strip() for cell in row[first:]):
+            more = f"its {len(row)} cells are more than the first line's {first}"
+            raise ValueError(f"line {reader.line_num}: {more}: put a text with a separator in it in quotes")
+
+
 def read_rows(path: Path) -> list[dict[str, str | None]]:
     """Return a table's rows as texts by column in small letters, None where a cell is empty.
 
@@ -103,6 +115,7 @@ def read_rows(path: Path) -> list[dict[str, str | None]]:
             frame = pd.read_parquet(path)
         else:
             text = _decode(path.read_bytes())
+            _check_cells(text)
             how = {"sep": _separator(text), "dtype": str, "index_col": False, "skipinitialspace": True}
             frame = pd.read_csv(io.StringIO(text), **how)
         names = [str(column).strip().lower() for column in frame.columns]
