@@ -478,10 +478,13 @@ def test_skin_types_have_one_form(given, kept):
 
 
 def test_a_folder_with_a_table_of_its_own_says_to_give_the_table(tmp_path):
-    draw(tmp_path, "a.png")
-    table(tmp_path / "mine.csv", "path,condition", "a.png,melanoma")
-    with pytest.raises(ValueError, match=r"holds no usable image .*; or give its table mine.csv itself"):
+    """Also where its folders name conditions: the table may know which pictures are of one patient."""
+    draw(tmp_path, "melanoma/a.png")
+    load_images(tmp_path, CONDITIONS)
+    table(tmp_path / "mine.csv", "path,condition,patient", "melanoma/a.png,melanoma,1")
+    with pytest.raises(ValueError, match="has a table of its own, mine.csv, .* give mine.csv itself, or move it"):
         load_images(tmp_path, CONDITIONS)
+    assert load_images(tmp_path / "mine.csv", CONDITIONS)[0][0].group == "1"
 
 
 def test_data_prints_what_it_found_and_writes_a_table_that_is_read_again(tmp_path, monkeypatch, capsys):

@@ -169,9 +169,12 @@ def load_images(
     `conditions` is a facts dict as `load_conditions` gives it. With `check` every picture is decoded, small,
     and one that `open_image` refuses is reported and skipped. `modality`: "clinical", "dermoscopic" or "both"; None
     takes what there is, and refuses to mix. `history`: with what patients say, where the source knows it. Raises
-    ValueError where no picture is usable.
+    ValueError where no picture is usable, and for a folder whose own table stands in it.
     """
     source = find_source(source)
+    if table := _own_table(source):
+        how = f"which may know of patients: give {table} itself, or move it"
+        raise ValueError(f"{printable(source)} has a table of its own, {table}, {how}.")
     rows = _check_modality(source, list(_rows_of(source, conditions)), modality)
     records, left_out = [], []
     for record, why in rows:
@@ -182,10 +185,18 @@ def load_images(
             left_out.append((printable(record.key), printable(why)))
     if not records:
         why = _most_often([reason for _, reason in left_out])
-        own = [path.name for path in source.glob("*.csv") if columns_of(path) >= OWN] if source.is_dir() else []
-        hint = f"; or give its table {own[0]} itself" if own else ""
-        raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}{hint}.")
+        raise ValueError(f"{printable(source)} holds no usable image ({why}); expected {LAYOUTS}.")
     return records, pd.DataFrame(left_out, columns=["key", "reason"])
+
+
+def _own_table(source: Path) -> str | None:
+    """Return the name of a user's own table that stands in a folder of conditions."""
+    tables, files, _ = find_published(source)
+    if tables or source.is_file():
+        return None
+    homes, kinds = (source, unwrap(source, {})), (".parquet", *TABLE_SUFFIXES)
+    beside = (path for path in files if path.parent in homes and path.suffix.lower() in kinds and path.is_file())
+    return next((printable(path.name) for path in beside if columns_of(path) >= OWN), None)
 
 
 def _rows_of(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
