@@ -209,8 +209,10 @@ def data(
 ) -> None:
     """Say which data set this is, its pictures by condition and skin type, and what is left out and why."""
     from medprune.data.questions import load_conditions
-    from medprune.data.records import describe_images, save_table
+    from medprune.data.records import check_table, describe_images, save_table
 
+    if out is not None:
+        check_table(out)
     lines, records = describe_images(source, load_conditions(conditions), modality)
     typer.echo("\n".join(lines))
     if out is not None:

@@ -64,7 +64,7 @@ def content(path: str | Path) -> str:
     only when a size or a time has changed.
     """
     path = Path(path).absolute()
-    if not path.exists():
+    if not (os.path.isfile(path) or os.path.isdir(path)):  # of a name too long for a file system too
         return "absent"
     files = [path]
     if path.is_dir():

@@ -304,6 +304,16 @@ def test_names_without_their_suffix_are_found(tmp_path):
     assert [Path(r.path).name for r in records] == ["0012.jpg", "0034"] and report["key"].tolist() == ["12"]
 
 
+def test_names_of_another_case_of_suffix_or_composition_are_found(tmp_path):
+    for i, name in enumerate(("1.JPG", "2.jpg", "La\u0308sion.png", "4.jpg", "4.png")):
+        save(tmp_path / "photos" / name, picture(i))
+    given = ["1", "2.JPG", "L\u00e4sion.png", "4.JPEG", "3.jpg", "x" * 300 + "/5.jpg"]
+    (tmp_path / "t.csv").write_text("path,condition\n" + "".join(f"photos/{name},melanoma\n" for name in given))
+    records, report = load(tmp_path / "t.csv")
+    assert [Path(r.path).name for r in records] == ["1.JPG", "2.jpg", "La\u0308sion.png"]
+    assert report["key"].tolist() == [f"photos/{name}" for name in given[3:]]  # of the fourth there are two
+
+
 def test_table_of_unknown_patients_and_skin_types(tmp_path):
     values = ["-1", "", "unknown", "nan", "Unknown ", "-1.0", "3.0", "007", "IV"]
     for i in range(len(values)):

@@ -310,10 +310,7 @@ def test_notebook_01_takes_its_modality_and_names_every_table_as_an_input(tmp_pa
     inputs = []
     records, _ = gather_images(config, SimpleNamespace(reads=lambda *paths: inputs.extend(paths)), CONDITIONS)
     assert [Path(r.path).name for r in records] == ["NEL025.jpg", "Fal1.jpg"]
-    assert sorted(Path(path).name for path in inputs) == [
-        *("Fal1.jpg", "NEL025.jpg"),
-        *("meta.csv", "test_indexes.csv", "train_indexes.csv", "valid_indexes.csv"),
-    ]
+    assert inputs == [tmp_path / "meta" / "meta.csv", tmp_path], "with what lies below, tables and pictures"
     assert seen_by("01_finetune", {"modality": "both"}) == {"modality": "both"}
 
 
@@ -514,7 +511,12 @@ def test_data_prints_what_it_found_and_writes_a_table_that_is_read_again(tmp_pat
     assert report.empty and [
         (r.path, r.condition, r.group, r.skin_tone, r.modality, r.split) for r in before
     ] == [(r.path, r.condition, r.group, r.skin_tone, r.modality, r.split) for r in after]
-    assert data(folder, "--modality", "clinical", "--out", tmp_path / "table.xlsx")[0] == 2
+    monkeypatch.setattr("medprune.data.records.describe_images", lambda *_: pytest.fail("pictures were read"))
+    kept = out.read_bytes()
+    for place, why in (("table.xlsx", "must end in .csv"), ("no/t.csv", "has no folder"), ("table.csv", "exists already")):
+        code, said = data(folder, "--modality", "clinical", "--out", tmp_path / place)
+        assert code == 2 and f"--out {tmp_path / place} {why}" in said.err and said.err.count("\n") == 1
+    assert out.read_bytes() == kept
 
 
 @needs_photos

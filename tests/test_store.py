@@ -14,6 +14,9 @@ import time
 import pytest
 
 from medprune import store
+from medprune.data import synthetic
+from medprune.data.questions import load_conditions
+from medprune.data.records import gather_images
 from medprune.runs.hosted import bring_run
 from medprune.settings import STAGES
 from medprune.store import (
@@ -51,7 +54,8 @@ def test_content_is_of_bytes_and_names_and_not_of_places_or_times(tmp_path):
     assert content(tmp_path / "a") != before
     (tmp_path / "b" / "x" / "1.txt").rename(tmp_path / "b" / "x" / "2.txt")
     assert content(tmp_path / "b") != before
-    assert content(tmp_path / "nowhere") == "absent"
+    os.mkfifo(tmp_path / "pipe")
+    assert {content(tmp_path / name) for name in ("nowhere", "x" * 300, "pipe")} == {"absent"}
 
 
 def test_content_of_a_folder_is_of_what_is_found_in_it(tmp_path):
@@ -338,6 +342,22 @@ def test_pictures_and_facts_undo_every_stage_that_reads_them(tmp_path):
     assert undone() == [False] * len(STAGES)
     write_json(tmp_path / "facts.json", facts | {"another": {}})
     assert undone() == [True] * len(STAGES)
+
+
+@pytest.mark.parametrize(("name", "there"), [("c.png", "c.png"), ("c", "c.jpg"), ("bad.png", "bad.png")])
+def test_a_listed_picture_that_is_put_right_undoes_the_stage(tmp_path, name, there):
+    conditions, drawn = load_conditions(), [synthetic.draw("rosacea", n, 64)[0] for n in range(3)]
+    for n in range(2):
+        drawn[n].save(tmp_path / f"{n}.png")
+    write_text(tmp_path / "bad.png", "no picture")
+    write_text(tmp_path / "t.csv", f"path,condition\n0.png,rosacea\n1.png,rosacea\n{name},rosacea\n")
+    run, config = open_stage(STAGES[0], "r", str(tmp_path / "runs"), "smoke", images=str(tmp_path / "t.csv"))
+    assert len(gather_images(config, run, conditions)[0]) == 2
+    finish(run, {})
+    whole = read_json(run.root / "run.json")["settings"]
+    assert why_undone(run.root, STAGES[0], whole) == []
+    drawn[2].save(tmp_path / there)
+    assert why_undone(run.root, STAGES[0], whole) == [f"{tmp_path / there} has changed"]
 
 
 def test_a_stage_that_was_begun_again_and_killed_is_not_finished(played):

@@ -245,7 +245,7 @@ def condition_of(name: str, label: str | None, index: dict[str, str]) -> tuple[s
     return index.get(plain(label or "")) or index.get(plain(means or "")), means or label or "none given"
 
 
-def _stem(name: str) -> str:
+def picture_stem(name: str) -> str:
     """Return a picture's name without its suffix, and as Unicode composes it; ISIC 2019 marks some as smaller."""
     name = unicodedata.normalize("NFC", name)
     stem, dot, suffix = name.rpartition(".")
@@ -266,11 +266,13 @@ def _match(names: list[str], found: list[Path]) -> list[list[Path]]:
     """
     pictures = defaultdict(list)
     for path in found:
-        pictures[_stem(path.name)].append(path)
+        pictures[picture_stem(path.name)].append(path)
     matches = []
     for name in names:
         last = PureWindowsPath(name).name
-        ranked = [(-_shared(name, path), path.name != last, len(path.parts), path) for path in pictures[_stem(last)]]
+        ranked = [
+            (-_shared(name, path), path.name != last, len(path.parts), path) for path in pictures[picture_stem(last)]
+        ]
         matches.append(sorted(ranked))
     placed = any(ranked and ranked[0][0] for ranked in matches)
     deep = [placed and len(PureWindowsPath(name).parts) > 1 for name in names]

@@ -3,11 +3,12 @@
 Data sets as they are downloaded, one directory per condition, and a table become the same list of `Record`.
 """
 
+import functools
 import os
 import random
 import warnings
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path, PureWindowsPath
@@ -16,7 +17,7 @@ import pandas as pd
 
 from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
-from medprune.data.published import IMAGE_SUFFIXES, find_published, read_folders, read_published, unwrap
+from medprune.data.published import IMAGE_SUFFIXES, find_published, picture_stem, read_folders, read_published, unwrap
 from medprune.data.questions import name_index, plain
 from medprune.data.record import (
     MODALITIES,
@@ -30,7 +31,7 @@ from medprune.data.record import (
     read_rows,
     skin_type,
 )
-from medprune.store import read_json, write_json
+from medprune.store import read_json, write_csv, write_json
 
 USES = ("held out", "importance", "quantizing")  # of training pictures, which are drawn apart from each other
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
@@ -63,16 +64,34 @@ def _is_windows(given: str) -> bool:
     return "\\" in given or bool(PureWindowsPath(given).drive)
 
 
-def _find(folder: Path, given: str) -> Path:
-    """Return the file that a table names, without its suffix perhaps.
+def _named(folder: Path, given: str) -> list[Path]:
+    """Return the files that a table's name can mean as it is written, without its suffix perhaps, best first.
 
     Of another machine's whole path it is the longest end that the table's folder has.
     """
     path = PureWindowsPath(given) if _is_windows(given) else Path(given)
     ends = range(len(path.parts)) if path.is_absolute() or path.drive else [0]
     tried = [folder / given, *(folder.joinpath(*path.parts[i:]) for i in ends)]
-    tried += [folder / f"{given}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]
-    return next(filter(os.path.isfile, tried), folder / given)
+    return tried + [folder / f"{given}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]
+
+
+def _find(folder: Path, given: str, pictures_of: Callable[[Path], dict]) -> Path:
+    """Return the file that a table names, or the only picture there of this name but for suffix, or how it is composed.
+
+    pictures_of(folder): `_pictures` of one.
+    """
+    alike = pictures_of((folder / given).parent).get(picture_stem(Path(given).name), [])
+    found = next(filter(os.path.isfile, _named(folder, given)), None)
+    return found or (alike[0] if len(alike) == 1 else folder / given)
+
+
+def _pictures(folder: Path) -> dict[str, list[Path]]:
+    """Return a folder's pictures by `picture_stem`."""
+    found = defaultdict(list)
+    for path in folder.iterdir() if os.path.isdir(folder) else ():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            found[picture_stem(path.name)].append(path)
+    return found
 
 
 def _own_rows(source: Path) -> list[dict[str, str | None]]:
@@ -102,8 +121,9 @@ def unread_columns(source: Path) -> list[str]:
 def _read_table(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
     """Yield (record, "kept" or "reason: detail") for each row; relative paths start at the table's folder."""
     index, rows, labels, seen = name_index(conditions), _own_rows(source), defaultdict(set), set()
+    pictures_of = functools.cache(_pictures)
     for row in rows:
-        row["file"] = _find(source.parent, row["path"] or "")
+        row["file"] = _find(source.parent, row["path"] or "", pictures_of)
         row["named"] = index.get(plain(row["condition"] or ""))
         labels[row["file"]].add(row["named"] or row["condition"])
     for row in rows:
@@ -262,11 +282,20 @@ def _most(counts: Counter) -> str:
     return ", ".join(said + ["..."] * (len(counts) > len(top)))
 
 
+def check_table(out: str | Path) -> None:
+    """Raise ValueError where `save_table` should not write: a suffix but .csv, no such folder, or what there is."""
+    out = Path(out)
+    if out.suffix.lower() != ".csv":
+        raise ValueError(f"--out {printable(out)} must end in .csv: a table is written.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {printable(out)} has no folder to go to: make {printable(out.parent)} first.")
+    if out.exists():
+        raise ValueError(f"--out {printable(out)} exists already: name a new file, or remove that one.")
+
+
 def save_table(records: list[Record], out: str | Path) -> None:
     """Write a table that `images` takes: paths start at its folder where the pictures lie below it."""
     out = Path(out)
-    if out.suffix.lower() != ".csv":
-        raise ValueError(f"{out} must end in .csv: a table is written.")
     home = Path(os.path.abspath(out.parent))
     paths = [Path(os.path.abspath(r.path)) for r in records]
     paths = [path.relative_to(home) if path.is_relative_to(home) else path for path in paths]
@@ -275,7 +304,7 @@ def save_table(records: list[Record], out: str | Path) -> None:
         for path, r in zip(paths, records, strict=True)
     ]
     columns = ["path", "condition", "patient", "skin_type", "modality", "split", "history"]
-    pd.DataFrame(rows, columns=columns).to_csv(out, index=False)
+    write_csv(out, pd.DataFrame(rows, columns=columns))
 
 
 def _deal(records: list[Record], rng: random.Random | None = None) -> list[Record]:
@@ -426,13 +455,24 @@ def split_records(
     return split, SplitReport(dropped, tuple(notes))
 
 
+def _listed_files(source: Path, conditions: dict) -> list[Path]:
+    """Return what a table's pictures are read from: of a published set's its folder, where they may lie anywhere.
+
+    Of an own table's the files that it names, and where one is lacking those that it could be.
+    """
+    if source.is_dir():
+        return []
+    tables, _, root = find_published(source)
+    paths = [root] if tables else [Path(record.path) for record, _ in _rows_of(source, conditions)]
+    return [each for p in paths for each in ([p] if os.path.exists(p) else _named(p.parent, p.name))]
+
+
 def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataFrame]:
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
         source = find_source(config.images)
         records, left_out = load_images(source, conditions, modality=config.modality, history=config.history)
-        beside = {path for table in find_published(source)[0] for path in table.others}
-        run.reads(source, *(() if source.is_dir() else (*sorted(beside - {source}), *(r.path for r in records))))
+        run.reads(source, *_listed_files(source, conditions))
         return records, left_out
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):
