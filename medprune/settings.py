@@ -29,6 +29,7 @@ BITS = (3, 4, 8)
 ENGINES = ("llama.cpp", "vLLM")
 MIXTURES = ("Q4_K_M", "Q4_0", "Q3_K_M")  # of llama.cpp's types, that its users take
 GROUP_SIZES = (32, 64, 128)  # weights that share a scale
+SEARCHED = 2  # training images, at least, that 07 measures plans on and chooses on, beside those of awq_rows
 NF4_GROUP = 64  # bitsandbytes' own, whatever group_size says
 BASES = ("tiny", "smollm2", "smollm2-eyes")  # put together here
 RECIPES = ("lora", "projector", "last_blocks", "distill")
@@ -371,8 +372,8 @@ def _check_training(c: Settings) -> None:
         raise ValueError(f"micro_batch={c.micro_batch} must divide {whole}.")
     if c.patience and not c.n_held_out:
         raise ValueError(f"patience={c.patience} needs n_held_out, the images that the loss is measured on.")
-    for name in ("n_held_out", "n_calibration", "awq_rows"):
-        most = (c.n_train or math.inf) - (name == "n_held_out")
+    for name, others in {"n_held_out": 1, "n_calibration": 0, "awq_rows": SEARCHED}.items():
+        most = (c.n_train or math.inf) - others
         if getattr(c, name) > most:
             raise ValueError(f"{name}={getattr(c, name)} must be at most {most}, for n_train={c.n_train}.")
     whole = {"projector", "last_blocks"}.intersection([c.recipe, *c.recipes])

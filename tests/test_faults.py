@@ -118,6 +118,9 @@ def test_run_refuses_images(refuse, folders, folder, words):
 
 def test_a_folder_with_one_good_image_among_broken_ones_is_let_through(folders):
     synthetic.draw("rosacea", 1, 64)[0].save(folders / "corrupt" / "rosacea" / "9.jpg")
+    (folders / "corrupt" / "psoriasis").mkdir()
+    for n in range(6):
+        (folders / "corrupt" / "psoriasis" / f"{n}.jpg").write_bytes(b"no picture")
     series.check_run(resolve("smoke", images=str(folders / "corrupt")))
 
 
@@ -260,7 +263,7 @@ def test_other_conditions_than_the_eight_come_from_their_facts_file(tmp_path):
     write_json(tmp_path / "facts.json", ours)
     for condition in ours:
         (tmp_path / "photos" / condition).mkdir(parents=True)
-        for n in range(3):
+        for n in range(4):
             synthetic.draw("rosacea", n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
     images, facts_file = str(tmp_path / "photos"), str(tmp_path / "facts.json")
     with pytest.raises(ValueError, match="condition"):

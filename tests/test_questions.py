@@ -172,6 +172,12 @@ def test_load_conditions_names_what_is_wrong(tmp_path, how, message):
         load_conditions(path)
 
 
+def test_one_condition_alone_is_refused(tmp_path):
+    (tmp_path / "facts.json").write_text(json.dumps({"rosacea": CONDITIONS["rosacea"]}))
+    with pytest.raises(ValueError, match="the whole must hold two conditions"):
+        load_conditions(tmp_path / "facts.json")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_load_conditions_refuses_other_json(tmp_path, content):
     path = tmp_path / "facts.json"

@@ -218,12 +218,12 @@ def test_photographs_in_the_callers_folder(played, tmp_path, monkeypatch):
     from medprune.data import synthetic
 
     for condition in ("rosacea", "psoriasis"):
-        for n in range(3):
+        for n in range(4):
             (tmp_path / "photos" / condition).mkdir(parents=True, exist_ok=True)
             synthetic.draw(condition, n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
     shutil.copyfile(REPO / "data" / "conditions.json", tmp_path / "facts.json")
     monkeypatch.chdir(tmp_path)
-    given = {"images": "photos", "settings": {"conditions": "facts.json", "n_train": 4, "n_test": 2, "n_held_out": 0}}
+    given = {"images": "photos", "settings": {"conditions": "facts.json", "n_train": 6, "n_test": 2, "n_held_out": 0}}
     assert played(**given) == (list(STAGES), "")
     assert read_json(played.root / "run.json")["settings"]["images"] == str(tmp_path / "photos")
     assert played(**given) == ([], "")

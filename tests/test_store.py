@@ -16,9 +16,10 @@ import pytest
 from medprune import store
 from medprune.data import synthetic
 from medprune.data.questions import load_conditions
-from medprune.data.records import gather_images
+from medprune.data.records import check_training, gather_images
 from medprune.runs.hosted import bring_run
-from medprune.settings import STAGES
+from medprune.runs.series import check_run
+from medprune.settings import STAGES, resolve
 from medprune.store import (
     Run,
     Units,
@@ -358,6 +359,31 @@ def test_a_listed_picture_that_is_put_right_undoes_the_stage(tmp_path, name, the
     assert why_undone(run.root, STAGES[0], whole) == []
     drawn[2].save(tmp_path / there)
     assert why_undone(run.root, STAGES[0], whole) == [f"{tmp_path / there} has changed"]
+
+
+def test_too_few_training_pictures_for_05_and_07_are_refused_in_01(tmp_path):
+    """Where they are split, and as far as can be told before a notebook is started."""
+    for name in ("rosacea", "psoriasis"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for n in range(4):
+            synthetic.draw(name, n, 64)[0].save(tmp_path / "photos" / name / f"{n}.png")
+    given = {"images": str(tmp_path / "photos"), "awq_rows": 6}
+    run, config = open_stage(STAGES[0], "r", str(tmp_path / "runs"), "smoke", given)
+    records, _ = gather_images(config, run, load_conditions())
+    check_training(records, run)
+    words = "photos has {} pictures to train on, but {} are needed, awq_rows={} to quantize by and 2 to search with"
+    with pytest.raises(ValueError, match=words.format(7, 8, 6)):
+        check_training(records[:7], run)
+    with pytest.raises(ValueError, match="photos shows psoriasis alone to train on: two conditions are needed"):
+        check_training([r for r in records if r.condition == "psoriasis"], run)
+    check_run(resolve("smoke", given))
+    with pytest.raises(ValueError, match=words.format(8, 9, 7)):
+        check_run(resolve("smoke", given | {"awq_rows": 7}))
+    with pytest.raises(ValueError, match="awq_rows=23 must be at most 22, for n_train=24"):
+        resolve("smoke", awq_rows=23)
+    shutil.rmtree(tmp_path / "photos" / "rosacea")
+    with pytest.raises(ValueError, match="shows psoriasis alone to train on"):
+        check_run(resolve("smoke", given))
 
 
 def test_a_stage_that_was_begun_again_and_killed_is_not_finished(played):

@@ -72,10 +72,11 @@ def load_conditions(path: str | Path | None = None) -> dict[str, dict]:
     path = Path(path or DATA / "conditions.json")
     try:
         conditions = json.loads(path.read_text(encoding="utf-8"))
-        TypeAdapter(Annotated[dict[str, Facts], Field(min_length=1)]).validate_python(conditions)
+        TypeAdapter(Annotated[dict[str, Facts], Field(min_length=2)]).validate_python(conditions)
     except ValidationError as error:
         first = error.errors()[0]
         said = {"missing": "is missing", "string_pattern_mismatch": "must be a text", "too_short": "must not be empty"}
+        said |= {} if first["loc"] else {"too_short": "must hold two conditions, for a name to be told from another"}
         why = said.get(first["type"], first["msg"].removeprefix("Value error, ").replace("Input should", "must"))
         raise ValueError(f"{path}: {' '.join(map(repr, first['loc'])) or 'the whole'} {why}.") from None
     except (OSError, ValueError) as error:

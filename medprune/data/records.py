@@ -31,7 +31,8 @@ from medprune.data.record import (
     read_rows,
     skin_type,
 )
-from medprune.store import read_json, write_csv, write_json
+from medprune.settings import SEARCHED
+from medprune.store import read_json, read_parts, write_csv, write_json
 
 USES = ("held out", "importance", "quantizing")  # of training pictures, which are drawn apart from each other
 KAGGLE = Path("/kaggle/input")  # NAME is mounted there, or since 2026 in datasets/OWNER/NAME
@@ -465,6 +466,25 @@ def _listed_files(source: Path, conditions: dict) -> list[Path]:
     tables, _, root = find_published(source)
     paths = [root] if tables else [Path(record.path) for record, _ in _rows_of(source, conditions)]
     return [each for p in paths for each in ([p] if os.path.exists(p) else _named(p.parent, p.name))]
+
+
+def check_trained(records: list[Record], awq_rows: int, source: str | Path) -> None:
+    """Raise ValueError where the training pictures are too few for notebooks 05 and 07, or show one condition alone."""
+    if len(shown := {r.condition for r in records}) < 2:
+        raise ValueError(
+            f"{source} shows {' and '.join(shown) or 'nothing'} alone to train on: two conditions are needed."
+        )
+    if len(records) < (need := awq_rows + SEARCHED):
+        why = f"{need} are needed, awq_rows={awq_rows} to quantize by and {SEARCHED} to search with"
+        raise ValueError(
+            f"{source} has {len(records)} pictures to train on, but {why}: give more, or set awq_rows lower."
+        )
+
+
+def check_training(records: list[Record], run) -> None:
+    """Raise ValueError as `check_trained` does for the settings of a run, of which 01 itself does not read all."""
+    settings = read_parts(run.root / "run.json", settings=dict)["settings"]
+    check_trained(records, settings["awq_rows"], settings["images"])
 
 
 def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataFrame]:

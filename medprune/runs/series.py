@@ -11,9 +11,10 @@ from threading import Event, Thread
 
 import nbformat
 
-from medprune.data.pictures import open_image
+from medprune.data.pictures import check_picture
 from medprune.data.questions import load_conditions
-from medprune.data.records import load_images
+from medprune.data.record import SIDES
+from medprune.data.records import check_trained, load_images
 from medprune.models.sizes import account, base_config, guarded, is_counted, shape_of
 from medprune.searching.budget import check_budget, space_of
 from medprune.settings import NF4_GROUP, REPO, STAGES, asked, build, readers, resolve, values_of
@@ -37,7 +38,7 @@ _FULL = ("No space left on device", "disk is full", "failed writing file")  # of
 def check_run(config) -> None:
     """Refuse what would only fail notebooks later: unusable images; blocks, groups or a budget the base cannot have."""
     if config.images != "synthetic":
-        _check_images(config.images, load_conditions(config.conditions), config.modality)
+        _check_images(config, load_conditions(config.conditions))
     base = base_config(config.base)
     if base is None:
         return
@@ -58,18 +59,16 @@ def check_run(config) -> None:
         check_budget(space, int(config.budget_mib * 2**20))
 
 
-def _check_images(source: str, conditions: dict, modality: str | None) -> None:
-    """Raise ValueError unless at least one picture opens; most often the first is looked at, and no other."""
+def _check_images(config, conditions: dict) -> None:
+    """Raise ValueError for too few pictures or conditions, or unless one opens; most often the first alone is tried."""
+    source, modality = config.images, config.modality
     records, _ = load_images(source, conditions, check=False, modality=modality)
     if max(Counter(r.condition for r in records).values()) < 2:
         raise ValueError(f"{source} shows no condition twice, with an image to train on and one to test.")
-    for record in records:
-        try:
-            open_image(record.path, max_side=64)
-            return
-        except ValueError:
-            continue
-    load_images(source, conditions, modality=modality)  # says what is wrong with them
+    if not any(check_picture(record.path, True) == "kept" for record in records):
+        load_images(source, conditions, modality=modality)  # says what is wrong with them
+    given = set(SIDES) <= {r.split for r in records}
+    check_trained([r for r in records if not (given and r.split == "test")], config.awq_rows, source)
 
 
 def run_series(
