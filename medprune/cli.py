@@ -267,7 +267,7 @@ def preflight(profile: Profile = "auto", parameter: Parameters = None, runs_dir:
     from medprune.runs.checkup import checkup
 
     values = _parameters(parameter)
-    lines, fits = checkup(resolve(profile, values.pop("settings", None), **values), runs_dir)
+    lines, fits = checkup(resolve(profile, asked(values.pop("settings", None), {}) | values), runs_dir)
     typer.echo("\n".join(lines))
     raise SystemExit(0 if fits else 1)
 
@@ -292,7 +292,7 @@ def rehearse(
     given = {"gpu_gib": gpu, "cards": gpus, "ram_gib": ram, "disk_gb": disk, "scratch_gb": scratch}
     chosen = rehearsal.machine(machine, **{k: v for k, v in given.items() if v is not None})
     stages, values = rehearsal.stages(stage), _parameters(parameter)
-    build({"name": "t4", **PROFILES["t4"]}, asked(None, values))  # which says what cannot be
+    build({"name": "t4", **PROFILES["t4"]}, asked(values, {}))  # which says what cannot be
     with tempfile.TemporaryDirectory() as temporary:
         found = rehearsal.rehearse(chosen, folder or Path(temporary), stages, values, _said)
     raise SystemExit(0 if not found["misfit"].any() else 1)

@@ -41,7 +41,9 @@ Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 JUDGES = ("reference", "cosine", "server")  # other names are chat models'
 _HUB_ID = r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}"
-PATHS = ("images", "conditions", "base", "embedding", "judge")  # what may name a file or folder of the user's
+PATHS = {  # what may name a file or folder of the user's, and the words that do not
+    "images": ("synthetic",), "conditions": (), "base": BASES, "embedding": ("minilm",), "judge": JUDGES,
+}  # fmt: skip
 
 
 def _setting(default: Any, read_by: str, meaning: str, **bounds):
@@ -222,15 +224,14 @@ def resolve(profile: str = "auto", settings: dict | None = None, /, **others) ->
 
 
 def asked(settings: dict | None, others: dict) -> dict:
-    """Return what a user asks for, in a dict or by name, but for what is None, which is not asked for.
+    """Return what a user asks for, in a dict or by name; None by name, as in notebooks' cells, asks for nothing.
 
     Texts that hold a list or a number, as papermill's -p gives them, are read as such; paths are made absolute.
     """
     if not isinstance(settings, dict | None):
         raise ValueError(f'settings={settings!r} must be a dict such as {{"batch_rows": 8}}.')
     given = {**(settings or {}), **{k: v for k, v in others.items() if v is not None}}
-    given = {name: _given(name, value) for name, value in given.items()}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: _given(name, value) for name, value in given.items()}
 
 
 def build(whole: dict, given: dict) -> Settings:
@@ -322,9 +323,11 @@ def _given(name: str, value):
             return value  # a choice's name, or what pydantic refuses
     if kind is not bool and any(isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError(f"{name}={value!r} must be no truth value.")
+    if name in PATHS and isinstance(value, str):
+        value = _absolute(value, PATHS[name])
     if isinstance(value, str) and not (value.isprintable() and 0 < _longest(value) < 256):
         raise ValueError(f"{name}={value!r} must be a text of printable characters, 1 to 255 bytes between two /.")
-    return _absolute(value) if name in PATHS and isinstance(value, str) else value
+    return value
 
 
 def _longest(text: str) -> int:
@@ -332,11 +335,15 @@ def _longest(text: str) -> int:
     return max((len(part.encode()) for part in Path(text).parts), default=0)
 
 
-def _absolute(text: str) -> str:
-    """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one."""
+def _absolute(text: str, words: tuple[str, ...]) -> str:
+    """Return the absolute path of what there is in the caller's folder, also where a notebook runs in another one.
+
+    A word stays one, whatever folder has its name: ./server is the folder.
+    """
     for folder in (Path.cwd(), Path(os.environ.get("PWD") or ".")):
-        if text not in ("", *BASES) and (folder / text).exists():
-            return str((folder / text).absolute())
+        if text not in ("", *words) and os.path.exists(there := folder.absolute() / text):
+            plain = os.path.abspath(there)  # a way up behind a link may lead elsewhere than its name says
+            return plain if os.path.exists(plain) and os.path.samefile(plain, there) else str(there)
     return text
 
 

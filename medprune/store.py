@@ -410,7 +410,13 @@ def open_stage(stage, run_name, runs_dir=None, profile="auto", settings=None, **
         write_json(run.root / "run.json", {"settings": whole})
     seen = seen_by(stage, whole)
     run.config = Config(seen, stage)
-    run.reads(*(seen[name] for name in PATHS if seen.get(name) and Path(seen[name]).exists()))
+    run.reads(
+        *(
+            seen[name]
+            for name in PATHS
+            if seen.get(name) and seen[name] not in PATHS[name] and Path(seen[name]).exists()
+        )
+    )
     return run, run.config
 
 

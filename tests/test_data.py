@@ -414,6 +414,13 @@ def test_what_is_left_out_is_named_in_the_sentence(tmp_path):
         load(tmp_path / "folders")
 
 
+def test_the_folder_where_one_stands_is_read(tmp_path, monkeypatch):
+    save(tmp_path / "train" / ACNE / "rosacea-70.jpg", picture(0))
+    monkeypatch.chdir(tmp_path / "train")
+    (tmp_path / "train" / "notes").mkdir()
+    assert [r.condition for r in load(tmp_path / "train")[0]] == [r.condition for r in load(".")[0]] == ["rosacea"]
+
+
 def test_hidden_folders_are_not_read(tmp_path):
     for name in (
         "Melanoma/a.png",

@@ -19,7 +19,7 @@ from medprune.data.questions import load_conditions
 from medprune.data.records import check_training, gather_images
 from medprune.runs.hosted import bring_run
 from medprune.runs.series import check_run
-from medprune.settings import STAGES, resolve
+from medprune.settings import REPO, STAGES, asked, resolve
 from medprune.store import (
     Run,
     Units,
@@ -293,6 +293,29 @@ def test_settings_of_notebook_01_reach_every_stage_that_reads_them(tmp_path):
             assert config.recover == (1,)  # those of the profile that notebook 03 was left with
         if stage == "05_awq_vs_bnb":
             assert (config.base, config.recover) == ("tiny", (1,))
+
+
+def test_null_is_a_value_where_it_is_given_by_hand_and_nothing_in_a_notebook_s_cell():
+    photographs = {"images": str(REPO / "data")}
+    assert resolve("smoke", photographs).n_train == resolve("smoke", photographs, n_train=None).n_train == 24
+    assert resolve("smoke", photographs | {"n_train": None}).n_train is None
+    assert asked(*[{"n_train": None, "seed": "null"}, {"n_test": None}]) == {"n_train": None, "seed": None}
+    with pytest.raises(ValueError, match="seed=None must be a valid integer"):
+        resolve("smoke", {"seed": None})
+
+
+def test_a_path_is_made_absolute_and_a_word_stays_one(tmp_path, monkeypatch):
+    for name in ("photos", "server", "minilm", "synthetic", "tiny"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    monkeypatch.setenv("PWD", str(tmp_path / "photos"))
+    for given in (".", "./", "../photos", str(tmp_path / "photos"), str(tmp_path / "server" / ".." / "photos")):
+        assert asked({"images": given}, {}) == {"images": str(tmp_path / "photos")}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    words = {"images": "synthetic", "base": "tiny", "embedding": "minilm", "judge": "server"}
+    assert asked(words, {}) == words
+    assert asked({"judge": "./server"}, {}) == {"judge": str(tmp_path / "server")}
 
 
 def test_a_setting_that_a_stage_has_not_declared_cannot_be_read(tmp_path):

@@ -50,7 +50,7 @@ def find_source(source: str | Path) -> Path:
 
     Raises ValueError, naming what was tried, where there is none.
     """
-    source, also = Path(source), ""
+    source, also = Path(os.path.abspath(source)), ""
     if source.is_relative_to(KAGGLE) and not source.exists():
         parts = source.relative_to(KAGGLE).parts
         pattern = "/".join(parts[2:] if parts[:1] == ("datasets",) else ("datasets", "*", *parts))

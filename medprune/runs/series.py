@@ -113,7 +113,7 @@ def _prepare(run_name, profile: str, start: str | None, end: str | None, paramet
     stages = STAGES[len(before) : STAGES.index(end or STAGES[-1]) + 1]
     if not stages:
         raise ValueError(f"--to {end} comes before --from {start}.")
-    given = asked(parameters.pop("settings", None), parameters)
+    given = asked(parameters.pop("settings", None), {}) | asked(parameters, {})
     for name, takers in {name: readers(name) for name in given}.items():
         if not set(takers) & set(stages):
             out = f"--from {start}" if takers[-1] in before else f"--to {end}"
