@@ -94,6 +94,8 @@ def _parameters(pairs: list[str] | None) -> dict:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"-p {pair} has no value: write -p NAME VALUE.")
+        if name in values:
+            raise ValueError(f"-p {name} is given twice: leave one out.")
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:

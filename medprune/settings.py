@@ -312,7 +312,7 @@ def describe() -> list[str]:
 def _given(name: str, value):
     """Return an override as its setting wants it: no text where a list or a number is meant, and paths absolute."""
     if name not in Settings.model_fields or name == "name":
-        near = get_close_matches(name, Settings.model_fields, n=1)
+        near = get_close_matches(name, [known for known in Settings.model_fields if known != "name"], n=1)
         hint = f" (did you mean {near[0]}?)" if near else "; `medprune settings` lists them all"
         raise ValueError(f"setting {name!r} is not known{hint}.")
     kind = Settings.model_fields[name].annotation

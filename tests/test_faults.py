@@ -59,6 +59,8 @@ def refuse(monkeypatch, capsys, tmp_path):
     (["-p", "grup_size", "64"], "'grup_size'", "group_size"),
     (["--name", ".."], "'..'", "plain folder name"),
     (["-p", "profile", "local"], "'profile'", "`medprune settings`"),
+    (["-p", "run_name", "demo"], "'run_name' is not known;", "`medprune settings`"),
+    (["-p", "seed", "1", "-p", "seed", "2"], "-p seed", "given twice"),
     (["-p", "group_size", "48"], "group_size=48", "32, 64 or 128"),
     (["-p", "group_size", "128"], "64 inputs", "these fit: [32, 64]"),
     (["-p", "group_size", "large"], "'large'", "32, 64 or 128"),

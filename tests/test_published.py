@@ -308,9 +308,14 @@ def test_dermoscopy_and_photographs_are_not_mixed_unless_asked(tmp_path):
 def test_notebook_01_takes_its_modality_and_names_every_table_as_an_input(tmp_path):
     config = Settings(images=str(derm7pt(tmp_path) / "meta" / "meta.csv"), modality="dermoscopic")
     inputs = []
-    records, _ = gather_images(config, SimpleNamespace(reads=lambda *paths: inputs.extend(paths)), CONDITIONS)
+    run = SimpleNamespace(reads=lambda *paths: inputs.extend(paths), root=Path("/runs/r"))
+    records, _ = gather_images(config, run, CONDITIONS)
     assert [Path(r.path).name for r in records] == ["NEL025.jpg", "Fal1.jpg"]
     assert inputs == [tmp_path / "meta" / "meta.csv", tmp_path], "with what lies below, tables and pictures"
+    for images in (config.images, str(tmp_path)):
+        run.root = tmp_path / "runs" / "r"
+        with pytest.raises(ValueError, match="runs/r lies among the photographs"):
+            gather_images(Settings(images=images, modality="dermoscopic"), run, CONDITIONS)
     assert seen_by("01_finetune", {"modality": "both"}) == {"modality": "both"}
 
 

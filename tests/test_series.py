@@ -231,6 +231,19 @@ def test_photographs_in_the_callers_folder(played, tmp_path, monkeypatch):
     assert STAGES[0] in played(**given)[0]
 
 
+def test_a_run_of_photographs_does_not_turn_synthetic_unasked(played, tmp_path):
+    from medprune.data import synthetic
+
+    for condition in ("rosacea", "psoriasis"):
+        for n in range(4):
+            (tmp_path / "photos" / condition).mkdir(parents=True, exist_ok=True)
+            synthetic.draw(condition, n, 64)[0].save(tmp_path / "photos" / condition / f"{n}.png")
+    assert played(images=str(tmp_path / "photos"), n_train=None, settings={"n_test": 2})[1] == ""
+    ran, said = played()
+    assert ran == [] and f"give --images {tmp_path / 'photos'} again, or --images synthetic" in said
+    assert played(images="synthetic")[0][0] == STAGES[0]
+
+
 # ---- upkeep
 def test_clean_removes_what_nobody_needs(played, tmp_path):
     played()

@@ -41,12 +41,22 @@ def test_a_grid_crosses_lists_and_names_runs_after_what_is_crossed(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "photos.yaml"]  # nothing was begun
 
 
+def test_a_run_of_a_grid_is_the_same_one_wherever_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    (task,) = study.read_grid(grid(tmp_path, "images: pictures\nseed: 1"), "runs")
+    assert task.settings == {"images": str(tmp_path / "pictures"), "seed": 1}
+    assert task.runs_dir == str(tmp_path / "runs")
+
+
 @pytest.mark.parametrize("text,why", [
     ("seeed: [1, 2]", r"photos-seeed1: setting 'seeed' is not known \(did you mean seed\?\)"),
     ("seed: [0, -1]", r"photos-seed-1: seed=-1 must be greater than or equal to 0"),
     ("seed: {a: 1}", r"seed must be a value or a list of values"),
     ("seed: [{a: 1}, 2]", r"seed must be a value or a list of values"),
     ("seed: []", r"seed names no value"),
+    ("seed: 0\nseed: 1", r"has 'seed' twice: write its values as one list"),
     ("seed: [0, 0]", r"two runs named 'photos-seed0'"),
     ("images: [a/x, b/x]", r"two runs named 'photos-images_x'"),
     ("images: [a/x, a/X]", r"two runs named 'photos-images_x'"),

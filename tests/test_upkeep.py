@@ -10,7 +10,9 @@ import counts
 import pytest
 
 import medprune
+from medprune.runs.upkeep import list_runs
 from medprune.settings import REPO
+from medprune.store import write_json, write_text
 
 
 def test_newer_pins_go_into_every_file_that_names_them(tmp_path):
@@ -42,6 +44,16 @@ def test_pip_is_asked_for_what_goes_together_and_torch_stays(monkeypatch):
     monkeypatch.setattr(bump.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ValueError, match="no versions that go together: ResolutionImpossible"):
         bump.newest(["typer"])
+
+
+def test_a_spoiled_run_is_named_among_the_others(tmp_path):
+    for name in ("empty", "good", "spoiled"):
+        write_json(tmp_path / name / "run.json", {"settings": {"name": "smoke"}})
+    write_text(tmp_path / "spoiled" / "run.json", "{")
+    write_text(tmp_path / "empty" / "01_finetune" / "scores.csv", "method,score_percent\n")
+    rows = list_runs(tmp_path).set_index("run")
+    assert rows.profile.tolist() == ["smoke", "smoke", "?"] and rows.stages.tolist()[:2] == ["none", "none"]
+    assert f"spoiled: {tmp_path / 'spoiled' / 'run.json'} is not JSON" in rows.stages["spoiled"]
 
 
 def test_lines_are_counted_once_each():

@@ -491,8 +491,13 @@ def gather_images(config, run, conditions: dict) -> tuple[list[Record], pd.DataF
     """Return (records, report of what was left out): synthetic images, drawn into the run's folder, or the user's."""
     if config.images != "synthetic":
         source = find_source(config.images)
+        inputs = [source, *_listed_files(source, conditions)]
+        if within := [path for path in inputs if run.root.is_relative_to(path)]:
+            raise ValueError(
+                f"the run's folder {run.root} lies among the photographs of {within[0]}: give another runs_dir."
+            )
         records, left_out = load_images(source, conditions, modality=config.modality, history=config.history)
-        run.reads(source, *_listed_files(source, conditions))
+        run.reads(*inputs)
         return records, left_out
     records = []
     for split, n in (("train", config.n_train), ("test", config.n_test)):

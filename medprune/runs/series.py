@@ -123,6 +123,11 @@ def _prepare(run_name, profile: str, start: str | None, end: str | None, paramet
         Run(root, start).of(stage)
     config = build(settings_before(root, start, profile), given) if before else resolve(profile, given)
     whole = values_of(config)
+    if not before and "images" not in given and (root / STAGES[0] / "manifest.json").exists():
+        was = read_manifest(root, STAGES[0])["settings"].get("images", "synthetic")
+        if config.images == "synthetic" != was:
+            how = f"give --images {was} again, or --images synthetic, or another --name"
+            raise ValueError(f"run {root.name!r} is of photographs, which would make way for synthetic images: {how}.")
     for stage in before:
         for name, (was, value) in differing(root, stage, whole).items():
             raise ValueError(

@@ -14,6 +14,7 @@ the others to go on.
 import contextlib
 import io
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from typing import get_origin
 import yaml
 
 from medprune.runs.series import run_series
-from medprune.settings import STAGES, Settings
+from medprune.settings import PATHS, STAGES, Settings, asked
 from medprune.store import run_root
 
 RETRIES = 3  # of a run whose worker was lost; what a run itself says is wrong is not tried again
@@ -55,19 +56,24 @@ def read_grid(file: Path, runs_dir: str | None = None) -> list[Task]:
     known, and two runs of one name. What a value may be is the settings' own to say (`check`).
     """
     try:
-        grid = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        grid, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML ({' '.join(str(error).split())}): write NAME: VALUE lines.") from None
     if not isinstance(grid, dict) or not all(isinstance(name, str) for name in grid):
         raise ValueError(f"{file} must hold settings by name, such as `seed: [0, 1, 2]`.")
+    given = [key.value for key, _ in tree.value]  # YAML takes the last of two
+    if twice := [setting for setting in given if given.count(setting) > 1]:
+        raise ValueError(f"{file} has {twice[0]!r} twice: write its values as one list, or leave one out.")
     name, profile = str(grid.pop("name", Path(file).stem)), str(grid.pop("profile", "auto"))
     values = {setting: _values(file, setting, value) for setting, value in grid.items()}
     crossed = [setting for setting, several in values.items() if len(several) > 1]
-    tasks = []
+    home, tasks = runs_dir and os.path.abspath(runs_dir), []
     for combination in itertools.product(*values.values()):
         given = dict(zip(values, combination, strict=True))
         label = "-".join([name, *(f"{setting}{_slug(given[setting])}" for setting in crossed)])
-        tasks.append(Task(label, profile, given, runs_dir))
+        paths = {setting: given[setting] for setting in PATHS if isinstance(given.get(setting), str)}
+        tasks.append(Task(label, profile, given | asked(paths, {}), home))
     names = [task.name.casefold() for task in tasks]  # some disks do not tell A from a
     for task in tasks:
         if names.count(task.name.casefold()) > 1:

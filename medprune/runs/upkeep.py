@@ -10,15 +10,25 @@ from medprune.store import Units, lock, read_csv, read_manifest, settings_before
 
 
 def list_runs(home: Path) -> pd.DataFrame:
-    """Return a row for each run in a folder: run, profile, stages, finished, score (of the last step), size_bytes."""
+    """Return a row for each run in a folder: run, profile, stages, finished, score (of the last step), size_bytes.
+
+    Of a run with a spoiled file `stages` says which that is.
+    """
     rows = []
     for root in sorted(f.parent for f in Path(home).glob("*/run.json")):
-        manifests = [read_manifest(root, s) for s in STAGES if (root / s / "manifest.json").exists()]
-        profile = settings_before(root, STAGES[0])["name"]
-        stages = " ".join(m["stage"][:2] for m in manifests) or "none"
-        finished = max((m["finished"] for m in manifests), default="")
-        rows.append([root.name, profile, stages, finished, _last_score(root), size_of(root)])
+        try:
+            rows.append(_row(root))
+        except (ValueError, OSError, LookupError) as error:
+            rows.append([root.name, "?", f"spoiled: {error}", "", None, size_of(root)])
     return pd.DataFrame(rows, columns=["run", "profile", "stages", "finished", "score", "size_bytes"])
+
+
+def _row(root: Path) -> list:
+    manifests = [read_manifest(root, s) for s in STAGES if (root / s / "manifest.json").exists()]
+    profile = settings_before(root, STAGES[0])["name"]
+    stages = " ".join(m["stage"][:2] for m in manifests) or "none"
+    finished = max((m["finished"] for m in manifests), default="")
+    return [root.name, profile, stages, finished, _last_score(root), size_of(root)]
 
 
 def _last_score(root: Path) -> float | None:
@@ -26,9 +36,12 @@ def _last_score(root: Path) -> float | None:
     for stage in reversed(STAGES):
         file = root / stage / "summary.csv"
         if file.exists():
-            return float(read_csv(file)["score"].dropna().iloc[-1])
+            scores = read_csv(file)["score"].dropna()
+            return float(scores.iloc[-1]) if len(scores) else None
         if (root / stage / "scores.csv").exists():
             table = read_csv(root / stage / "scores.csv")
+            if table.empty:
+                return None
             return float(table[table["method"] == table["method"].iloc[-1]]["score_percent"].mean())
     return None
 
