@@ -50,14 +50,14 @@ def find_source(source: str | Path) -> Path:
 
     Raises ValueError, naming what was tried, where there is none.
     """
-    source, also = Path(os.path.abspath(source)), ""
+    source, also = Path(source), ""
     if source.is_relative_to(KAGGLE) and not source.exists():
         parts = source.relative_to(KAGGLE).parts
         pattern = "/".join(parts[2:] if parts[:1] == ("datasets",) else ("datasets", "*", *parts))
         also = f", and there is no {KAGGLE / pattern}"
         source = min(KAGGLE.glob(pattern), default=source) if pattern else source
     if source.is_dir() or (source.is_file() and source.suffix.lower() in (".parquet", *TABLE_SUFFIXES)):
-        return source
+        return Path(os.path.abspath(source))
     raise ValueError(f"{printable(source)} is neither a folder nor a CSV or Parquet table{also}; expected {LAYOUTS}.")
 
 
