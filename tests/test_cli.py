@@ -133,7 +133,7 @@ def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys
     assert "MiB holds no plan: the least takes" in capsys.readouterr().err and not out.exists()
     assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 0
     said = capsys.readouterr().out
-    assert "nats a token from the original on 3 answers that no plan was measured on" in said
+    assert "on 3 answers that the search did not measure plans on" in said
     model, table = load_quantized(out), pd.read_csv(tmp_path / "fitted.csv")
     assert (table.total_bytes <= 500 * 2**10).all() and set(table.searcher) == {"random", "greedy", "exact", "evolution"}
     assert len(parts(model).blocks) <= 6 and not (tmp_path / "fitted.search").exists()

@@ -223,7 +223,7 @@ def test_a_notebook_that_a_kill_cut_short_is_not_published(tmp_path, spoil):
 
 @pytest.mark.parametrize(("given", "setting", "value"), [
     ("[0,1,2]", "blocks_removed", (0, 1, 2)), ("1e-3", "learning_rate", 1e-3), ("8", "batch_rows", 8),
-    ('["lora"]', "recipes", ("lora",)), ("true", "equal_time", True), ("null", "n_train", 24),
+    ('["lora"]', "recipes", ("lora",)), ("true", "equal_time", True), ("null", "micro_batch", None),
 ])  # fmt: skip
 def test_texts_as_papermill_gives_them_are_read_as_what_they_mean(given, setting, value):
     assert getattr(resolve("smoke", **{setting: given}), setting) == value

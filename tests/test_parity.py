@@ -226,7 +226,8 @@ def engine(tmp_path, monkeypatch):
 @pytest.mark.parametrize("told,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_engine_ends_with_the_program(engine, told, status):
     words = [sys.executable, "-m", "medprune", "serve", str(engine), "--port", str(engines.free_port())]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a background job ignores
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **heeded) as process:
         number = engine.parent / "number"
         while not number.exists() and process.poll() is None:
             time.sleep(0.05)
