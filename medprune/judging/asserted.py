@@ -82,8 +82,8 @@ _BACKWARDS = {
     AVOIDED: _any("(?:is|are|be) avoided"),
 }  # fmt: skip
 _BREAK = _any(
-    "(?<!anything )but", "unless", "however", "although", "(?<!as )though", "yet", "except", "whereas", "while", "because",
-    "instead(?! of)", "which",
+    "(?<!anything )but", "unless", "however", "although", "(?<!as )though", "yet", "except", "whereas", "while",
+    "because", "instead(?! of)", "which",
 )  # fmt: skip
 # a part that holds one of these is a clause of its own, where a denial of the part before does not reach
 _VERB = _any(
