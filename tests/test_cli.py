@@ -15,6 +15,7 @@ from medprune.models.loading import save
 from medprune.models.sizes import account
 from medprune.pruning.plan import make_plan
 from medprune.quantizing.checkpoint import load_quantized
+from medprune.searching import fitting
 from medprune.store import content
 
 
@@ -131,8 +132,13 @@ def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys
     out = tmp_path / "fitted"
     assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "300KiB", *words) == 2
     assert "MiB holds no plan: the least takes" in capsys.readouterr().err and not out.exists()
+    shown = {"own_answers": set(), "quantization_batch": set()}  # the images that each was given
+    for name, keys in shown.items():
+        whole = getattr(fitting, name)
+        monkeypatch.setattr(fitting, name, lambda x, drawn, *more, whole=whole, keys=keys: keys.update(r.key for r in drawn) or whole(x, drawn, *more))
     assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "500KiB", *words) == 0
     said = capsys.readouterr().out
+    assert [len(keys) for keys in shown.values()] == [2, 4] and not set.intersection(*shown.values())
     assert "on 3 answers that the search did not measure plans on" in said
     model, table = load_quantized(out), pd.read_csv(tmp_path / "fitted.csv")
     assert (table.total_bytes <= 500 * 2**10).all() and set(table.searcher) == {"random", "greedy", "exact", "evolution"}
