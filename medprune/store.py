@@ -410,13 +410,8 @@ def open_stage(stage, run_name, runs_dir=None, profile="auto", settings=None, **
         write_json(run.root / "run.json", {"settings": whole})
     seen = seen_by(stage, whole)
     run.config = Config(seen, stage)
-    run.reads(
-        *(
-            seen[name]
-            for name in PATHS
-            if seen.get(name) and seen[name] not in PATHS[name] and Path(seen[name]).exists()
-        )
-    )
+    given = [seen[name] for name, words in PATHS.items() if seen.get(name) and seen[name] not in words]
+    run.reads(*(path for path in given if Path(path).exists()))
     return run, run.config
 
 

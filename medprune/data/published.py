@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 
@@ -258,21 +258,25 @@ def _shared(given: str, path: Path) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def by_stem(found: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return files by `picture_stem`."""
+    pictures = defaultdict(list)
+    for path in found:
+        pictures[picture_stem(path.name)].append(path)
+    return pictures
+
+
 def _match(names: list[str], found: list[Path]) -> list[list[Path]]:
     """Return for each name of a table the files that it can mean, best first.
 
     Names may lack suffix or folders. Where a folder of one name is found, those of all others must be: Derm1M has the
     same name in several.
     """
-    pictures = defaultdict(list)
-    for path in found:
-        pictures[picture_stem(path.name)].append(path)
-    matches = []
+    pictures, matches = by_stem(found), []
     for name in names:
         last = PureWindowsPath(name).name
-        ranked = [
-            (-_shared(name, path), path.name != last, len(path.parts), path) for path in pictures[picture_stem(last)]
-        ]
+        alike = pictures[picture_stem(last)]
+        ranked = [(-_shared(name, path), path.name != last, len(path.parts), path) for path in alike]
         matches.append(sorted(ranked))
     placed = any(ranked and ranked[0][0] for ranked in matches)
     deep = [placed and len(PureWindowsPath(name).parts) > 1 for name in names]

@@ -17,7 +17,15 @@ import pandas as pd
 
 from medprune.data import synthetic
 from medprune.data.pictures import check_picture, drop_copies, find_duplicates, printable
-from medprune.data.published import IMAGE_SUFFIXES, find_published, picture_stem, read_folders, read_published, unwrap
+from medprune.data.published import (
+    IMAGE_SUFFIXES,
+    by_stem,
+    find_published,
+    picture_stem,
+    read_folders,
+    read_published,
+    unwrap,
+)
 from medprune.data.questions import name_index, plain
 from medprune.data.record import (
     MODALITIES,
@@ -81,18 +89,16 @@ def _find(folder: Path, given: str, pictures_of: Callable[[Path], dict]) -> Path
 
     pictures_of(folder): `_pictures` of one.
     """
+    if found := next(filter(os.path.isfile, _named(folder, given)), None):
+        return found
     alike = pictures_of((folder / given).parent).get(picture_stem(Path(given).name), [])
-    found = next(filter(os.path.isfile, _named(folder, given)), None)
-    return found or (alike[0] if len(alike) == 1 else folder / given)
+    return alike[0] if len(alike) == 1 else folder / given
 
 
 def _pictures(folder: Path) -> dict[str, list[Path]]:
     """Return a folder's pictures by `picture_stem`."""
-    found = defaultdict(list)
-    for path in folder.iterdir() if os.path.isdir(folder) else ():
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            found[picture_stem(path.name)].append(path)
-    return found
+    files = folder.iterdir() if os.path.isdir(folder) else ()
+    return by_stem(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _own_rows(source: Path) -> list[dict[str, str | None]]:
@@ -193,9 +199,6 @@ def load_images(
     ValueError where no picture is usable, and for a folder whose own table stands in it.
     """
     source = find_source(source)
-    if table := _own_table(source):
-        how = f"which may know of patients: give {table} itself, or move it"
-        raise ValueError(f"{printable(source)} has a table of its own, {table}, {how}.")
     rows = _check_modality(source, list(_rows_of(source, conditions)), modality)
     records, left_out = [], []
     for record, why in rows:
@@ -210,11 +213,8 @@ def load_images(
     return records, pd.DataFrame(left_out, columns=["key", "reason"])
 
 
-def _own_table(source: Path) -> str | None:
-    """Return the name of a user's own table that stands in a folder of conditions."""
-    tables, files, _ = find_published(source)
-    if tables or source.is_file():
-        return None
+def _own_table(source: Path, files: list[Path]) -> str | None:
+    """Return the name of a user's own table that stands in a folder of conditions, whose files these are."""
     homes, kinds = (source, unwrap(source, {})), (".parquet", *TABLE_SUFFIXES)
     beside = (path for path in files if path.parent in homes and path.suffix.lower() in kinds and path.is_file())
     return next((printable(path.name) for path in beside if columns_of(path) >= OWN), None)
@@ -226,6 +226,9 @@ def _rows_of(source: Path, conditions: dict) -> Iterator[tuple[Record, str]]:
         return read_published(tables, files, root, conditions)
     if source.is_file():
         return _read_table(source, conditions)
+    if table := _own_table(source, files):
+        how = f"which may know of patients: give {table} itself, or move it"
+        raise ValueError(f"{printable(source)} has a table of its own, {table}, {how}.")
     return read_folders(unwrap(source, name_index(conditions)), files, conditions)
 
 

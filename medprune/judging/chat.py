@@ -245,9 +245,9 @@ def server_judge(
         import openai
 
         key, refused = secret(api_key_env) if send_key else "", set()
-        own = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if is_loopback(base_url) else {}  # no proxy
-        given = {"base_url": base_url, "api_key": key or "none", "timeout": timeout_s, "max_retries": max_retries}
-        client = openai.OpenAI(**given, **own)
+        how = {"base_url": base_url, "api_key": key or "none", "timeout": timeout_s, "max_retries": max_retries}
+        proxied = openai.DefaultHttpxClient(trust_env=not is_loopback(base_url))  # by what the environment says
+        client = openai.OpenAI(**how, http_client=proxied)
         request = {"model": model, "temperature": 0, "max_tokens": max_tokens, "response_format": _SCHEMA}
 
         def ask(row):

@@ -163,12 +163,13 @@ def weight_files(source: str | Path) -> list[Path]:
     They are those that transformers reads: others may lie beside them, of an earlier save or in another layout.
     """
     folder = local_folder(source, "*.safetensors", "*.json")
-    files = sorted(folder.glob("*.safetensors"))
     if (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).exists():
         listed = read_parts(folder / INDEX, weight_map=dict)["weight_map"].values()
         files = sorted({folder / str(name) for name in listed})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} has no safetensors files: load it with transformers and save it anew.")
     for file in files:

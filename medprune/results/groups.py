@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from medprune.data.questions import named_conditions
 from medprune.judging.asserted import spoken
-from medprune.results.stats import ALPHA, compare, mean_score, untold_runs
+from medprune.results.stats import ALPHA, compare, is_alone, mean_score, score_of, untold_runs
 
 LEAST_IMAGES = 8  # of a group; benchmarks/coverage.py simulates intervals from here on
 BY = ("condition", "skin_tone")
@@ -35,15 +35,16 @@ def exact_share(right: int, n: int, alpha: float = ALPHA) -> tuple[float, float]
     return 100 * float(found.low), 100 * float(found.high)
 
 
-def share_right(names: pd.DataFrame) -> dict:
+def share_right(names: pd.DataFrame, scores: pd.DataFrame | None = None) -> dict:
     """Return mean, low, high, n and n_images of answers that are right (100) or wrong (0), one to an image and run.
 
-    Of one run the limits are exact (`exact_share`), of several `stats.mean_score`'s.
+    Of one run the limits are exact (`exact_share`), of several `stats.mean_score`'s; of one among several in `scores`,
+    of which names are a part, there are none.
     """
     found = mean_score(names["score_percent"], names["cluster"], names.get("run"))
     if found.get("n_runs", 1) == 1 and found["n"] == found["n_images"]:
         found["low"], found["high"] = exact_share(round((names["score_percent"] / 100).sum()), found["n"])
-    return found
+    return found if scores is None else untold_runs(found, scores)
 
 
 def naming_table(names: pd.DataFrame) -> pd.DataFrame:
@@ -54,9 +55,7 @@ def naming_table(names: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for method, answers in names.groupby("method", sort=False):
-        found = untold_runs(share_right(answers), names)
-        even = mean_score(answers["score_percent"], answers["cluster"], answers.get("run"), answers["condition"])
-        even = untold_runs(even, names)
+        found, even = share_right(answers, names), score_of(answers, names, answers["condition"])
         row = {"method": method, "right": found["mean"], "low": found["low"], "high": found["high"]}
         row |= {"balanced": even["mean"], "balanced_low": even["low"], "balanced_high": even["high"]}
         rows.append(row | {key: found[key] for key in ("n_images", "n_runs") if key in found})
@@ -73,12 +72,12 @@ def group_table(scores: pd.DataFrame, by=BY, exact: bool = False) -> pd.DataFram
     rows, parsed = [], scores.dropna(subset="score_percent")
     for column in by:
         for (method, group), part in parsed.dropna(subset=column).groupby(["method", column], sort=False):
-            found = untold_runs(share_right(part) if exact else _mean(part), scores)
+            found = (share_right if exact else score_of)(part, scores)
             small = found["n_images"] < LEAST_IMAGES
             if small and not (exact and found.get("n_runs", 1) == 1):
                 found["low"] = found["high"] = math.nan
-            alone = found.get("n_runs") == 1 < scores["run"].nunique()
-            note = f"too small: fewer than {LEAST_IMAGES} images" if small else "in one run alone" if alone else ""
+            note = "in one run alone" if is_alone(found, scores) else ""
+            note = f"too small: fewer than {LEAST_IMAGES} images" if small else note
             rows.append({"method": method, "by": column, "group": str(group), "note": note} | found)
     table = pd.DataFrame(rows).rename(columns={"mean": "score"})
     columns = ["method", "by", "group", "score", "low", "high", "n", "n_images", "n_runs", "note"]
@@ -99,13 +98,12 @@ def worst_group(scores: pd.DataFrame, by=BY) -> pd.DataFrame:
         groups = _groups(answers, by)
         row = {"method": method, "worst_group": "", "worst": math.nan, "worst_low": math.nan, "worst_high": math.nan}
         if len(groups) > 1:
-            found = {name: untold_runs(_mean(part), scores) for name, part in groups.items()}
+            found = {name: score_of(part, scores) for name, part in groups.items()}
             name = min(found, key=lambda group: found[group]["mean"])
             lowest = found[name]
             row |= {"worst_group": name, "worst": lowest["mean"], "worst_images": lowest["n_images"]}
             if not math.isnan(lowest["low"]):
-                wide = [untold_runs(_mean(part, ALPHA / len(groups)), scores) for part in groups.values()]
-                highs = [limits["high"] for limits in wide]
+                highs = [score_of(part, scores, alpha=ALPHA / len(groups))["high"] for part in groups.values()]
                 row["worst_low"] = min(g["low"] for g in found.values() if not math.isnan(g["low"]))
                 row["worst_high"] = min(high for high in highs if not math.isnan(high))
         rows.append(row | {"groups": len(groups)})
@@ -138,10 +136,6 @@ def least_harm(scores: pd.DataFrame, methods: list[str], by=BY) -> tuple[str, pd
         return f"{said}and told from every other.", rivals
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     return f"{said}not told from {', '.join(others[:3])}{more}.", rivals
-
-
-def _mean(part: pd.DataFrame, alpha: float = ALPHA) -> dict:
-    return mean_score(part["score_percent"], part["cluster"], part.get("run"), alpha=alpha)
 
 
 def _groups(answers: pd.DataFrame, by) -> dict[str, pd.DataFrame]:

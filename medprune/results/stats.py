@@ -96,7 +96,7 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
         parsed = answers.dropna(subset="score_percent")
         found = {"n": 0, "n_images": 0}
         if len(parsed):
-            found = untold_runs(mean_score(parsed["score_percent"], parsed["cluster"], parsed.get("run")), scores)
+            found = score_of(parsed, scores)
         rows.append({"method": method, "unparsed": len(answers) - len(parsed)} | found)
     columns = ["method", "score", "low", "high", "n", "n_images", *["n_runs"] * ("run" in scores), "unparsed"]
     return pd.DataFrame(rows).rename(columns={"mean": "score"}).reindex(columns=columns)
@@ -158,9 +158,8 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
         parsed = both.dropna(subset=SIDES)
         found = {"n": 0, "n_images": 0}
         if len(parsed):
-            values, within = [parsed[column] for column in (*SIDES, "cluster")], parsed.get("run")
-            found, wide = (paired_difference(*values, alpha, within) for alpha in (ALPHA, ALPHA / len(pairs)))
-            found = untold_runs(found | {"low_all": wide["low"], "high_all": wide["high"]}, scores)
+            sides = (parsed[column] for column in (*SIDES, "cluster"))
+            found = one_difference(len(pairs), *sides, parsed.get("run"), scores)
         rows.append({"a": a, "b": b} | found | {"unmatched": unmatched, "unparsed": len(both) - len(parsed)})
     columns = ["a", "b", "diff", "low", "high", "low_all", "high_all", "p", "p_holm", "n", "n_images", "unmatched"]
     columns += [*["n_runs"] * ("run" in scores), "unparsed"]
@@ -172,13 +171,32 @@ def compare(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     return table
 
 
+def score_of(answers: pd.DataFrame, scores: pd.DataFrame, strata=None, alpha: float = ALPHA) -> dict:
+    """Return `mean_score` of a part of `scores`, whose answers all have one, as `untold_runs` leaves it."""
+    found = mean_score(answers["score_percent"], answers["cluster"], answers.get("run"), strata, alpha)
+    return untold_runs(found, scores)
+
+
+def one_difference(many: int, a, b, clusters, runs, scores: pd.DataFrame) -> dict:
+    """Return `paired_difference` of a part of `scores`, one of so many, as `untold_runs` leaves it.
+
+    low_all and high_all are limits that hold for all of them together.
+    """
+    found, wide = (paired_difference(a, b, clusters, alpha, runs) for alpha in (ALPHA, ALPHA / many))
+    return untold_runs(found | {"low_all": wide["low"], "high_all": wide["high"]}, scores)
+
+
 def untold_runs(found: dict, scores: pd.DataFrame) -> dict:
     """Return what was found of a part of `scores`, without limits and p where it is of one of several runs.
 
     Its images tell how sure that run is, and nothing of how much runs differ, which the rows beside it cover.
     """
-    alone = found.get("n_runs") == 1 < scores["run"].nunique()
-    return found | {key: math.nan for key in found if alone and key in LIMITS}
+    return found | {key: math.nan for key in found if key in LIMITS and is_alone(found, scores)}
+
+
+def is_alone(found: dict, scores: pd.DataFrame) -> bool:
+    """Say whether what was found of a part of `scores` is of one run, where they hold several."""
+    return found.get("n_runs") == 1 < scores["run"].nunique()
 
 
 def log_odds_interaction(scores: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> dict:

@@ -286,9 +286,7 @@ def _dearer(runs: list[dict], scores: pd.DataFrame) -> pd.DataFrame:
             continue
         cost, own = four[pruned] - four[f"{m}-{pruned}"], four["original"] - four[f"{m}-original"]
         run, _, image = (four.index.get_level_values(level) for level in four.index.names)
-        found = stats.paired_difference(cost, own, image, runs=run)
-        wide_limits = stats.paired_difference(cost, own, image, stats.ALPHA / len(methods), run)
-        found = stats.untold_runs(found | {"low_all": wide_limits["low"], "high_all": wide_limits["high"]}, scores)
+        found = stats.one_difference(len(methods), cost, own, image, run, scores)
         rows.append({"method": m, "costs_pruned": cost.mean(), "costs_original": own.mean()} | found)
     return pd.DataFrame(rows)
 
