@@ -266,7 +266,7 @@ _CURES = {
 
 
 class Units:
-    """Finished units of work: `key in units`, `units[key]`, `units.add(key, value)`.
+    """Finished units of work: `key in units`, `units[key]`, `units.add(key, value)`, `units.add_all({key: value})`.
 
     path: an SQLite file, which several processes may read and write at once. context: what the values depend on
     (`store.context`); units of other contexts stay in the file and are not seen.
@@ -277,10 +277,11 @@ class Units:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._ask("CREATE TABLE IF NOT EXISTS units (context TEXT, key TEXT, value TEXT, PRIMARY KEY (context, key))")
 
-    def _ask(self, words: str, *values):
+    def _ask(self, words: str, *values, each=None):
+        """Return what a statement finds; each: rows of values, for all of which, or none, it is carried out."""
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as base, base:
-                return base.execute(words, values).fetchall()
+                return (base.execute(words, values) if each is None else base.executemany(words, each)).fetchall()
         except sqlite3.DatabaseError as error:
             cure = next((cure for words, cure in _CURES.items() if words in str(error)), "see that it can be written")
             raise OSError(f"{self.path} cannot be used: {' '.join(str(error).split())}; {cure}.") from None
@@ -303,7 +304,12 @@ class Units:
         return self._ask("SELECT COUNT(*) FROM units WHERE context = ?", self.context)[0][0]
 
     def add(self, key: str, value) -> None:
-        self._ask("INSERT OR REPLACE INTO units VALUES (?, ?, ?)", self.context, key, json.dumps(value))
+        self.add_all({key: value})
+
+    def add_all(self, found: dict) -> None:
+        """Add what was computed together, all of it or none: the rest of a batch, computed alone, rounds otherwise."""
+        each = [(self.context, key, json.dumps(value)) for key, value in found.items()]
+        self._ask("INSERT OR REPLACE INTO units VALUES (?, ?, ?)", each=each)
 
     def drop_others(self, used: set[str], remove: bool) -> int:
         """Return how many units are of other contexts than those used; remove them if asked."""

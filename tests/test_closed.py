@@ -73,6 +73,7 @@ def test_options_packed_behind_one_question_are_as_likely_as_alone(tiny, questio
 
 def test_the_likeliest_option_is_the_answer_and_is_found_once(tiny, questions, tmp_path, monkeypatch):
     units, cfg = Units(tmp_path / "units.sqlite", "closed"), SimpleNamespace(batch_rows=16)
+    monkeypatch.setattr(Units, "add", None)  # a kill between two would leave the rest to another batch
     rows = closed.choose_rows(*tiny, questions, "original", units, cfg)
     nats = closed.log_likelihoods(*tiny, questions)
     for row, each in zip(rows, nats, strict=True):

@@ -117,8 +117,7 @@ def choose_rows(model, processor, questions: list[dict], label: str, units, conf
             "closed questions",
             units,
         )
-        for q, nats in zip(todo, found, strict=True):
-            units.add(f"{label} {q['id']}", nats)
+        units.add_all({f"{label} {q['id']}": nats for q, nats in zip(todo, found, strict=True)})
     rows = []
     for q in questions:
         nats = units[f"{label} {q['id']}"]

@@ -343,8 +343,7 @@ def answer_rows(model, processor, questions: list[dict], label: str, units, conf
         batch = [q for q in todo if q["path"] in paths]
         ask = partial(answer, model, processor, batch, config.max_new_tokens, label=f"{label}: answers")
         said = rows_that_fit(lambda rows, ask=ask: ask(batch_rows=rows), config.batch_rows, "answers", units)
-        for q, a in zip(batch, said, strict=True):
-            units.add(f"{label} {q['id']}", vars(a))
+        units.add_all({f"{label} {q['id']}": vars(a) for q, a in zip(batch, said, strict=True)})
     rows = []
     for q in questions:
         said = units[f"{label} {q['id']}"]

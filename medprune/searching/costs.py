@@ -74,8 +74,8 @@ class Costs:
             for first in range(0, len(todo), self.at_once):
                 some = todo[first : first + self.at_once]
                 for number, costs in self._walk(some, [i for i in numbers if set(some) & set(missing[i])]):
-                    for plan, cost in zip(some, costs, strict=True):
-                        self.units.add(_key(plan, number), cost.tolist())
+                    told = zip(some, costs, strict=True)
+                    self.units.add_all({_key(plan, number): cost.tolist() for plan, cost in told})
                 bar.update(len(some))
         found = {p: [c for i in numbers for c in self.units[_key(p, i)]] for p in dict.fromkeys(plans)}
         return np.array([found[p] for p in plans])
