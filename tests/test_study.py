@@ -68,7 +68,7 @@ def test_a_run_of_a_grid_is_the_same_one_wherever_it_is_made(tmp_path, monkeypat
     ("blocks_removed: [0, 1]", r"blocks_removed=\[0, 1\] must be 0 and at least two more"),
 ])  # fmt: skip
 def test_a_bad_grid_is_one_sentence_before_anything_runs(tmp_path, monkeypatch, capsys, text, why):
-    monkeypatch.setattr(study, "make", lambda *a: pytest.fail("something ran"))
+    monkeypatch.setattr(study.one_by_one, "__defaults__", (lambda *a: pytest.fail("something ran"),))
     text = text if "profile" in text or text in ("", "- 3") else f"profile: smoke\n{text}"
     assert medprune(monkeypatch, "study", grid(tmp_path, text), "--runs-dir", tmp_path) == 2
     said = capsys.readouterr().err
