@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from medprune.results import page
 from medprune.settings import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -12,17 +13,20 @@ def table(name: str, index: str | list[str]) -> pd.DataFrame:
     return pd.read_csv(REPO / "results" / "study" / f"{name}.csv").set_index(index)
 
 
-def limits(row, *names: str, digits: int = 1, turned: bool = False) -> str:
-    """Return "[low, high]"; turned: of the difference the other way round."""
-    low, high = (row[n] for n in names or ("low", "high"))
-    low, high = (-high, -low) if turned else (low, high)
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+def limits(row, digits: int = 1) -> str:
+    return page.limits(row.low, row.high, digits)
+
+
+def turned(row) -> pd.Series:
+    """Return a paired difference the other way round."""
+    return pd.Series({"diff": -row["diff"], "low": -row.high, "high": -row.low})
 
 
 def step(a: str, b: str) -> pd.Series:
-    return table("Step against step", ["a", "b"]).loc[(a, b)]
+    return STEPS.loc[(a, b)]
 
 
+STEPS = table("Step against step", ["a", "b"])
 METHODS = table("Methods", "method")
 NAMES = table("Names given right", "method")
 FOUND = table("The plan found by the budget search", "b")
@@ -44,30 +48,29 @@ def test_a_row_of_the_first_table(method):
 
 def said() -> list[str]:
     """Return what README says of the study, made from its tables."""
-    pipeline, whole, original = FOUND.loc["awq-recovered-2"], FOUND.loc["awq-original"], PAIRED.loc["found"]
+    pipeline, whole, original = FOUND.loc["awq-recovered-2"], FOUND.loc["awq-original"], turned(PAIRED.loc["found"])
     uniform, primary = METHODS.loc["uniform"], step("awq-recovered-2", "awq-magnitude-2")
     names, chosen = NAMES.loc["original"], NAMES.loc["awq-recovered-2"]
-    pruned, recovered = PAIRED.loc["pruned-2"], step("recovered-2", "pruned-2")
+    pruned, recovered = turned(PAIRED.loc["pruned-2"]), step("recovered-2", "pruned-2")
     projector, images = WAYS.loc["projector"], step("awq-recovered-2", "awq_text-recovered-2")
     leads = {name: step("awq-original", f"{name}-original") for name in ("bnb", "rtn", "hqq")}
     last, four = step("awq-recovered-2", "bnb-recovered-2"), step("awq-recovered-2", "awq-pruned-2")
-    cost = PAIRED.loc["awq-original"]
-    score, beaten, more = CRITERIA.score, CRITERIA.beaten.str.removesuffix(" of 20"), EXTRA.loc
+    cost, fewer = turned(PAIRED.loc["awq-original"]), {name: turned(row) for name, row in EXTRA.iterrows()}
+    score, beaten = CRITERIA.score, CRITERIA.beaten.str.removesuffix(" of 20")
     return [
         f"{pipeline['diff']:.1f} points ahead of the pipeline {limits(pipeline)}**",
         f"{whole['diff']:.1f} ahead of AWQ of the whole model {limits(whole)}",
-        f"{-original['diff']:.1f} behind the original {limits(original, turned=True)}",
+        f"{original['diff']:.1f} behind the original {limits(original)}",
         f"has {uniform.score:.1f} {limits(uniform)}",
         f"of the same bytes, has {METHODS.score['best-random']:.1f}",
         f"{primary['diff']:.1f} points {limits(primary)}, p = {primary.p:.2f}",
         f"for {names.right:.0f}% {limits(names, digits=0)} of the test images",
-        f"logit divergence {score['logit_divergence']:.0f}, greedy re-scoring {score['greedy']:.0f}, magnitude {score['magnitude']:.0f}",
-        f"perplexity {score['perplexity']:.0f}",
-        f"output similarity, the paper's, {score['output_similarity']:.0f}",
-        f"block influence {score['block_influence']:.0f}",
+        f"logit divergence {score['logit_divergence']:.0f}, greedy re-scoring {score['greedy']:.0f}, "
+        f"magnitude {score['magnitude']:.0f}, perplexity {score['perplexity']:.0f}, output similarity, the paper's, "
+        f"{score['output_similarity']:.0f}, ShortGPT's block influence {score['block_influence']:.0f}",
         f"Random orders have {score['random']:.0f} on average",
         *(" and ".join(beaten[key].rsplit(", ", 1)) for key in ("output_similarity", "logit_divergence", "magnitude")),
-        f"cost {-pruned['diff']:.0f} points {limits(pruned, digits=0, turned=True)}",
+        f"cost {pruned['diff']:.0f} points {limits(pruned, digits=0)}",
         f"brings back {recovered['diff']:.0f} {limits(recovered, digits=0)} of them",
         f"Distillation ({WAYS.score['distill']:.1f}), LoRA ({WAYS.score['lora']:.1f})",
         f"the last three blocks ({WAYS.score['last_blocks']:.1f})",
@@ -78,11 +81,11 @@ def said() -> list[str]:
         f"HQQ by {leads['hqq']['diff']:.1f} {limits(leads['hqq'])}",
         f"of the recovered model NF4 by {last['diff']:.1f} {limits(last)}",
         f"is {four['diff']:.1f} points {limits(four)} ahead of the pruned one",
-        f"costs {-cost['diff']:.1f} {limits(cost, turned=True)}",
-        f"{-more['awq']['diff']:.1f} fewer with AWQ {limits(more['awq'], turned=True)}",
-        f"{-more['bnb']['diff']:.1f} with NF4 {limits(more['bnb'], turned=True)}",
-        f"{-more['hqq']['diff']:.1f} with HQQ {limits(more['hqq'], turned=True)}",
-        f"{-more['rtn']['diff']:.1f} with rounding {limits(more['rtn'], turned=True)}",
+        f"costs {cost['diff']:.1f} {limits(cost)}",
+        f"{fewer['awq']['diff']:.1f} fewer with AWQ {limits(fewer['awq'])}",
+        f"{fewer['bnb']['diff']:.1f} with NF4 {limits(fewer['bnb'])}",
+        f"{fewer['hqq']['diff']:.1f} with HQQ {limits(fewer['hqq'])}",
+        f"{fewer['rtn']['diff']:.1f} with rounding {limits(fewer['rtn'])}",
         f"{images['diff']:.1f} points {limits(images)} against text alone",
         f"names {chosen.right:.0f}% {limits(chosen, digits=0)} right, where its open answers fall from "
         f"{METHODS.open['original']:.0f} to {METHODS.open['awq-recovered-2']:.0f}",

@@ -212,19 +212,24 @@ def test_a_kill_leaves_units_that_can_be_read(tmp_path):
     assert "after" not in Units(path, "another context")
 
 
+def disk_of(monkeypatch, pages):
+    """Let no database grow beyond these pages, as on a full disk."""
+    connect = sqlite3.connect
+
+    def full(*arguments, **options):
+        base = connect(*arguments, **options)
+        base.execute(f"PRAGMA max_page_count = {pages}")
+        return base
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+
+
 def test_what_was_computed_together_is_kept_together_or_not_at_all(tmp_path, monkeypatch):
     units = Units(tmp_path / "units.sqlite", "c")
     units.add_all({})
     units.add_all({"one": 1, "two": [2]})
     assert units["one"] == 1 and units["two"] == [2] and len(units) == 2
-    connect = sqlite3.connect
-
-    def full(*arguments, **options):
-        base = connect(*arguments, **options)
-        base.execute("PRAGMA max_page_count = 8")
-        return base
-
-    monkeypatch.setattr(sqlite3, "connect", full)
+    disk_of(monkeypatch, pages=8)
     with pytest.raises(OSError, match="database or disk is full"):
         units.add_all({"three": "x" * 5_000, "four": "x" * 100_000})
     monkeypatch.undo()
@@ -234,14 +239,7 @@ def test_what_was_computed_together_is_kept_together_or_not_at_all(tmp_path, mon
 def test_a_full_disk_is_one_sentence_and_keeps_what_there_is(tmp_path, monkeypatch):
     units = Units(tmp_path / "units.sqlite", "c")
     units.add("one", 1)
-    connect = sqlite3.connect
-
-    def full(*arguments, **options):
-        base = connect(*arguments, **options)
-        base.execute("PRAGMA max_page_count = 4")
-        return base
-
-    monkeypatch.setattr(sqlite3, "connect", full)
+    disk_of(monkeypatch, pages=4)
     with pytest.raises(OSError, match=r"units\.sqlite cannot be used: database or disk is full; make room"):
         units.add("two", "x" * 100_000)
     monkeypatch.undo()

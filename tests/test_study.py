@@ -157,7 +157,6 @@ def scores_of_run(root, method):
 
 @pytest.fixture
 def played(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "make", play)
     monkeypatch.setattr(study.one_by_one, "__defaults__", (play,))
     return tmp_path
 
