@@ -122,9 +122,9 @@ def test_a_group_of_one_run_among_several_has_no_interval():
 
 def test_chance_alone_names_nobody():
     rng, named = np.random.default_rng(5), 0
-    for _ in range(100):
+    for _ in range(50):
         base = {"I": rng.uniform(60, 90, 12), "V": rng.uniform(30, 60, 12)}
         parts = [scored({g: np.clip(v + rng.normal(0, 8, 12), 0, 100) for g, v in base.items()}, m) for m in "abcd"]
         said, _ = groups.least_harm(pd.concat(parts), list("abcd"), ["skin_tone"])
         named += said.endswith("and told from every other.")
-    assert named <= 8
+    assert named <= 4

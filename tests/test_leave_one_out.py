@@ -143,11 +143,11 @@ class DyingUnits(Units):
 
     alive = 0
 
-    def add(self, key, value):
-        if self.alive == 0:
+    def add_all(self, found):
+        if self.alive < len(found):
             raise Killed
-        self.alive -= 1
-        super().add(key, value)
+        self.alive -= len(found)
+        super().add_all(found)
 
 
 def spy_on_logits(monkeypatch):
@@ -176,11 +176,11 @@ def test_a_kill_costs_perplexity_one_block_of_one_batch(tiny, rows, units, monke
     assert again.equals(whole)
 
 
-@pytest.mark.parametrize(("before", "after", "done", "left"), [(9, 3, 2 * 6 + 3, [[3]]), (3, 9, 3 * 3, [[1, 2, 3]])])
+@pytest.mark.parametrize(("before", "after", "done", "left"), [(9, 3, 2 * 6, [[3], [3]]), (3, 9, 3 * 3, [[1, 2, 3]])])
 def test_other_batch_rows_after_a_kill_go_on_to_the_same_scores(
     tiny, rows, units, monkeypatch, before, after, done, left
 ):
-    """done: rows x blocks before the kill, which comes after the first image's third block in either case."""
+    """done: rows x blocks before the kill, which costs the block, or the image, that was being written."""
     model, processor = tiny
     batches = {n: teacher_batches(processor, rows[:6], ["This is rosacea."] * 6, torch.float32, n) for n in (3, 9)}
     assert [len(batches[n]) for n in (3, 9)] == [2, 1]
@@ -196,12 +196,14 @@ def test_other_batch_rows_after_a_kill_go_on_to_the_same_scores(
     assert again.score.tolist() == pytest.approx(whole.score.tolist(), rel=1e-5)
 
 
-def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, units, monkeypatch):
+@pytest.mark.parametrize(("alive", "left"), [(3, [[3, 4]]), (2, [[1, 2], [3, 4]])])
+def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, units, monkeypatch, alive, left):
+    """alive: the original's answers and the first chunk of two blocks, or a unit less, which costs the whole chunk."""
     model, processor = tiny
     blocks = [1, 2, 3, 4]
     whole = output_similarity(model, processor, rows, embed, blocks, units("whole"), 4, 2 * len(rows))
     dying = units(kind=DyingUnits)
-    dying.alive = 3  # the original's answers and the first chunk of two blocks
+    dying.alive = alive
     with pytest.raises(Killed):
         output_similarity(model, processor, rows, embed, blocks, dying, 4, 2 * len(rows))
     asked = []
@@ -212,7 +214,7 @@ def test_a_kill_costs_output_similarity_one_chunk_of_blocks(tiny, rows, units, m
 
     monkeypatch.setattr("medprune.pruning.leave_one_out.answer", spy)
     again = output_similarity(model, processor, rows, embed, blocks, units(), 4, 2 * len(rows))
-    assert asked == [[3, 4]]
+    assert asked == left
     assert again.equals(whole)
 
 

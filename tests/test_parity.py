@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -223,8 +224,10 @@ def engine(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("told,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("told,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_engine_ends_with_the_program(engine, told, status):
+    if told == signal.SIGKILL and not shutil.which("setpriv"):
+        pytest.skip("no setpriv of util-linux is here")
     words = [sys.executable, "-m", "medprune", "serve", str(engine), "--port", str(engines.free_port())]
     heeded = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a background job ignores
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **heeded) as process:
@@ -233,6 +236,9 @@ def test_an_engine_ends_with_the_program(engine, told, status):
             time.sleep(0.05)
         process.send_signal(told)
         said, _ = process.communicate(timeout=20)
+    until = time.monotonic() + 10  # a killed program waits for nobody
+    while told == signal.SIGKILL and psutil.pid_exists(int(number.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
     assert process.returncode == status and not psutil.pid_exists(int(number.read_text()))
     assert said.startswith("llama.cpp at http://127.0.0.1:") and said.count("\n") == 1
 
@@ -256,6 +262,8 @@ def test_where_no_server_can_listen_is_said_before_one_starts(engine, monkeypatc
 @pytest.mark.parametrize("config,why", [
     ([], "of model_type 'list'"),
     ({"model_type": "llama", "hidden_size": 64}, "of model_type 'llama'; one of images and text"),
+    ({"model_type": "llava", "vision_config": {}, "quantization_config": {"quant_method": "medprune", "bits": 8}},
+     "is stored as medprune, which vLLM does not load"),
     ({"model_type": "llava", "vision_config": {}}, "4096"),
     ({"model_type": "llava", "text_config": {"max_position_embeddings": None}, "vision_config": {}}, "4096"),
 ])  # fmt: skip

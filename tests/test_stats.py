@@ -604,7 +604,7 @@ def test_log_odds_cover_as_they_should(coverage):
 
 def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
     rng, misled = np.random.default_rng(0), []
-    for _ in range(60):  # eight methods of one worth: whichever is ahead is so by luck
+    for _ in range(30):  # eight methods of one worth: whichever is ahead is so by luck
         luck = rng.integers(0, 101, (8, 24))
         rows = [{"method": f"m{m}", "id": f"{i}", "cluster": i, "condition": i % 3, "score_percent": luck[m, i]}
                 for m in range(8) for i in range(24)]  # fmt: skip
@@ -613,7 +613,7 @@ def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
         best, apart = stats.tested_apart(scores, names, names)
         assert len(apart) == 7 and set(apart.a) == {best} and (apart.n_images == 12).all()
         misled.append(apart["diff"].mean())
-    assert abs(np.mean(misled)) < 4, "on the other half the chosen one is worth what all are"
+    assert abs(np.mean(misled)) < 5, "on the other half the chosen one is worth what all are"
     both = [("m0", i, c, 100.0 * (i % 4 < 2)) for i, c in enumerate("aabbaabb")]
     both += [("m1", i, c, 100.0 * (i % 4 >= 2)) for i, c in enumerate("aabbaabb")]
     _, found = stats.tested_apart(

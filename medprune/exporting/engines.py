@@ -190,6 +190,8 @@ def command(folder: Path, host: str, port: int, threads: int) -> list[str]:
         which = ["-m", files[0], "--mmproj", files[1], "--alias", llamacpp.named(files[0])]
         return [*start, *which, "--host", host, "--port", str(port), *size]
     config = named_config(folder)
+    if (how := (config.get("quantization_config") or {}).get("quant_method", "awq")) != "awq":
+        raise ValueError(f"{folder} is stored as {how}, which vLLM does not load: export it --to gguf for llama.cpp.")
     start += ["-m", "vllm.entrypoints.openai.api_server", "--model"] if _is_python(start) else ["serve"]
     told = (config.get("text_config") or config).get("max_position_embeddings") or llamacpp.CONTEXT
     most = str(min(told, llamacpp.CONTEXT))
@@ -237,11 +239,15 @@ def started(words: list[str], port: int, threads: int, failure: str):
 
 @contextmanager
 def _ended_with(words: list[str], **options):
-    """Give a process that is ended with the block, also where this one is told to end (SIGTERM)."""
+    """Give a process that is ended with the block, also where this one is told to end (SIGTERM).
+
+    Where this one is killed, Linux ends it, if util-linux's setpriv is there to ask for that.
+    """
+    bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     mine = threading.current_thread() is threading.main_thread()  # which alone is told of signals
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if mine else None
     try:
-        process = subprocess.Popen(words, **options)
+        process = subprocess.Popen([*bound, *words], **options)
         try:
             yield process
         finally:

@@ -62,8 +62,8 @@ def leave_one_out(model, processor, rows, blocks, units: Units, max_new_tokens: 
         skip, label = [b for b in chunk for _ in rows], f"without block {chunk[0]}..{chunk[-1]}"
         ask = partial(answer, model, processor, rows * len(chunk), max_new_tokens, skip=skip, label=label)
         said = rows_that_fit(lambda n, ask=ask: ask(batch_rows=n), batch_rows, "answers", units)
-        for b, without_b in zip(chunk, chunks(said, len(rows)), strict=True):
-            units.add(f"block {b}", [vars(a) for a in without_b])
+        without = zip(chunk, chunks(said, len(rows)), strict=True)
+        units.add_all({f"block {b}": [vars(a) for a in without_b] for b, without_b in without})
 
 
 def check_skipping(model, processor, row: dict, block: int) -> None:
@@ -232,8 +232,8 @@ def _teacher_forced(name: str, model, batches, blocks, units: Units, score, refe
             p = reference[number] if reference else original
             for b, logp, labels, rows in found:
                 sums = torch.zeros(len(batch.ids), device=rows.device).index_add(0, rows, score(p, logp, labels))
-                for row, mean in zip(batch.ids, (sums / rows.bincount(minlength=len(sums))).tolist(), strict=True):
-                    units.add(key(row, b), mean)
+                means = (sums / rows.bincount(minlength=len(sums))).tolist()
+                units.add_all({key(row, b): mean for row, mean in zip(batch.ids, means, strict=True)})
                 bar.update()
     rows = [row for batch in batches for row in batch.ids]
     return _by_row({b: [units[key(row, b)] for row in rows] for b in blocks})
