@@ -83,4 +83,4 @@ bump: $(READY)
 
 # What README quotes: lines, tests, and the times of finished runs.
 counts: $(READY)
-	PYTHONPATH=. $(BIN)/python tests/counts.py $(wildcard runs/demo runs/study)
+	PYTHONPATH=. $(BIN)/python tests/counts.py $(wildcard runs/demo runs/study-seed*)

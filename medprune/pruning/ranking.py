@@ -103,7 +103,7 @@ def greedy_order(model, score_fn, protect, n: int, units: Units) -> list[int]:
 class _Passing(dict):
     """Units that are not kept: a step of a greedy order is one unit, its scores by themselves are none."""
 
-    add = dict.__setitem__
+    add_all = dict.update
 
 
 def greedy_by_divergence(model, processor, rows, said, first, protect, n, units, batch_rows: int) -> list[int]:
