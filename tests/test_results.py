@@ -46,6 +46,16 @@ def test_a_row_of_the_first_table(method):
     assert any(score in line and line.endswith(weight) for line in lines), f"{score} {weight}: {lines}"
 
 
+CALLED = {
+    "logit_divergence": "logit divergence",
+    "greedy": "greedy re-scoring",
+    "magnitude": "magnitude",
+    "perplexity": "perplexity",
+    "output_similarity": "output similarity, the paper's,",
+    "block_influence": "ShortGPT's block influence",
+}
+
+
 def said() -> list[str]:
     """Return what README says of the study, made from its tables."""
     pipeline, whole, original = FOUND.loc["awq-recovered-2"], FOUND.loc["awq-original"], turned(PAIRED.loc["found"])
@@ -65,9 +75,7 @@ def said() -> list[str]:
         f"of the same bytes, has {METHODS.score['best-random']:.1f}",
         f"{primary['diff']:.1f} points {limits(primary)}, p = {primary.p:.2f}",
         f"for {names.right:.0f}% {limits(names, digits=0)} of the test images",
-        f"logit divergence {score['logit_divergence']:.0f}, greedy re-scoring {score['greedy']:.0f}, "
-        f"magnitude {score['magnitude']:.0f}, perplexity {score['perplexity']:.0f}, output similarity, the paper's, "
-        f"{score['output_similarity']:.0f}, ShortGPT's block influence {score['block_influence']:.0f}",
+        ", ".join(f"{CALLED[key]} {score[key]:.0f}" for key in score.index if key in CALLED),
         f"Random orders have {score['random']:.0f} on average",
         *(" and ".join(beaten[key].rsplit(", ", 1)) for key in ("output_similarity", "logit_divergence", "magnitude")),
         f"cost {pruned['diff']:.0f} points {limits(pruned, digits=0)}",
@@ -82,7 +90,7 @@ def said() -> list[str]:
         f"of the recovered model NF4 by {last['diff']:.1f} {limits(last)}",
         f"is {four['diff']:.1f} points {limits(four)} ahead of the pruned one",
         f"costs {cost['diff']:.1f} {limits(cost)}",
-        f"{fewer['awq']['diff']:.1f} fewer with AWQ {limits(fewer['awq'])}",
+        f"{EXTRA.loc['awq', 'diff']:.1f} more with AWQ {limits(EXTRA.loc['awq'])}",
         f"{fewer['bnb']['diff']:.1f} with NF4 {limits(fewer['bnb'])}",
         f"{fewer['hqq']['diff']:.1f} with HQQ {limits(fewer['hqq'])}",
         f"{fewer['rtn']['diff']:.1f} with rounding {limits(fewer['rtn'])}",
