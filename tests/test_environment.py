@@ -25,6 +25,7 @@ BROUGHT = {"triton": "autoawq requires it, and torch for a GPU pins a version of
 SPARED = {
     "autoawq": "tests hold our AWQ against it",
     "jupyterlab": "make lab",
+    "ipywidgets": "tqdm's bars in a notebook",
 }
 
 
@@ -151,3 +152,9 @@ def test_no_committed_file_holds_a_path_of_a_machine_or_a_private_registry():
         text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
         wrong += [(name, m[0]) for m in re.finditer(r"/(?:work|tmp|root|home|Users)/\S*|--(?:extra-)?index-url\S*", text)]
     assert wrong == []
+
+
+def test_no_notebook_shows_a_widget():
+    """nbclient may hang behind one that shows output; elsewhere it shows nothing without its kernel."""
+    shown = {path.name: path.read_text(encoding="utf-8").count("jupyter.widget") for path in (REPO / "notebooks").glob("*.ipynb")}
+    assert len(shown) == 8 and not any(shown.values())

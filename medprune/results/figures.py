@@ -361,7 +361,8 @@ def _label_points(ax, x, y, labels, bold) -> None:
     plt.setp([text for text, b in zip(texts, bold, strict=True) if b], fontweight="bold")
     points = ax.scatter(x, y, s=70, alpha=0)  # what the labels keep off
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6}
-    adjust_text(texts, x, y, ax=ax, objects=points, iter_lim=500, arrowprops=line)
+    apart = {"expand": (1.2, 1.6), "force_text": (0.5, 0.8)}  # less, and labels of equal points stay on each other
+    adjust_text(texts, x, y, ax=ax, objects=points, iter_lim=500, arrowprops=line, **apart)
     points.remove()
 
 

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from medprune.results.figures import GREY
@@ -58,11 +59,15 @@ def figure_choices(shares: pd.DataFrame) -> Figure:
     return fig
 
 
-def budget_slider(table: pd.DataFrame):
-    """Return `fitting.budget_table` as a slider over its budgets: a widget where a notebook runs, text elsewhere."""
-    from IPython.display import display
-    from ipywidgets import SelectionSlider, interactive
+def budget_slider(table: pd.DataFrame) -> HTML:
+    """Return `fitting.budget_table` as a slider over its budgets, of HTML alone.
 
-    stops = [(f"{size / 2**20:.1f} MiB", number) for number, size in enumerate(table["budget_bytes"])]
-    slider = SelectionSlider(options=stops, value=len(stops) // 2, description="budget")
-    return interactive(lambda budget: display(readable(table.iloc[[budget]]).T), budget=slider)
+    A widget with output may hang a run without a browser: nbclient (issue 312) sends the output back on the very
+    socket that it waits on for the cell's end.
+    """
+    middle = len(table) // 2
+    stops = [readable(table.iloc[[n]]).T.to_html(header=False) for n in range(len(table))]
+    shown = "".join(f"<div{'' if n == middle else ' hidden'}>{stop}</div>" for n, stop in enumerate(stops))
+    moved = "[...this.parentNode.querySelectorAll('div')].forEach((stop, n) => {stop.hidden = n != this.value})"
+    slider = f'<input type="range" max="{len(table) - 1}" value="{middle}" aria-label="budget" oninput="{moved}">'
+    return HTML(f"<div>{slider}{shown}</div>")
