@@ -342,7 +342,7 @@ def test_a_terminal_shows_one_line_a_run(monkeypatch):
     board.say("b", "02: running")
     assert screen.text.count("\n") == 4 and "\x1b[1A\r\x1b[Ka: answers: 100%|####\n" in screen.text
     assert screen.text.endswith("\x1b[1A\r\x1b[Ka: answers: 100%|####\n\r\x1b[Kb: 02: running\n")
-    monkeypatch.setattr(study.shutil, "get_terminal_size", lambda: os.terminal_size((20, 5)))
+    monkeypatch.setattr(study.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((20, 5)))
     board.say("b", "03: running, as it has not been finished")
     assert screen.text.endswith("\x1b[Kb: 03: running, as \n"), "a line that wraps would be two"
 
