@@ -1,5 +1,8 @@
 """Fixtures that several test modules share."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from exported import write_family, write_odd
@@ -59,3 +62,18 @@ def chat():
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     messages[0]["content"].insert(0, {"type": "image"})
     return messages
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return a function that opens a page in chromium and returns its document after its scripts ran."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium here to open a page in")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom"]
+
+    def document(page):
+        return subprocess.run([browser, *options, page], capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return document

@@ -613,7 +613,7 @@ def test_the_best_is_chosen_on_one_half_of_the_images_and_tested_on_the_other():
         best, apart = stats.tested_apart(scores, names, names)
         assert len(apart) == 7 and set(apart.a) == {best} and (apart.n_images == 12).all()
         misled.append(apart["diff"].mean())
-    assert abs(np.mean(misled)) < 5, "on the other half the chosen one is worth what all are"
+    assert abs(np.mean(misled)) < 4, "on the other half the chosen one is worth what all are"
     both = [("m0", i, c, 100.0 * (i % 4 < 2)) for i, c in enumerate("aabbaabb")]
     both += [("m1", i, c, 100.0 * (i % 4 >= 2)) for i, c in enumerate("aabbaabb")]
     _, found = stats.tested_apart(
