@@ -262,6 +262,7 @@ _CURES = {
     "not a database": "remove it, and what it held is done again",
     "malformed": "remove it, and what it held is done again",
     "decode to UTF-8": "remove it, and what it held is done again",
+    "can't decode": "remove it, and what it held is done again",  # what sqlite says of it quotes what is damaged
 }
 
 
@@ -282,7 +283,7 @@ class Units:
         try:
             with closing(sqlite3.connect(self.path, timeout=60)) as base, base:
                 return (base.execute(words, values) if each is None else base.executemany(words, each)).fetchall()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             cure = next((cure for words, cure in _CURES.items() if words in str(error)), "see that it can be written")
             raise OSError(f"{self.path} cannot be used: {' '.join(str(error).split())}; {cure}.") from None
 

@@ -233,7 +233,8 @@ def test_a_spoiled_file_is_read_or_named(reader, counted):
     ("config.json", b'"num_hidden_layers": 2, "voc', b'"num_hidden_layers": 2147483648, "voc'), ("run.json", b'"smoke"', b"[]"),
     ("parquet of images", b"psoriasis", b"\xffsoriasis"),
     ("scores", b"a 1,1,", b"a 1,1,id,key,method,answer,score_percent\na 1,1,"),
-    ("units", b'"answer', b'"\xffn\nwer'), ("manifest", b'"g"', b"null"), ("manifest", b'"g"', b"[]"),
+    ("units", b'"answer', b'"\xffn\nwer'), ("units", b"CREATE TABLE", b"CREATE \x80ABLE"),
+    ("manifest", b'"g"', b"null"), ("manifest", b'"g"', b"[]"),
 ], indirect=["reader"])  # fmt: skip
 def test_what_fuzzing_found_once_is_named(reader, old, new):
     file, whole, read = reader
