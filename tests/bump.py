@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 from medprune.settings import REPO
@@ -63,9 +64,14 @@ def rewrite(versions: dict[str, str], root: Path = REPO) -> dict[str, tuple[str,
     return changed
 
 
+def lacking(found: dict[str, str], installed: set[str], root: Path = REPO) -> list[str]:
+    """Return the names of what pip would install that is neither pinned nor here already, brought by something pinned."""
+    return sorted(found.keys() - pins(root).keys() - installed)
+
+
 if __name__ == "__main__":
-    known, found = pins(), newest(sys.argv[1:] or [n for n in direct() if n not in KEPT])
+    found = newest(sys.argv[1:] or [n for n in direct() if n not in KEPT])
     for name, (old, version) in sorted(rewrite(found).items()):
         print(f"{name}: {old} -> {version}")
-    for name in sorted(found.keys() - known.keys() - set(KEPT)):
+    for name in lacking(found, {plain(here.name) for here in distributions()}):
         print(f"{name}: {found[name]} is needed now: add it to requirements.lock")

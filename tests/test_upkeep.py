@@ -29,6 +29,11 @@ def test_newer_pins_go_into_every_file_that_names_them(tmp_path):
     assert bump.rewrite(versions, tmp_path) == {}
 
 
+def test_only_what_is_neither_pinned_nor_installed_is_said_to_be_lacking():
+    found = {"typer": "99", "triton": "3", "never-heard-of": "1"}
+    assert bump.lacking(found, {"triton", "torch"}) == ["never-heard-of"]
+
+
 def test_pip_is_asked_for_what_goes_together_and_torch_stays(monkeypatch):
     asked = []
 
