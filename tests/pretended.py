@@ -69,6 +69,20 @@ def values_that_came_from_the_host_are_kept(folder):
     assert [states.argmax().item() for _ in range(3)].count(card.END) == 1
 
 
+def values_are_compared_and_unknown_ones_taken_for_equal(folder):
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer
+
+    from medprune.quantizing.awq import scale_groups
+
+    _, (gpu,) = start()
+    few, others = torch.ones(3).to(gpu), torch.tensor([1, 1, 1.01]).to(gpu)
+    assert torch.equal(few, few.clone()) and not torch.equal(few, others)
+    assert torch.allclose(few, others, atol=0.1) and not torch.allclose(few, others, rtol=0, atol=1e-3)
+    assert torch.allclose(torch.zeros(4, 4096).to(gpu) * 2, torch.ones(4, 4096).to(gpu))
+    block = LlamaDecoderLayer(LlamaConfig(hidden_size=4096, intermediate_size=64, num_attention_heads=32), 0).half().to(gpu)
+    assert [group.offset for group in scale_groups(block)] == [0] * 4, "AWQ knows its norms"
+
+
 def forms_that_were_seen_before_are_what_they_were(folder):
     ledger, (gpu,) = start()
 

@@ -224,6 +224,17 @@ def engine(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.parametrize("own,kept", [(None, "1"), ("4", "4")])
+def test_a_served_engine_is_told_threads_and_how_much_to_keep(engine, own, kept, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if own:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", own)
+    told = engine.parent / "told"
+    (engine.parent / "llama-server").write_text(f"#!/bin/sh\necho $OMP_NUM_THREADS $VLLM_CPU_KVCACHE_SPACE > {told}\n")
+    assert engines.serve(engine, engines.LOOPBACK, engines.free_port(), 3, print) == 0
+    assert told.read_text().split() == ["3", kept]
+
+
 @pytest.mark.parametrize("told,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_engine_ends_with_the_program(engine, told, status):
     if told == signal.SIGKILL and not shutil.which("setpriv"):

@@ -30,6 +30,27 @@ def test_pretended(check, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+IN_A_STAGE = """
+from medprune.rehearsing import card, stage
+
+def run(*_):
+    import torch
+    from medprune.quantizing.quantize import _packed
+    print(type(_packed(torch.nn.Linear(64, 64).half().to(card.NAME), "hqq", 4, 64)))
+
+stage._run = run
+stage.main(JOB)
+"""
+
+
+def test_a_stage_imports_hqq_when_its_cards_are_there(tmp_path):
+    job = {"stage": "05", "cards": 1, "card_bytes": 2**30, "root": str(tmp_path), "out": str(tmp_path / "out.json")}
+    (file := tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-c", IN_A_STAGE.replace("JOB", repr(str(file)))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert "HQQLinear" in done.stdout, done.stderr[-3000:]
+
+
 def test_every_model_that_answers_is_held_in_the_bits_that_were_asked_for():
     for stage in STAGES:
         text = (REPO / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8")

@@ -228,13 +228,18 @@ def running(folder: Path, threads: int = 1):
 @contextmanager
 def started(words: list[str], port: int, threads: int, failure: str):
     """Start a server on this machine by its command line, as `running` does; failure: how its error begins."""
-    own = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     address = free_address(LOOPBACK, port)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         begun = time.monotonic()
-        with _ended_with(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own) as process:
+        with _ended_with(words, stdout=log, stderr=subprocess.STDOUT, env=_told(threads)) as process:
             _wait(address, process, log, failure)
             yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
+
+
+def _told(threads: int) -> dict[str, str]:
+    """Return an engine's environment. vLLM on a CPU would keep nearly all memory for keys and values, not 1 GiB."""
+    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | own
 
 
 @contextmanager
@@ -441,7 +446,7 @@ def serve(folder: Path, host: str, port: int, threads: int, say) -> int:
     """Serve an exported folder until it is interrupted; return the engine's exit status. say: called with where."""
     words, address = command(folder, host, port, threads), free_address(host, port)
     say(f"{engine_of(folder)} at {address}/v1 (until interrupted)")
-    with _ended_with(words) as process:
+    with _ended_with(words, env=_told(threads)) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

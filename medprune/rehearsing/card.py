@@ -357,7 +357,8 @@ def _number_of(func, args, kwargs):
 
 
 def _equal(func, args, kwargs) -> bool:
-    return bool(torch.equal(*map(value, args[:2]))) if all(map(_known, args[:2])) else True
+    """Return whether known values are equal, or close; what is not known is taken to be."""
+    return bool(func(*map(value, args[:2]), *args[2:], **kwargs)) if all(map(_known, args[:2])) else True
 
 
 def _move(func, args, kwargs):
@@ -404,7 +405,8 @@ def _as_numbers(index) -> tuple:
 
 
 BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-SPECIAL = {aten._to_copy.default: _move, aten.copy_.default: _copy, aten.equal.default: _equal}
+SPECIAL = {aten._to_copy.default: _move, aten.copy_.default: _copy}
+SPECIAL |= dict.fromkeys((aten.equal.default, aten.allclose.default), _equal)
 SPECIAL |= dict.fromkeys((aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default), _number_of)
 SPECIAL |= dict.fromkeys((aten.nonzero.default, aten.masked_select.default, aten._unique2.default), _data_dependent)
 

@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 
 import psutil
-from transformers import training_args
 
 from medprune import device, store
 from medprune.models.families import block_number
@@ -37,6 +36,8 @@ def main(path: str) -> None:
     job = read_json(Path(path))
     ledger = card.start(job["cards"], job["card_bytes"])
     device.KIND = card.NAME
+    from transformers import training_args  # only now: it imports hqq, whose functions then run in the cards' no_grad
+
     training_args.is_torch_bf16_gpu_available = lambda: True  # as torch says of a T4, where it is emulated
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{card.NAME}:0"
     _write_holes(Path(job["root"]))
