@@ -8,7 +8,6 @@ import re
 import threading
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import jinja2
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from medprune.answers.decoding import RoomyCache, forward
@@ -130,7 +130,8 @@ def complete(model, processor, template: str, asked: dict) -> dict:
         if part["type"] == "image_embeds":
             found = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(part["image_embeds"]))))
             pictures.append(Image.new("RGB", (96, 96)))  # for its tokens alone
-            seen = patch.object(model.model, "get_image_features", return_value=SimpleNamespace(pooler_output=[found]))
+            seen = BaseModelOutputWithPooling(pooler_output=[found])
+            seen = patch.object(model.model, "get_image_features", return_value=seen)
         text += part["text"] if part["type"] == "text" else "<__media_Zz9__>"
     prompt = jinja2.Template(template).render(messages=[{"role": "user", "content": text}], add_generation_prompt=True)
     prompt = re.sub("<__media.*?__>", processor.image_token, prompt)
