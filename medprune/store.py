@@ -257,13 +257,9 @@ def made(folder: Path, context: str) -> dict | None:
     return record if whole and record.get("context") == context else None
 
 
-_CURES = {
-    "disk is full": "make room, and run again",
-    "not a database": "remove it, and what it held is done again",
-    "malformed": "remove it, and what it held is done again",
-    "decode to UTF-8": "remove it, and what it held is done again",
-    "can't decode": "remove it, and what it held is done again",  # what sqlite says of it quotes what is damaged
-}
+_DAMAGED = ("not a database", "malformed", "decode to UTF-8", "can't decode")  # the last quotes what is damaged
+_CURES = {"disk is full": "make room, and run again"}
+_CURES |= dict.fromkeys(_DAMAGED, "remove it, and what it held is done again")
 
 
 class Units:

@@ -30,7 +30,7 @@ def runs(tiny, tmp_path):
 @pytest.mark.parametrize("words,why", [
     (("demo:original", "IMAGE", "  "), "the question is empty"),
     (("demo:original", "IMAGE", "what <image>?"), "the question holds <image>"),
-    (("demo:original", "nowhere.png", "What?"), "nowhere.png is not there"),
+    (("demo:original", "nowhere.png", "What?"), "nowhere.png' is not there"),
     (("demo:original", "BROKEN", "What?"), "cannot be read as an image"),
     (("demo:original", "IMAGE", "What?", "--tokens", "0"), "--tokens is 0"),
     (("demo:awq-pruned-2", "IMAGE", "What?"), "keeps no folder of 'awq-pruned-2'; it keeps original, rtn-original"),
@@ -53,7 +53,7 @@ def test_the_program_ends_with_what_it_said_and_its_status(runs, rows, tmp_path)
     assert said.returncode == 0 and said.stdout.strip() and "nanobind" not in said.stderr, said.stderr
     words[5] = str(tmp_path / "nowhere.png")
     said = subprocess.run([*words, "--runs-dir", str(runs)], capture_output=True, text=True)
-    assert said.returncode == 2 and said.stderr.strip().endswith("nowhere.png is not there, or no file: give a picture.")
+    assert said.returncode == 2 and said.stderr.strip().endswith("nowhere.png' is not there, or no file: give a picture.")
 
 
 def test_two_models_answer_side_by_side(runs, rows, monkeypatch, capsys):

@@ -132,6 +132,8 @@ def test_fit_writes_the_best_model_that_fits(base, tmp_path, monkeypatch, capsys
     out = tmp_path / "fitted"
     assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "300KiB", *words) == 2
     assert "MiB holds no plan: the least takes" in capsys.readouterr().err and not out.exists()
+    assert medprune(monkeypatch, "fit", base, "--out", out, "--card", "4GiB", *words) == 2
+    assert "as it is, in 16 bits, which 4096.0 MiB hold: there is nothing" in capsys.readouterr().err
     shown = {"own_answers": set(), "quantization_batch": set()}  # the images that each was given
     for name, keys in shown.items():
         whole = getattr(fitting, name)

@@ -390,6 +390,18 @@ def test_what_came_before_a_failure_is_kept(tmp_path):
     assert asked == ["a", "bb", "ccc"]
 
 
+def test_a_batch_is_kept_whole_or_not_at_all(tmp_path):
+    store, asked = tmp_path / "units.sqlite", []
+    rows = rows_of("a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg")
+    in_threes = replace(counting_judge(asked, fail_after=5), batch_size=3)
+    with pytest.raises(RuntimeError, match="went away"):
+        judge.judge_answers(rows, in_threes, store)
+    judge.judge_answers(rows, replace(counting_judge(asked), batch_size=3), store)
+    assert asked[5:] == ["dddd", "eeeee", "ffffff", "ggggggg"]  # the same three together again
+    judge.judge_answers(rows, counting_judge(asked), store)
+    assert len(asked) == 9  # the last ones, fewer than three, were kept too
+
+
 def test_without_a_store_nothing_is_written(tmp_path):
     table = judge.judge_answers(rows_of("a", "a"), counting_judge([]), None)
     assert len(table) == 2 and not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def check_question(image: str | Path, question: str, max_new_tokens: int) -> str
     if max_new_tokens < 1:
         raise ValueError(f"--tokens is {max_new_tokens}: an answer has at least one.")
     if not Path(image).is_file():
-        raise ValueError(f"{image} is not there, or no file: give a picture.")
+        raise ValueError(f"{str(image)!r} is not there, or no file: give a picture.")
     open_image(image)
     return question.strip()
 

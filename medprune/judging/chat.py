@@ -170,7 +170,7 @@ def chat_judge(
 
     name = f"chat:{folder.name if folder.is_dir() else model_name_or_path}"
     version = f"{pin}, {'4bit' if quantize_4bit else 'full'}, {max_new_tokens} tokens"
-    return Judge(name, version, score, module=__name__)
+    return Judge(name, version, score, module=__name__, batch_size=batch_size)
 
 
 def _replies(tokenizer, model, chats: list[list[dict]], max_new_tokens: int) -> list[tuple[str, bool]]:

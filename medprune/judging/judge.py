@@ -35,6 +35,7 @@ class Judge:
 
     version: all that the scores depend on beside the name and the row, such as an embedder or a revision of weights.
     reads: the fields of a row that a judgement depends on. module: the one whose code decides the scores.
+    batch_size: rows that are scored together, which are stored together too: the rest alone would round otherwise.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Judge:
     score: Callable[[list[dict]], Iterator[tuple[int, Judgement]]]
     reads: tuple[str, ...] = ("question", "answer", "reference")
     module: str = __name__
+    batch_size: int = 1
 
     def __call__(self, rows: list[dict]) -> list[Judgement]:
         found = dict(self.score(rows))
@@ -57,8 +59,8 @@ def judge_answers(rows: list[dict], judge: Judge, store: Path | None) -> pd.Data
     """Score every row; return one line per row with COLUMNS, in order. Replies that could not be read have NaN scores.
 
     Rows of the same content are asked once, and what stands in `store`, a file of units that gets each judgement as
-    it arrives, is not asked again. Raises ValueError for a row without one of the fields the judge reads, and what the
-    judge raises, with everything before that stored.
+    its batch arrives, is not asked again. Raises ValueError for a row without one of the fields the judge reads, and
+    what the judge raises, with every batch before that stored.
     """
     for row in rows:
         if missing := [f for f in ("id", *judge.reads) if f not in row]:
@@ -70,10 +72,12 @@ def judge_answers(rows: list[dict], judge: Judge, store: Path | None) -> pd.Data
     todo = list(pending)
     if todo:
         with progress(len(todo), f"judge {judge.name}") as bar:
-            for i, judgement in judge.score(list(pending.values())):
-                found[todo[i]] = asdict(judgement)
-                if store:
-                    stored.add(todo[i], found[todo[i]])
+            batch = {}
+            for n, (i, judgement) in enumerate(judge.score(list(pending.values())), 1):
+                found[todo[i]] = batch[todo[i]] = asdict(judgement)
+                if store and (n % judge.batch_size == 0 or n == len(todo)):
+                    stored.add_all(batch)
+                    batch = {}
                 bar.update(1)
     own = {"judge": judge.name, "judged_by": judge.identity}
     table = pd.DataFrame([{"id": r["id"]} | own | found[k] for r, k in zip(rows, keys, strict=True)], columns=COLUMNS)

@@ -15,7 +15,7 @@ from medprune.models.assembled import base_card
 from medprune.models.sizes import base_config, named_config
 from medprune.pruning.leave_one_out import teacher_batches
 from medprune.quantizing.quantize import MIN_CALIBRATION_ROWS, quantization_batch
-from medprune.searching.budget import DROP, Plan, Space, check_budget, plan_rows, space_of
+from medprune.searching.budget import DROP, FULL, Plan, Space, check_budget, plan_rows, space_of
 from medprune.searching.costs import Costs, cost_tables, resampled
 from medprune.searching.levels import Levels
 from medprune.searching.searchers import SEARCHERS, Problem, budget_plans, search
@@ -169,6 +169,12 @@ def fit(
     out, conditions = check_new(out), load_conditions(facts)
     space = space_of(base_config(source) or named_config(source), tokens, group_size=group_size)
     check_budget(space, budget)
+    if (whole := space.bytes_of((FULL,) * len(space.sites))) <= budget:
+        mib = 2**20
+        raise ValueError(
+            f"{source} takes {whole / mib:.1f} MiB as it is, in 16 bits, which {budget / mib:.1f} MiB hold: there is "
+            "nothing to search; name a smaller --card."
+        )
     records = load_images(images, conditions)[0]
     if len(records) < MIN_CALIBRATION_ROWS:
         raise ValueError(f"{images} holds {len(records)} images; awq needs at least {MIN_CALIBRATION_ROWS}.")
