@@ -91,7 +91,7 @@ ROOMS = [
     "cli", "rehearsing", "runs", "exporting", "searching", "results", "judging", "quantizing", "tuning", "pruning",
     "answers", "models", "data",
 ]  # fmt: skip
-GROUND = ["store", "progress", "settings", "device"]
+GROUND = ["store", "progress", "settings", "device", "child"]
 
 
 def arrows():

@@ -1,11 +1,16 @@
 """Ways back after pruning: what each recipe trains and on which loss, held-out loss, early stop."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -184,6 +189,22 @@ def test_two_processes_learn_what_one_does(base, items, tmp_path):
     moved = sum((one[k] - before[k]).float().norm() ** 2 for k in before) ** 0.5
     apart = sum((one[k] - two[k]).float().norm() ** 2 for k in before) ** 0.5
     assert apart < 0.1 * moved
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv of util-linux is here")
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    os.mkfifo(job := tmp_path / "job.json")  # which nobody writes, so that they would wait for ever
+    words = f"from medprune.tuning import processes; processes._run({str(job)!r}, 2)"
+    with subprocess.Popen([sys.executable, "-c", words]) as process:
+        begun = []
+        while len(begun) < 4 and process.poll() is None:  # accelerate, and two that it started
+            time.sleep(0.1)
+            begun = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.kill()
+    _, alive = psutil.wait_procs(begun[1:], timeout=60)
+    for one in alive:
+        one.kill()
+    assert len(begun) == 4 and not alive
 
 
 def test_a_merged_model_says_what_the_adapted_one_did(base, items):

@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from medprune import child
 from medprune.exporting import llamacpp
 from medprune.models.sizes import named_config
 from medprune.settings import is_loopback
@@ -231,7 +231,7 @@ def started(words: list[str], port: int, threads: int, failure: str):
     address = free_address(LOOPBACK, port)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         begun = time.monotonic()
-        with _ended_with(words, stdout=log, stderr=subprocess.STDOUT, env=_told(threads)) as process:
+        with child.started(words, stdout=log, stderr=subprocess.STDOUT, env=_told(threads)) as process:
             _wait(address, process, log, failure)
             yield Server(address, time.monotonic() - begun, psutil.Process(process.pid))
 
@@ -240,31 +240,6 @@ def _told(threads: int) -> dict[str, str]:
     """Return an engine's environment. vLLM on a CPU would keep nearly all memory for keys and values, not 1 GiB."""
     own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     return {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | own
-
-
-@contextmanager
-def _ended_with(words: list[str], **options):
-    """Give a process that is ended with the block, also where this one is told to end (SIGTERM).
-
-    Where this one is killed, Linux ends it, if util-linux's setpriv is there to ask for that.
-    """
-    bound = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    mine = threading.current_thread() is threading.main_thread()  # which alone is told of signals
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if mine else None
-    try:
-        process = subprocess.Popen([*bound, *words], **options)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def free_address(host: str, port: int) -> str:
@@ -446,7 +421,7 @@ def serve(folder: Path, host: str, port: int, threads: int, say) -> int:
     """Serve an exported folder until it is interrupted; return the engine's exit status. say: called with where."""
     words, address = command(folder, host, port, threads), free_address(host, port)
     say(f"{engine_of(folder)} at {address}/v1 (until interrupted)")
-    with _ended_with(words, env=_told(threads)) as process:
+    with child.started(words, env=_told(threads)) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

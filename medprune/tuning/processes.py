@@ -3,7 +3,6 @@
 accelerate launch --num_processes 2 -m medprune.tuning.processes JOB.json
 """
 
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from medprune import child
 from medprune.answers.decoding import answer_rows
 from medprune.device import cards, choose_device
 from medprune.models.loading import load
@@ -55,11 +55,13 @@ def fill(units: Units, work: str, source, rows: list[dict], config, label: str =
 def _run(job: Path, processes: int) -> None:
     """Run a job file in processes of this machine, a GPU each where there are GPUs, through accelerate."""
     words = f"--num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    words += ["--main_process_port", "0"]  # any that is free: another run may have accelerate's own
     words += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun; without a GPU it is gloo's
     launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
-    done = subprocess.run([*launch, "-m", "medprune.tuning.processes", job])
-    if done.returncode:
-        raise RuntimeError(f"{job} in {processes} processes ended with status {done.returncode}: see above.")
+    with child.started([*launch, "-m", "medprune.tuning.processes", job]) as process:
+        status = process.wait()
+    if status:
+        raise RuntimeError(f"{job} in {processes} processes ended with status {status}: see above.")
 
 
 def main(path: str) -> None:
