@@ -55,8 +55,9 @@ $(ENGINES)/ready: install_engines.sh
 rehearse: $(READY)
 	$(BIN)/medprune rehearse --machine kaggle & kaggle=$$!; $(BIN)/medprune rehearse --machine colab && wait $$kaggle
 
+# As root, as in most containers, jupyter wants to be told so; it listens on this machine alone, with a token.
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: $(READY)
 	$(BIN)/ruff check medprune tests notebooks
