@@ -88,6 +88,15 @@ def test_what_cards_hold_by_the_accounting_alone():
     assert set(plans[16 * GIB]) == {FULL}
 
 
+def test_a_tied_head_has_the_bits_of_the_table():
+    space = SPACES[1][1]
+    packed = (*space.uniform(4)[:-1], 3)
+    table = plan_rows(space, {GIB: packed, 2 * GIB: space.uniform(4)})
+    assert table[HEAD].tolist() == table[TABLE].tolist() == [3, FULL]
+    untied = SPACES[0][1]
+    assert plan_rows(untied, {GIB: (*untied.uniform(4)[:-1], 3)})[[HEAD, TABLE]].iloc[0].tolist() == [FULL, 3]
+
+
 def test_a_uniform_cost_is_the_share_of_the_weights_times_the_error():
     costs = uniform_costs(SPACES[1][1])
     assert costs[3][DROP] == 4**4 * costs[3][4] == 4**3 * costs[3][3] and costs[3][FULL] == 0
@@ -104,9 +113,9 @@ def fit(monkeypatch, *words):
 def test_fit_prints_what_cards_hold(monkeypatch, capsys):
     assert fit(monkeypatch, "--card", "4GiB", "--card", "6.5GiB", "--reserve", "512MiB") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.5", "6.0"]
+    assert said[0].split()[:2] == ["budget", "(GiB)"] and [line.split()[0] for line in said[1:]] == ["3.50", "6.00"]
     assert [len(line.split()) for line in said[1:]] == [10 + 32] * 2
-    for reserve, left in (("0.5GiB", "3.5"), ("0", "4.0"), ("0.0 GiB", "4.0")):
+    for reserve, left in (("0.5GiB", "3.50"), ("0", "4.00"), ("0.0 GiB", "4.00")):
         assert fit(monkeypatch, "--card", "4GiB", "--reserve", reserve) == 0
         assert capsys.readouterr().out.splitlines()[1].split()[0] == left
 

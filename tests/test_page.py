@@ -38,11 +38,11 @@ def test_readable_merges_the_interval_and_names_units():
     })  # fmt: skip
     text = readable(table)
     assert text.iloc[0].to_dict() == {
-        "method": "a", "score [95% interval]": "80.1 [76.0, 84.2]", "p holm": "<0.001", "total (GiB)": "3.0",
+        "method": "a", "score [95% interval]": "80.1 [76.0, 84.2]", "p holm": "<0.001", "total (GiB)": "3.00",
         "blocks removed": "2", "n": "1,170", "protected": "yes", "importance score": "0.1235",
         "vram gb": "13.4",
     }  # fmt: skip
-    assert text.iloc[1].tolist() == ["", "", "0.040", "0.5", "", "3", "no", "0.5", "3.0"]
+    assert text.iloc[1].tolist() == ["", "", "0.040", "0.50", "", "3", "no", "0.5", "3.0"]
 
 
 class Outline(HTMLParser):
@@ -176,7 +176,7 @@ def test_kept_tables_and_figures_come_back_in_their_order(tmp_path, monkeypatch)
         run.dir.mkdir()
         table = pd.DataFrame({"method": ["NA"], "size_bytes": [2**30]})
         text = keep(run, "z first", table, "How to read it.", Image.new("RGB", (9, 9)))
-        assert text["size (GiB)"].tolist() == ["1.0"]
+        assert text["size (GiB)"].tolist() == ["1.00"]
         assert keep(run, "a second", fig) is fig
     sections = report_sections(tmp_path, STAGES[-1])
     assert [s["heading"] for s in report_sections(tmp_path)] == ["z first", "a second"] * 6, "06 knows of no later stage"

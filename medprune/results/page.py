@@ -26,7 +26,7 @@ _CONSTANT = (
     "by",
 )  # columns that often say one thing
 
-_ONE_DECIMAL = ("_bytes", "diff", "score_percent", "paper_score")  # how the names of such columns end
+_ONE_DECIMAL = ("diff", "score_percent", "paper_score")  # how the names of such columns end
 
 
 def html_report(path: Path, title: str, sections: list[dict]) -> Path:
@@ -60,7 +60,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text for people: units in the headings, scores with one decimal, blanks for NaN.
 
     score (diff, right) with low and high becomes one column, any other X with X_low and X_high too, low_all and
-    high_all another; _bytes become MiB or GiB; p below 0.001 says so.
+    high_all another; _bytes become MiB, or GiB with two decimals; p below 0.001 says so.
     """
     out, limits_of = {}, _limits_of(table)
     bounds = {name for pair in limits_of.values() for name in pair}
@@ -77,9 +77,11 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         elif not (name in bounds or name == "high_all" and "low_all" in table):
             if str(name).endswith("_bytes"):
                 unit, size = byte_unit(column)
-                column, heading = column / size, f"{heading.removesuffix(' bytes')} ({unit})"
-            numbers = pd.to_numeric(column, errors="coerce").dropna()
-            out[heading] = [_cell(value, str(name), numbers) for value in column]
+                digits, heading = 1 if unit == "MiB" else 2, f"{heading.removesuffix(' bytes')} ({unit})"
+                out[heading] = ["" if pd.isna(n) else f"{n / size:z.{digits}f}" for n in column]
+            else:
+                numbers = pd.to_numeric(column, errors="coerce").dropna()
+                out[heading] = [_cell(value, str(name), numbers) for value in column]
     return pd.DataFrame(out, index=table.index)
 
 

@@ -49,6 +49,11 @@ class Space:
         """Return a plan's choice for a site; of one that the space does not vary, 16 bits."""
         return plan[self.sites.index(site)] if site in self.sites else FULL
 
+    @property
+    def head_site(self) -> str:
+        """What decides the head's bits: a head that is no site of its own is the table's, or in 16 bits as that is."""
+        return HEAD if HEAD in self.sites else TABLE
+
     def storage(self, plan: Plan) -> dict:
         """Return the plan as arguments of `sizes.account`: blocks_removed, bits, and the OPTIONS beside them."""
         blocks = self.blocks_of(plan)
@@ -139,9 +144,10 @@ def uniform_costs(space: Space) -> list[dict[int, float]]:
 
 def described(space: Space, plan: Plan) -> dict:
     """Return a plan in words: how many blocks are dropped or have 3, 4, 8, 16 bits, and the bits of what is beside."""
-    blocks = space.blocks_of(plan)
+    blocks, beside = space.blocks_of(plan), {site: space.choice(plan, site) for site in OPTIONS}
+    beside[HEAD] = space.choice(plan, space.head_site)
     counts = {f"{bits} bits": blocks.count(bits) for bits in (*BITS, FULL)}
-    return {"dropped": blocks.count(DROP), **counts, **{site: space.choice(plan, site) for site in OPTIONS}}
+    return {"dropped": blocks.count(DROP), **counts, **beside}
 
 
 def plan_rows(space: Space, plans: dict[int, Plan | None]) -> pd.DataFrame:

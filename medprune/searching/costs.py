@@ -16,7 +16,7 @@ from medprune.device import choose_device
 from medprune.models.families import parts
 from medprune.progress import progress
 from medprune.pruning.leave_one_out import TeacherBatch
-from medprune.searching.budget import DROP, FULL, HEAD, TABLE, TOWER, Plan, Space
+from medprune.searching.budget import DROP, FULL, TABLE, TOWER, Plan, Space
 from medprune.searching.levels import Levels
 from medprune.store import Units
 
@@ -118,7 +118,7 @@ class Costs:
             at = [pairs.index((block[b], place)) for block, place in zip(blocks, at, strict=True)]
             states = new
         self.without_sharing += sum(c != DROP for block in blocks for c in block) * len(numbers)
-        heads = [space.choice(p, self._head_site) for p in plans]
+        heads = [space.choice(p, self.space.head_site) for p in plans]
         return [(i, self._scored(i, states[i], at, heads)) for i in numbers]
 
     def _scored(self, number: int, states: list[torch.Tensor], at: list[int], heads: list[int]) -> np.ndarray:
@@ -136,13 +136,8 @@ class Costs:
         """Return the logits (targets, vocab) where answers are predicted."""
         batch, inner = self.batches[number], parts(self.levels.model)
         hidden = hidden[:, batch.kept][(batch.labels != IGNORED).to(hidden.device)]
-        head = next(iter(self._packed(self._head_site, bits).values()), inner.head)
+        head = next(iter(self._packed(self.space.head_site, bits).values()), inner.head)
         return head(inner.text_model.norm(hidden))
-
-    @property
-    def _head_site(self) -> str:
-        """What decides the head's bits: a head that is no site of its own is the table's, or in 16 bits as that is."""
-        return HEAD if HEAD in self.space.sites else TABLE
 
     def _packed(self, site: str, bits: int) -> dict:
         return self._kept((site, bits), partial(self.levels.linears, site, bits))
