@@ -120,6 +120,16 @@ def test_a_folder_without_a_chat_template_is_refused_before_its_weights_are_read
         load(folder)
 
 
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_a_dtype_that_is_none_is_said_with_its_folder(base, tmp_path, part):
+    folder = shutil.copytree(base, tmp_path / "m")
+    config = read_json(folder / "config.json")
+    (config[part] if part else config)["dtype"] = "torch.float16"
+    write_json(folder / "config.json", config)
+    with pytest.raises(ValueError, match=f"{folder}: config.json has dtype 'torch.float16': let it be one of float32"):
+        load(folder)
+
+
 @pytest.mark.parametrize(("method", "said"), [("rtn", "awq"), ("bnb", "bitsandbytes"), ("hqq", "medprune")])
 def test_a_quantized_folder_is_not_loaded_as_a_base(base, tmp_path, method, said):
     if method != "rtn":

@@ -146,6 +146,10 @@ def base_config(base: str | Path) -> dict | None:
     if quantized := (config or {}).get("quantization_config"):
         method = quantized.get("quant_method", "some method")
         raise ValueError(f"{base} is quantized already, by {method}: name the 16-bit model that it was made from.")
+    whole = config or {}
+    for part in (whole, whole.get("text_config"), whole.get("vision_config")):
+        if isinstance(part, dict):
+            dtype_of(part, f"{base}: config.json")
     return config
 
 
@@ -162,11 +166,11 @@ def _hub_config(name: str) -> dict | None:
         return checkpoints().get(_short_name(name), {}).get("config")
 
 
-def dtype_of(config: dict) -> str:
+def dtype_of(config: dict, name: str = "config.json") -> str:
     """Return the name of the dtype that a configuration states, by transformers 5's field or 4's; else float32's."""
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     if said not in (known := ("float32", "float16", "bfloat16")):
-        raise ValueError(f"config.json has dtype {said!r}: let it be one of {', '.join(known)}, as its tensors are.")
+        raise ValueError(f"{name} has dtype {said!r}: let it be one of {', '.join(known)}, as its tensors are.")
     return said
 
 
