@@ -148,6 +148,7 @@ def test_an_awq_folder_of_the_text_model_is_put_back_whole(run, tmp_path):
 def test_gpu_measures_every_part_and_says_what_it_could_not(monkeypatch, tmp_path, base):
     gpu = script("gpu")
     monkeypatch.setattr(gpu, "prepare_base", lambda _: base)
+    monkeypatch.setattr(gpu, "STEPS_S", 0.1)
     result = gpu.measure(tiny=True, limit_s=200, folder=tmp_path)
     answers = result["answers"]
     assert {a["form"] for a in answers} == set(gpu.FORMS) and {a["removed"] for a in answers} == {0, 4}
