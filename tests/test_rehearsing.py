@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pandas as pd
@@ -136,9 +138,9 @@ def test_a_rehearsal_ends_with_the_stage_that_does_not_fit_and_says_why(tmp_path
         small = len(ran) == 2 and {"answers": 9}
         gib = [job["card_bytes"] / 2**30]
         Path(job["out"]).write_text(json.dumps(TAKEN | {"stage": job["stage"], "halved": small or {}, "gib": gib}))
-        return subprocess.CompletedProcess(command, 0)
+        yield SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(rehearsal.subprocess, "run", run)
+    monkeypatch.setattr(rehearsal.child, "started", contextmanager(run))
     found = rehearsal.rehearse(rehearsal.machine("colab", gpu_gib=11.8), tmp_path)
     assert ran == list(STAGES[:2]) and found.misfit.tolist() == ["", "answers were halved to 9 at once"]
     assert found.gib[0] == [pytest.approx(11.3)], "half a GiB is left to CUDA"

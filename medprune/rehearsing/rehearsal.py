@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from medprune import child
 from medprune.data.synthetic import draw
 from medprune.judging.judge import ASPECTS
 from medprune.models.assembled import prepare_base
@@ -229,9 +230,11 @@ def _stage(stage: str, machine: Machine, root: Path, asked: dict) -> dict:
     own |= {"MEDPRUNE_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "medprune.rehearsing.stage", str(write_json(root / f"{stage}.job.json", job))]
     with open(root / f"{stage}.log", "w", encoding="utf-8") as log:
-        done = subprocess.run(command, env=os.environ | own, cwd=REPO, stdout=log, stderr=subprocess.STDOUT)
+        around = {"env": os.environ | own, "cwd": REPO, "stdout": log, "stderr": subprocess.STDOUT}
+        with child.started(command, **around) as process:
+            status = process.wait()
     if not out.exists():
-        raise RuntimeError(f"the rehearsal of {stage} ended with status {done.returncode}: see {log.name}.")
+        raise RuntimeError(f"the rehearsal of {stage} ended with status {status}: see {log.name}.")
     taken = read_json(out)
     return taken | {"misfit": "; ".join(_misfits(taken, machine))}
 

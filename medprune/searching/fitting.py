@@ -169,7 +169,7 @@ def fit(
     out, conditions = check_new(out), load_conditions(facts)
     space = space_of(base_config(source) or named_config(source), tokens, group_size=group_size)
     check_budget(space, budget)
-    if (whole := space.bytes_of((FULL,) * len(space.sites))) <= budget:
+    if (whole := space.bytes_of(space.uniform(FULL))) <= budget:
         mib = 2**20
         raise ValueError(
             f"{source} takes {whole / mib:.1f} MiB as it is, in 16 bits, which {budget / mib:.1f} MiB hold: there is "
